@@ -1,4 +1,4 @@
-"""Packaging that pyproject.toml cannot say: ``kernels/`` is installed as ``ltat_fast.kernels``, and the C++ extension."""
+"""What pyproject.toml cannot say: ``kernels/`` is installed as ``ltat_fast.kernels``, and the C++ extension."""
 
 from setuptools import find_packages, setup
 

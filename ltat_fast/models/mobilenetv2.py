@@ -1,0 +1,59 @@
+"""MobileNetV2 (Sandler et al. 2018) as the CIFAR literature runs it: stride 1 at the stem, relu rather than relu6."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .classifier import ImageClassifier, conv1x1, conv3x3
+
+STAGES = (  # expansion, width, blocks, stride of the first block
+    (1, 16, 1, 1),
+    (6, 24, 2, 1),
+    (6, 32, 3, 2),
+    (6, 64, 4, 2),
+    (6, 96, 3, 1),
+    (6, 160, 3, 2),
+    (6, 320, 1, 1),
+)
+STEM, HEAD = 32, 1280
+
+
+class InvertedResidual(nn.Module):
+    """Expand (1x1), filter each channel (3x3 depthwise), project (1x1, no relu).
+
+    A shortcut is added where the stride is 1: the identity, or bn(conv1x1) where the width changes.
+    """
+
+    def __init__(self, in_width: int, width: int, expansion: int, stride: int):
+        super().__init__()
+        hidden = expansion * in_width
+        self.expand, self.bn1 = conv1x1(in_width, hidden), nn.BatchNorm2d(hidden)
+        self.depthwise, self.bn2 = conv3x3(hidden, hidden, stride, groups=hidden), nn.BatchNorm2d(hidden)
+        self.project, self.bn3 = conv1x1(hidden, width), nn.BatchNorm2d(width)
+        self.shortcut = None
+        if stride == 1:
+            same = in_width == width
+            self.shortcut = nn.Sequential() if same else nn.Sequential(conv1x1(in_width, width), nn.BatchNorm2d(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.expand(x)), inplace=True)
+        out = F.relu(self.bn2(self.depthwise(out)), inplace=True)
+        out = self.bn3(self.project(out))
+        return out if self.shortcut is None else out + self.shortcut(x)
+
+
+class MobileNetV2(ImageClassifier):
+    def __init__(self, num_classes: int, in_channels: int, mean=None, std=None):
+        super().__init__(HEAD, num_classes, in_channels, mean, std)
+        self.conv1, self.bn1 = conv3x3(in_channels, STEM), nn.BatchNorm2d(STEM)
+        blocks = []
+        in_width = STEM
+        for expansion, width, depth, stride in STAGES:
+            for i in range(depth):
+                blocks.append(InvertedResidual(in_width, width, expansion, stride if i == 0 else 1))
+                in_width = width
+        self.blocks = nn.Sequential(*blocks)
+        self.conv2, self.bn2 = conv1x1(in_width, HEAD), nn.BatchNorm2d(HEAD)
+
+    def maps(self, x: Tensor) -> Tensor:
+        out = self.blocks(F.relu(self.bn1(self.conv1(x)), inplace=True))
+        return F.relu(self.bn2(self.conv2(out)), inplace=True)

@@ -1,0 +1,63 @@
+"""Pre-activation residual networks (He et al. 2016b), narrow and wide (Zagoruyko and Komodakis 2016)."""
+
+import math
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .classifier import ImageClassifier, conv1x1, conv3x3
+
+
+class PreActBlock(nn.Module):
+    """a = relu(bn x); conv(relu(bn(conv a))) + shortcut, which is x, or conv1x1(a) where the shape changes."""
+
+    def __init__(self, in_width: int, width: int, stride: int):
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_width)
+        self.conv1 = conv3x3(in_width, width, stride)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv2 = conv3x3(width, width)
+        changes_shape = stride != 1 or in_width != width
+        self.shortcut = conv1x1(in_width, width, stride) if changes_shape else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = F.relu(self.bn1(x), inplace=True)
+        out = self.conv2(F.relu(self.bn2(self.conv1(a)), inplace=True))
+        return out + (x if self.shortcut is None else self.shortcut(a))
+
+
+class PreActResNet(ImageClassifier):
+    """A bare 3x3 stem, ``depth`` blocks a stage, then bn and relu. Every stage but the first halves the resolution."""
+
+    def __init__(
+        self, stem: int, widths: Sequence[int], depth: int, num_classes: int, in_channels: int, mean=None, std=None
+    ):
+        super().__init__(widths[-1], num_classes, in_channels, mean, std)
+        self.conv1 = conv3x3(in_channels, stem)
+        blocks = []
+        in_width = stem
+        for stage, width in enumerate(widths):
+            for i in range(depth):
+                blocks.append(PreActBlock(in_width, width, stride=2 if stage > 0 and i == 0 else 1))
+                in_width = width
+        self.blocks = nn.Sequential(*blocks)
+        self.bn = nn.BatchNorm2d(in_width)
+
+    def maps(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn(self.blocks(self.conv1(x))), inplace=True)
+
+
+def preactresnet18(num_classes: int, **kwargs) -> PreActResNet:
+    return PreActResNet(64, (64, 128, 256, 512), 2, num_classes, **kwargs)
+
+
+def wrn_34_10(num_classes: int, **kwargs) -> PreActResNet:
+    """WRN-34-10: (34 - 4) / 6 = 5 blocks a stage, widths 10 * (16, 32, 64), no dropout, its authors' initialisation."""
+    model = PreActResNet(16, (160, 320, 640), 5, num_classes, **kwargs)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels
+            nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
+    nn.init.zeros_(model.fc.bias)
+    return model

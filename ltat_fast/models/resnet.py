@@ -1,0 +1,58 @@
+"""Post-activation residual networks (He et al. 2016a) with a 3x3 stem of stride 1 and no pooling after it."""
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .classifier import ImageClassifier, conv1x1, conv3x3
+
+
+class BasicBlock(nn.Module):
+    """relu( bn(conv(relu(bn(conv x)))) + shortcut x ); the shortcut is bn(conv1x1) where the shape changes."""
+
+    def __init__(self, in_width: int, width: int, stride: int):
+        super().__init__()
+        self.conv1 = conv3x3(in_width, width, stride)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = conv3x3(width, width)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or in_width != width:
+            self.shortcut = nn.Sequential(conv1x1(in_width, width, stride), nn.BatchNorm2d(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        out = self.bn2(self.conv2(out)) + self.shortcut(x)
+        return F.relu(out, inplace=True)
+
+
+class ResNet(ImageClassifier):
+    """A stem as wide as the first stage, then one stage per entry of ``widths``, ``depth`` basic blocks each.
+
+    The first stage keeps the resolution, every later one halves it.
+    """
+
+    def __init__(self, widths: Sequence[int], depth: int, num_classes: int, in_channels: int, mean=None, std=None):
+        super().__init__(widths[-1], num_classes, in_channels, mean, std)
+        self.conv1 = conv3x3(in_channels, widths[0])
+        self.bn1 = nn.BatchNorm2d(widths[0])
+        blocks = []
+        in_width = widths[0]
+        for stage, width in enumerate(widths):
+            for i in range(depth):
+                blocks.append(BasicBlock(in_width, width, stride=2 if stage > 0 and i == 0 else 1))
+                in_width = width
+        self.blocks = nn.Sequential(*blocks)
+
+    def maps(self, x: Tensor) -> Tensor:
+        return self.blocks(F.relu(self.bn1(self.conv1(x)), inplace=True))
+
+
+def resnet18(num_classes: int, **kwargs) -> ResNet:
+    return ResNet((64, 128, 256, 512), 2, num_classes, **kwargs)
+
+
+def smallresnet(num_classes: int, **kwargs) -> ResNet:
+    """Seven 3x3 convolutions, 78 thousand parameters: for the 8x8 digits, quick tests and CPU demos."""
+    return ResNet((16, 32, 64), 1, num_classes, **kwargs)

@@ -1,0 +1,147 @@
+"""L-infinity PGD on the GPU: the random start and the ascent step, each one pass over memory.
+
+    start:  out = clamp(project(x + noise), lower, upper)                     reads x once, writes once
+    step:   out = clamp(project(x_adv + step_size * sign(grad)), lower, upper)    reads three tensors once, writes once
+    project(v) = min(max(v, x - eps), x + eps)
+
+Both walk memory in storage order, so contiguous and channels_last tensors cost the same and neither is copied: the
+caller guarantees that all tensors of a call share one dense layout. Arithmetic is fp32 whatever the storage, rounded
+once. sign(0) = sign(NaN) = 0, as torch.sign; a NaN in x or x_adv stays NaN, as in torch.minimum and torch.clamp.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+# 8 elements a thread: two 16-byte accesses of fp32 or one of a half type, and enough loads in flight without a loop.
+BLOCK = 1024
+NUM_WARPS = 4
+
+
+@triton.jit
+def _project(v, x, eps, lower, upper):
+    """Nearest point of [x - eps, x + eps], then of [lower, upper]; NaN stays NaN."""
+    # Casts, since a Python float reaches a kernel as fp64 when Inductor, not Triton, types the call.
+    eps, lower, upper = tl.cast(eps, tl.float32), tl.cast(lower, tl.float32), tl.cast(upper, tl.float32)
+    v = tl.maximum(v, x - eps, propagate_nan=tl.PropagateNan.ALL)
+    v = tl.minimum(v, x + eps, propagate_nan=tl.PropagateNan.ALL)
+    v = tl.maximum(v, lower, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(v, upper, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _normal_pair(u0, u1):
+    """Box-Muller: two independent N(0, 1) from two U[0, 1).
+
+    tl.sin and tl.cos carry a path for huge angles that spills to local memory and uses fp64. v = pi (u1 - 1/2) lies in
+    [-pi/2, pi/2), where short Taylor series are exact to 1e-7, and the double-angle formulas give the full turn.
+    """
+    r = tl.sqrt(-2.0 * tl.log(tl.maximum(u0, 1e-7)))
+    v = 3.141592653589793 * (u1 - 0.5)
+    w = v * v
+    sin = v * (1 + w * (-1 / 6 + w * (1 / 120 + w * (-1 / 5040 + w * (1 / 362880 - w / 39916800)))))
+    cos = 1 + w * (-1 / 2 + w * (1 / 24 + w * (-1 / 720 + w * (1 / 40320 + w * (-1 / 3628800 + w / 479001600)))))
+    return r * (sin * sin - cos * cos), -2 * r * sin * cos  # r cos(2 pi u1), r sin(2 pi u1)
+
+
+@triton.jit
+def _init_kernel(
+    x_ptr,  # [n] natural images, storage order
+    out_ptr,  # [n] start point
+    seed_ptr,  # [1] int64, on the device: refilling it gives a replayed CUDA graph fresh noise
+    eps,
+    scale,  # half-width of the uniform noise, or standard deviation of the gaussian
+    lower,
+    upper,
+    n,
+    GAUSSIAN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # Element i takes word i % 4 of Philox4x32-10 at counter i // 4, so the noise depends on neither BLOCK nor the grid.
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    counter = start // 4 + tl.arange(0, BLOCK // 4)
+    n0, n1, n2, n3 = tl.rand4x(tl.load(seed_ptr), counter)
+    if GAUSSIAN:
+        n0, n1 = _normal_pair(n0, n1)
+        n2, n3 = _normal_pair(n2, n3)
+    else:
+        n0, n1, n2, n3 = 2 * n0 - 1, 2 * n1 - 1, 2 * n2 - 1, 2 * n3 - 1
+    noise = tl.cast(scale, tl.float32) * tl.interleave(tl.interleave(n0, n2), tl.interleave(n1, n3))
+
+    offsets = tl.arange(0, BLOCK)
+    mask = offsets < n - start
+    x = tl.load(x_ptr + start + offsets, mask=mask).to(tl.float32)
+    tl.store(out_ptr + start + offsets, _project(x + noise, x, eps, lower, upper), mask=mask)
+
+
+@triton.jit
+def _step_kernel(
+    x_adv_ptr,  # [n] current iterate, storage order
+    grad_ptr,  # [n] gradient of the objective, its own dtype
+    x_ptr,  # [n] natural images
+    out_ptr,  # [n] next iterate, may be x_adv
+    step_size,
+    eps,
+    lower,
+    upper,
+    n,
+    BLOCK: tl.constexpr,
+):
+    # The block's 64-bit base is a scalar and the offsets inside it 32-bit: more than 2^31 elements cost nothing extra.
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    offsets = tl.arange(0, BLOCK)
+    mask = offsets < n - start
+    x_adv = tl.load(x_adv_ptr + start + offsets, mask=mask).to(tl.float32)
+    grad = tl.load(grad_ptr + start + offsets, mask=mask).to(tl.float32)
+    x = tl.load(x_ptr + start + offsets, mask=mask).to(tl.float32)
+    step_size = tl.cast(step_size, tl.float32)
+    v = x_adv + tl.where(grad > 0, step_size, tl.where(grad < 0, -step_size, 0.0))
+    tl.store(out_ptr + start + offsets, _project(v, x, eps, lower, upper), mask=mask)
+
+
+def launch_init(
+    x: torch.Tensor,
+    out: torch.Tensor,
+    seed: torch.Tensor,
+    eps: float,
+    lower: float,
+    upper: float,
+    noise: str,
+    std: float = 0.001,
+) -> None:
+    """Write the start point of an attack on ``x`` into ``out`` (may be ``x``); ``seed`` is int64 (1,) on the device.
+
+    ``noise`` is "uniform", U(-eps, eps), or "gaussian", std * N(0, 1), projected on the ball as well.
+    """
+    n = x.numel()
+    assert out.numel() == n
+    assert seed.dtype == torch.int64
+    assert noise in ("uniform", "gaussian")
+    if n == 0:
+        return
+    gaussian = noise == "gaussian"
+    with torch.cuda.device_of(x):
+        _init_kernel[(triton.cdiv(n, BLOCK),)](
+            x, out, seed, eps, std if gaussian else eps, lower, upper, n, gaussian, BLOCK, num_warps=NUM_WARPS
+        )
+
+
+def launch_step(
+    x_adv: torch.Tensor,
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    out: torch.Tensor,
+    step_size: float,
+    eps: float,
+    lower: float,
+    upper: float,
+) -> None:
+    """Write one sign-ascent step from ``x_adv``, projected and clamped, into ``out`` (may be ``x_adv``)."""
+    n = x.numel()
+    assert x_adv.numel() == grad.numel() == out.numel() == n
+    if n == 0:
+        return
+    with torch.cuda.device_of(x):
+        _step_kernel[(triton.cdiv(n, BLOCK),)](
+            x_adv, grad, x, out, step_size, eps, lower, upper, n, BLOCK, num_warps=NUM_WARPS
+        )

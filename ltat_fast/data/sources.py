@@ -6,7 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
+from ltat_fast.data.cache import prepare, user_cache
+from ltat_fast.data.download import Archive, fetch, unpack
+from ltat_fast.data.folder import Tree, scan_image_folder, scan_tiny_imagenet
 from ltat_fast.errors import UserError
+
+DEFAULT_DATA_DIR = Path("data")
+TINY_IMAGENET = Archive("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de")
 
 
 @dataclass(frozen=True)
@@ -55,8 +61,8 @@ def load_dataset(
     """Load the dataset called ``name``, one of :data:`DATASETS`.
 
     Args:
-        data_dir: where its files lie or are downloaded to; None is ``data/`` in the current directory. Unused by
-            digits-lt, required by imagefolder-lt.
+        data_dir: where its files lie or are downloaded to; None is :data:`DEFAULT_DATA_DIR`. Unused by digits-lt,
+            required by imagefolder-lt.
         image_size: resize to this many pixels a side (tinyimagenet-lt and imagefolder-lt only)
         download: fetch what is missing
         cache_dir: where decoded images are kept; None is beside the data, or the user's cache directory when the data
@@ -97,6 +103,95 @@ def _digits(request: Request) -> Dataset:
     )
 
 
+def _tiny_imagenet(request: Request) -> Dataset:
+    """Tiny-ImageNet from its official tree, unpacked or downloaded when ``data_dir`` holds only the zip or nothing."""
+    data_dir = request.data_dir or DEFAULT_DATA_DIR
+    root = data_dir / "tiny-imagenet-200"
+    if not root.is_dir() and (data_dir / "val" / "val_annotations.txt").exists():
+        root = data_dir
+    if not root.is_dir():
+        archive = fetch(TINY_IMAGENET, data_dir, request.download, request.report)
+        root = unpack(archive, data_dir, root.name, request.report)
+    return _decoded(request, scan_tiny_imagenet(root, request.report), n_max=500)
+
+
+def _image_folder(request: Request) -> Dataset:
+    if request.data_dir is None:
+        raise UserError("imagefolder-lt needs --data-dir, a folder with train/<class>/* and test/<class>/*")
+    return _decoded(request, scan_image_folder(request.data_dir, request.report), n_max=None)
+
+
+def _decoded(request: Request, tree: Tree, n_max: int | None) -> Dataset:
+    if request.image_size is not None and request.image_size < 1:
+        raise UserError(f"the image size must be at least 1 pixel, got {request.image_size}")
+    beside = (request.data_dir or DEFAULT_DATA_DIR) / ".ltat_fast_cache"
+    arrays = prepare(tree, request.image_size, [request.cache_dir or beside, user_cache()], request.report)
+    train, test = (
+        ImageSet(arrays[f"{split}.images"], arrays[f"{split}.labels"], tree.class_names) for split in ("train", "test")
+    )
+    return Dataset(request.name, train, test, n_max, pad=4, flip=True)
+
+
+def _cifar10(request: Request) -> Dataset:
+    from ltat_fast._torchvision import torchvision
+
+    return _cifar(request, torchvision.datasets.CIFAR10, n_max=5000)
+
+
+def _cifar100(request: Request) -> Dataset:
+    from ltat_fast._torchvision import torchvision
+
+    return _cifar(request, torchvision.datasets.CIFAR100, n_max=500)
+
+
+def _cifar(request: Request, cifar: type, n_max: int) -> Dataset:
+    _refuse_resize(request, 32)
+    train, test = _through_torchvision(
+        request,
+        [Archive(cifar.url, cifar.tgz_md5)],
+        lambda root, train, download: cifar(root, train=train, download=download),
+    )
+
+    def image_set(split) -> ImageSet:
+        images = np.ascontiguousarray(split.data.transpose(0, 3, 1, 2))
+        return ImageSet(images, np.array(split.targets, np.int64), tuple(split.classes))
+
+    return Dataset(request.name, image_set(train), image_set(test), n_max, pad=4, flip=True)
+
+
+def _svhn(request: Request) -> Dataset:
+    """Street numbers, without the extra images. A mirrored digit is another digit or none, so no flip."""
+    from ltat_fast._torchvision import torchvision
+
+    svhn = torchvision.datasets.SVHN
+    _refuse_resize(request, 32)
+    train, test = _through_torchvision(
+        request,
+        [Archive(svhn.split_list[split][0], svhn.split_list[split][2]) for split in ("train", "test")],
+        lambda root, train, download: svhn(root, split="train" if train else "test", download=download),
+    )
+    names = tuple(map(str, range(10)))
+
+    def image_set(split) -> ImageSet:
+        return ImageSet(split.data, split.labels.astype(np.int64), names)
+
+    return Dataset(request.name, image_set(train), image_set(test), n_max=None, pad=4, flip=False)
+
+
+def _through_torchvision(request: Request, archives: list[Archive], build: Callable) -> tuple:
+    """torchvision's (train, test) of a dataset; its archives are fetched by us, so that a cut download is continued."""
+    root = request.data_dir or DEFAULT_DATA_DIR
+    try:
+        return build(root, True, False), build(root, False, False)
+    except RuntimeError:  # not there, or not all of it
+        for archive in archives:
+            fetch(archive, root, request.download, request.report)
+    try:
+        return build(root, True, True), build(root, False, True)  # unpacks; the archives are there and sound
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"cannot unpack {request.name} in {root}: {error}") from error
+
+
 def _refuse_resize(request: Request, native: int) -> None:
     if request.image_size not in (None, native):
         raise UserError(f"{request.name} has {native}x{native} images; --image-size is for folders of images")
@@ -104,4 +199,9 @@ def _refuse_resize(request: Request, native: int) -> None:
 
 DATASETS: dict[str, Callable[[Request], Dataset]] = {
     "digits-lt": _digits,
+    "cifar10-lt": _cifar10,
+    "cifar100-lt": _cifar100,
+    "svhn-lt": _svhn,
+    "tinyimagenet-lt": _tiny_imagenet,
+    "imagefolder-lt": _image_folder,
 }

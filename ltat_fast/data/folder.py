@@ -1,0 +1,138 @@
+"""Trees of image files: which file belongs to which class and split. Nothing is decoded here."""
+
+import os
+import unicodedata
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ltat_fast.data.decode import EXTENSIONS
+from ltat_fast.errors import UserError
+
+TINY_CLASSES = 200
+
+
+@dataclass(frozen=True)
+class Split:
+    paths: list[Path]
+    labels: list[int]
+
+
+@dataclass(frozen=True)
+class Tree:
+    root: Path
+    class_names: tuple[str, ...]
+    train: Split
+    test: Split
+
+
+def scan_image_folder(root: Path, report: Callable[[str], None] = lambda line: None) -> Tree:
+    """``train/<class>/**`` and ``test/<class>/**`` (or ``val/``, when there is no ``test/``), classes sorted by name.
+
+    Files whose extension is not an image's are left out and reported; hidden ones are left out silently. Folders
+    within a class are searched too; links to folders are not followed below the class folder.
+
+    Raises:
+        UserError: a missing split; fewer than two classes; other classes in one split than in the other; names that
+            differ in case alone; a class without an image.
+    """
+    train_root = root / "train"
+    test_root = next((root / name for name in ("test", "val") if (root / name).is_dir()), root / "test")
+    for split in (train_root, test_root):
+        if not split.is_dir():
+            raise UserError(
+                f"{root} is no image folder: {split} is missing (expected train/<class>/* and test/<class>/*)"
+            )
+    folders = {split: _class_folders(split) for split in (train_root, test_root)}
+    for split, other in ((train_root, test_root), (test_root, train_root)):
+        if alone := sorted(folders[split].keys() - folders[other].keys()):
+            raise UserError(f"class {alone[0]!r} is in {split} but not in {other}")
+    names = tuple(sorted(folders[train_root]))
+    if len(names) < 2:
+        raise UserError(f"{train_root} holds {len(names)} class folders; at least two are needed")
+    return Tree(root, names, *(_split(split, [folders[split][name] for name in names], report) for split in folders))
+
+
+def scan_tiny_imagenet(root: Path, report: Callable[[str], None] = lambda line: None) -> Tree:
+    """The official tree: ``train/<wnid>/images/*``, ``val/images/*`` with ``val/val_annotations.txt``, ``wnids.txt``.
+
+    Labels follow the sorted WordNet ids. The validation images, the only labelled ones kept apart, are the test set.
+    A ``wnids.txt`` that differs from the folders is reported, not refused.
+
+    Raises:
+        UserError: a missing part, not 200 classes, or images and annotations that do not match.
+    """
+    names = tuple(sorted(_class_folders(root / "train")))
+    if len(names) != TINY_CLASSES:
+        raise UserError(f"{root / 'train'} holds {len(names)} class folders; Tiny-ImageNet has {TINY_CLASSES}")
+    listed = set(_read_lines(root / "wnids.txt"))
+    if listed != set(names):  # copies with a shortened list are about
+        report(
+            f"{root / 'wnids.txt'} lists {len(listed)} classes; going by the {TINY_CLASSES} folders of train/ instead"
+        )
+    label_of = {name: label for label, name in enumerate(names)}
+    annotations = root / "val" / "val_annotations.txt"
+    test: dict[str, int] = {}
+    for line in _read_lines(annotations):
+        file, _, rest = line.partition("\t")
+        wnid = rest.partition("\t")[0]
+        if wnid not in label_of:
+            raise UserError(f"{annotations} gives {file} the class {wnid!r}, which has no folder in train/")
+        test[file] = label_of[wnid]
+    images, _ = _image_files(root / "val" / "images")
+    if unmatched := sorted({path.name for path in images} ^ test.keys()):
+        raise UserError(f"{annotations} and {root / 'val' / 'images'} do not match, first at {unmatched[0]}")
+    if missing := set(label_of.values()) - set(test.values()):
+        raise UserError(f"{annotations} names no image of class {names[min(missing)]}")
+    train = _split(root / "train", [root / "train" / name / "images" for name in names], report)
+    return Tree(root, names, train, Split(images, [test[path.name] for path in images]))
+
+
+def _split(root: Path, folders: list[Path], report: Callable[[str], None]) -> Split:
+    """The images of each class folder, labelled by its position in the list."""
+    paths, labels, left_out = [], [], []
+    for label, folder in enumerate(folders):
+        images, others = _image_files(folder)
+        if not images:
+            raise UserError(f"class folder {folder} holds no image")
+        paths += images
+        labels += [label] * len(images)
+        left_out += others
+    if left_out:
+        report(f"{root}: left out {len(left_out):,} files that are no images, such as {left_out[0]}")
+    return Split(paths, labels)
+
+
+def _class_folders(root: Path) -> dict[str, Path]:
+    """Folders by name, in the composed Unicode form: some file systems hand back the decomposed one."""
+    if not root.is_dir():
+        raise UserError(f"{root} is missing")
+    folders: dict[str, Path] = {}
+    folded: dict[str, Path] = {}
+    for path in sorted(root.iterdir()):
+        if path.is_dir() and not path.name.startswith("."):
+            name = unicodedata.normalize("NFC", path.name)
+            twin = folded.setdefault(name.casefold(), path)
+            if twin is not path:
+                raise UserError(f"class folders {twin} and {path} differ in case or Unicode form alone; rename one")
+            folders[name] = path
+    return folders
+
+
+def _image_files(folder: Path) -> tuple[list[Path], list[Path]]:
+    """(images, other visible files) below ``folder``, each sorted by path."""
+    images, others = [], []
+    for directory, subfolders, files in os.walk(folder):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        for name in files:
+            if not name.startswith("."):
+                extension = os.path.splitext(name)[1].lower()
+                (images if extension in EXTENSIONS else others).append(os.path.join(directory, name))
+    return [Path(path) for path in sorted(images)], [Path(path) for path in sorted(others)]
+
+
+def _read_lines(path: Path) -> list[str]:
+    try:
+        return [line for line in path.read_text("utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error

@@ -1,0 +1,1 @@
+"""What turns a method into a trained model: the step, its schedule, checkpoints, evaluation, the record of a run."""

@@ -1,0 +1,118 @@
+"""Safetensors files that are whole or not there: weights, and the state a run resumes from.
+
+``best.safetensors`` and ``last.safetensors`` hold a model's ``state_dict`` under its own names, for anyone to load.
+``resume.safetensors`` holds weights, optimizer and the place in the run in one file, so that there is no moment at
+which two files disagree. Nothing here is pickle.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialise
+from torch import Tensor, nn
+
+from ltat_fast.errors import UserError
+
+
+def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    digest.update(json.dumps(metadata, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def write(path: Path, tensors: dict[str, Tensor], metadata: dict) -> None:
+    """Write ``tensors`` and JSON-able ``metadata`` to ``path``: after a crash it holds the old file or the new one."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    card = {"ltat_fast": json.dumps(metadata)}
+    card["sha256"] = _digest(tensors, metadata)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(serialise(tensors, metadata=card))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """Tensors and metadata of a file written by :func:`write`, or of any safetensors file (metadata then is empty).
+
+    Raises UserError if it is missing, not safetensors, cut short or changed since it was written.
+    """
+    if not path.is_file():
+        raise UserError(f"there is no checkpoint {path}")
+    if path.suffix != ".safetensors":
+        raise UserError(f"{path} is not a .safetensors file; other formats can run code when loaded and are refused")
+    try:
+        with safe_open(path, framework="pt") as file:
+            card = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        metadata = json.loads(card.get("ltat_fast", "{}"))
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} is damaged and cannot be read ({error})") from None
+    if "sha256" in card and card["sha256"] != _digest(tensors, metadata):
+        raise UserError(f"{path} is damaged: its content does not match its checksum")
+    return tensors, metadata
+
+
+def load_weights(model: nn.Module, tensors: dict[str, Tensor], source: Path, arch: str) -> None:
+    """Load weights strictly; a checkpoint that does not fit raises UserError with the first differences."""
+    own = model.state_dict()
+    missing = [name for name in own if name not in tensors]
+    unknown = [name for name in tensors if name not in own]
+    shapes = [
+        f"{name} is {tuple(tensors[name].shape)}, not {tuple(own[name].shape)}"
+        for name in own
+        if name in tensors and tensors[name].shape != own[name].shape
+    ]
+    problems = [f"lacks {missing[0]} ({len(missing)} missing)"] if missing else []
+    problems += [f"has {unknown[0]}, unknown to it ({len(unknown)} more than it has)"] if unknown else []
+    problems += shapes[:1]
+    if problems:
+        raise UserError(f"{source} does not fit {arch}: " + "; ".join(problems))
+    model.load_state_dict(tensors)
+
+
+@dataclass
+class Progress:
+    """Where a stage is. ``epoch`` epochs and ``step`` steps of the next one are done."""
+
+    epoch: int = 0
+    step: int = 0
+    finished: bool = False
+    best: dict = field(default_factory=dict)
+    sums: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+def save_state(path: Path, model: nn.Module, optimizer: torch.optim.SGD, progress: Progress) -> None:
+    """Everything a bit-exact continuation needs; random streams are functions of the place and need no storing."""
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    for name, parameter in model.named_parameters():
+        buffer = optimizer.state[parameter].get("momentum_buffer")
+        if buffer is not None:
+            tensors[f"momentum.{name}"] = buffer
+    write(path, tensors, vars(progress))
+
+
+def load_state(path: Path, model: nn.Module, optimizer: torch.optim.SGD, arch: str) -> Progress:
+    """The inverse of :func:`save_state`, in place."""
+    tensors, metadata = read(path)
+    weights = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
+    load_weights(model, weights, path, arch)
+    for name, parameter in model.named_parameters():
+        if (buffer := tensors.get(f"momentum.{name}")) is not None:
+            optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(buffer)
+    return Progress(**metadata)

@@ -1,0 +1,169 @@
+"""The whole run in order: data, teacher, student, evaluation, table."""
+
+import functools
+import json
+
+import numpy as np
+from torch import nn
+
+from ltat_fast import config as configuration
+from ltat_fast import seeding
+from ltat_fast.attacks import AttackConfig
+from ltat_fast.attacks.evaluation import parse_attacks
+from ltat_fast.config import Config, ratio
+from ltat_fast.data import DeviceLoader
+from ltat_fast.engine import log, run, tables
+from ltat_fast.engine.device import Hardware, make_deterministic
+from ltat_fast.engine.evaluation import evaluate
+from ltat_fast.engine.fit import Stage, fit
+from ltat_fast.engine.run import Images, RunData
+from ltat_fast.engine.schedule import first_drop
+from ltat_fast.engine.step import frozen_for_attack
+from ltat_fast.methods import METHODS, Method, Setting
+
+
+def train(config: Config, method: Method, hardware: Hardware) -> None:
+    """Train and evaluate ``config`` into its run folder, from wherever that folder says it is."""
+    if config.deterministic:
+        make_deterministic()
+    run_dir = config.run_dir
+    if config.teacher is not None:
+        run.weights_in(config.teacher)  # before any long work
+    data = run.load_data(config, hardware.device)
+    environment = run.environment(hardware, data)
+    log.write_json(run_dir / "config.json", configuration.to_json(config, method))
+    log.write_json(run_dir / "env.json", environment)
+    log.say(f"{hardware.device.type}, {environment['precision']} ({hardware.why}); seed {config.seed}; run {run_dir}")
+    log.say("ops: " + ", ".join(f"{op}: {backend}" for op, backend in environment["ops"].items()))
+
+    teacher = None
+    if method.teacher == "balanced":
+        teacher = frozen_for_attack(get_teacher(config, data, hardware), hardware)
+    method.setup(Setting(class_counts=run.counts_tensor(data, hardware.device), teacher=teacher))
+    train_student(config, method, data, hardware)
+    final_evaluation(config, data, hardware)
+    log.say(tables.render([run_dir]))
+
+
+def get_teacher(config: Config, data: RunData, hardware: Hardware) -> nn.Module:
+    """The balanced self-teacher: the one given, the one this run has already trained, or a new one."""
+    if config.teacher is not None:
+        path = run.weights_in(config.teacher)
+        log.say(f"teacher: {path}")
+        return run.load_model(path, hardware.device, config.arch, data)
+
+    method = METHODS["pgd-at"]()
+    stage = _stage(config, "teacher", method, data, hardware, indices=run.balanced_indices(config, data))
+    fit(stage, hardware)
+    scores = stage.folder / "eval.json"
+    if not scores.exists():
+        log.say("teacher on the test set:")
+        log.write_json(scores, {"last": _evaluate(config, data, data.test, stage.model, ["clean", "pgd20"], log.say)})
+    return stage.model
+
+
+def train_student(config: Config, method: Method, data: RunData, hardware: Hardware) -> None:
+    stage = _stage(config, "student", method, data, hardware)
+    name = "test" if config.select_on == "test" else "heldout"
+
+    def scores(model: nn.Module) -> dict[str, float]:
+        result = _evaluate(config, data, data.select, model, ["clean", "pgd20"])
+        flat = {"clean": result["clean"]["all"], "pgd20": result["pgd20"]["all"]}
+        flat |= {"tail_clean": result["clean"]["tail"], "tail_pgd20": result["pgd20"]["tail"]}
+        return {f"{name}_{key}": value for key, value in flat.items() if value is not None}
+
+    dropped = first_drop(config.epochs)
+    stage.evaluate, stage.select_by = scores, f"{name}_pgd20"
+    stage.evaluate_when = lambda epoch: epoch >= dropped or (epoch + 1) % config.eval_every == 0
+    fit(stage, hardware)
+
+
+def final_evaluation(config: Config, data: RunData, hardware: Hardware) -> None:
+    """RUN/eval.json: the attacks of ``config`` on the best and the last weights. What is already there is kept."""
+    for which in ("best", "last"):
+        evaluate_checkpoint(config, data, hardware, which, parse_attacks(config.eval_attacks))
+
+
+def evaluate_checkpoint(
+    config: Config, data: RunData, hardware: Hardware, which: str, attacks: list[str], again: bool = False
+) -> None:
+    """Evaluate weights ``which`` ("best" or "last") and merge the result into RUN/eval.json, attack by attack.
+
+    An attack that is there for these very weights and as many images is not run again, unless ``again``.
+    """
+    file = config.run_dir / "eval.json"
+    weights = run.weights_in(config.run_dir, which)
+    digest = run.weights_digest(weights)
+    results = json.loads(file.read_text()) if file.exists() else {}
+    model = None
+    for attack in attacks:
+        limit = _limits(config).get(attack, config.limit_eval) or len(data.test)
+        asked = {"weights": digest, "images": min(limit, len(data.test)), "eps": config.eps}
+        # "best" is often "last": the same weights are not attacked twice.
+        known = [results.get(which, {}).get(attack), *(entry.get(attack) for entry in results.values())]
+        result = next((r for r in known if r and not again and asked.items() <= r.items()), None)
+        if result is None:
+            if model is None:
+                model = run.load_model(weights, hardware.device, config.arch, data)
+                log.say(f"{which}, on the test set:")
+            result = _evaluate(config, data, data.test, model, [attack], log.say)[attack] | asked
+        results.setdefault(which, {})[attack] = result
+        log.write_json(file, results)
+
+
+def _limits(config: Config) -> dict[str, int | None]:
+    return {"default": config.limit_eval, "autoattack": config.limit_autoattack or config.limit_eval}
+
+
+def _evaluate(config: Config, data: RunData, images: Images, model, attacks, say=lambda text: None) -> dict:
+    return evaluate(
+        model,
+        images.images,
+        images.labels,
+        attacks,
+        data.groups,
+        data.num_classes,
+        ratio(config.eps),
+        batch_size=config.eval_batch_size,
+        limits=_limits(config),
+        say=say,
+    )
+
+
+def _stage(
+    config: Config, name: str, method: Method, data: RunData, hardware: Hardware, indices: np.ndarray | None = None
+) -> Stage:
+    """The teacher's or the student's stage, as ``config`` has it."""
+    is_teacher = name == "teacher"
+    folder = config.run_dir / "teacher" if is_teacher else config.run_dir
+    loader = DeviceLoader(
+        data.train.images,
+        data.train.labels,
+        batch_size=config.teacher_batch_size if is_teacher else config.batch_size,
+        seed=seeding.stream_seed(config.seed, name, "data"),
+        pad=data.pad,
+        flip=data.flip,
+        augment=config.augment,
+        device=hardware.device,
+        indices=indices,
+    )
+    # Seeded apart: teacher and student do not start from the same weights.
+    model = run.new_model(config.arch, data, hardware.device, seeding.stream_seed(config.seed, name, "weights"))
+    return Stage(
+        name=name,
+        folder=folder,
+        model=model,
+        arch=config.arch,
+        method=method,
+        loader=loader,
+        attack=AttackConfig(ratio(config.eps), ratio(config.step_size), config.attack_steps, method.noise),
+        epochs=config.teacher_epochs if is_teacher else config.epochs,
+        lr=config.lr,
+        lr_schedule=config.lr_schedule,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        seed=config.seed,
+        card=functools.partial(run.model_card, config, data, config.arch, method.name),
+        max_steps=config.max_steps,
+        save_minutes=config.save_minutes,
+    )

@@ -1,0 +1,193 @@
+"""What a run is made of: its images, its network, its folder. Shared by train, evaluate and report."""
+
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from ltat_fast import __version__
+from ltat_fast.config import Config
+from ltat_fast.data import load_dataset, longtail
+from ltat_fast.engine import checkpoint, log
+from ltat_fast.engine.device import Hardware
+from ltat_fast.errors import UserError
+from ltat_fast.models import build_model
+from ltat_fast.ops import backend_info
+
+
+@dataclass
+class Images:
+    """uint8 images ``(N, C, H, W)`` and int64 labels ``(N,)`` on the training device."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass
+class RunData:
+    """The images of a run. counts: training images a class, after holding out. select: what picks the best epoch."""
+
+    train: Images
+    test: Images
+    select: Images
+    counts: list[int]
+    groups: dict[str, list[int]]
+    class_names: tuple[str, ...]
+    index_hash: str
+    pad: int
+    flip: bool
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.counts)
+
+    @property
+    def in_channels(self) -> int:
+        return self.train.images.shape[1]
+
+
+def load_data(config: Config, device: torch.device) -> RunData:
+    """Read, cut to the long tail, put on the device, and say what was found."""
+    dataset = load_dataset(config.dataset, config.data_dir, image_size=config.image_size, report=log.say)
+    tailed = longtail.make_long_tailed(dataset, config.imbalance_ratio)
+    test = Images(_to(dataset.test.images, device), _to(dataset.test.labels, device))
+    images, labels = tailed.images, tailed.labels
+    select = test
+    if config.select_on == "heldout":
+        kept, held = longtail.holdout_split(labels, np.arange(len(labels)), config.heldout)
+        if len(held) == 0:
+            raise UserError(f"--select-on heldout: {config.heldout:g} of each class holds out no image at all")
+        select = Images(_to(images[held], device), _to(labels[held], device))
+        images, labels = images[kept], labels[kept]
+    counts = np.bincount(labels, minlength=len(tailed.class_names)).tolist()
+    log.say(
+        f"{config.dataset}: {len(labels):,} training images in {len(counts)} classes "
+        f"({max(counts)} to {min(counts)} a class), index hash {tailed.index_hash}; {len(test):,} test images"
+        + (f"; {len(select):,} held out to select on" if select is not test else "")
+    )
+    return RunData(
+        Images(_to(images, device), _to(labels, device)),
+        test,
+        select,
+        counts,
+        tailed.groups,
+        tailed.class_names,
+        tailed.index_hash,
+        dataset.pad,
+        dataset.flip,
+    )
+
+
+def _to(array: np.ndarray, device: torch.device) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+
+
+def balanced_indices(config: Config, data: RunData) -> np.ndarray:
+    """The teacher's class-balanced re-sampling of the training images: gamma * (smallest class) images a class."""
+    largest, smallest = max(data.counts), min(data.counts)
+    gamma = config.gamma or max(1.0, largest / smallest / 2)
+    per_class = max(1, round(gamma * smallest))
+    log.say(f"teacher's balanced set: {per_class} images a class, {per_class * data.num_classes:,} in all")
+    return longtail.balanced_indices(data.train.labels.cpu().numpy(), per_class)
+
+
+def new_model(arch: str, data: RunData, device: torch.device, seed: int) -> nn.Module:
+    """A network with weights that are a function of ``seed`` alone; the global generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = build_model(arch, data.num_classes, in_channels=data.in_channels)
+    return model.to(device)
+
+
+def model_card(config: Config, data: RunData, arch: str, method: str, epoch: int) -> dict:
+    """What a weights file says of itself."""
+    return {
+        "arch": arch,
+        "num_classes": data.num_classes,
+        "in_channels": data.in_channels,
+        "class_names": list(data.class_names),
+        "dataset": config.dataset,
+        "imbalance_ratio": config.imbalance_ratio,
+        "method": method,
+        "eps": config.eps,
+        "epoch": epoch,
+        "version": __version__,
+    }
+
+
+def load_model(path: Path, device: torch.device, arch: str, data: RunData) -> nn.Module:
+    """The network in a weights file; ``arch`` is used where the file does not say its own."""
+    tensors, card = checkpoint.read(path)
+    arch = card.get("arch", arch)
+    if card.get("num_classes", data.num_classes) != data.num_classes:
+        raise UserError(f"{path} knows {card['num_classes']} classes, the data has {data.num_classes}")
+    if card.get("in_channels", data.in_channels) != data.in_channels:
+        raise UserError(f"{path} takes {card['in_channels']} channels, the images have {data.in_channels}")
+    model = build_model(arch, data.num_classes, in_channels=data.in_channels)
+    checkpoint.load_weights(model, tensors, path, arch)
+    return model.to(device)
+
+
+def weights_in(path: Path, which: str = "last") -> Path:
+    """The weights file meant by ``path``, a run folder or a file."""
+    file = path / "checkpoints" / f"{which}.safetensors" if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(f"{path} has no finished weights: {file} does not exist")
+    return file
+
+
+def weights_digest(path: Path) -> str:
+    """The checksum a weights file carries, to tell whether a result belongs to it."""
+    with safe_open(path, framework="pt") as file:
+        return (file.metadata() or {}).get("sha256", "")
+
+
+def counts_tensor(data: RunData, device: torch.device) -> Tensor:
+    return torch.tensor(data.counts, dtype=torch.int64, device=device)
+
+
+def environment(hardware: Hardware, data: RunData) -> dict:
+    """The content of RUN/env.json: what it would take to see the same numbers again."""
+    gpu = torch.cuda.get_device_name() if hardware.device.type == "cuda" else None
+    return {
+        "command": " ".join(sys.argv),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in ("ltat-fast", "torch", "torchvision", "triton", "numpy")},
+        "cuda": torch.version.cuda,
+        "gpu": gpu,
+        "machine": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "precision": str(hardware.dtype).removeprefix("torch."),
+        "ops": {op: backends[hardware.device.type] for op, backends in backend_info().items()},
+        "git": git_revision(),
+        "index_hash": data.index_hash,
+        "class_counts": data.counts,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def git_revision() -> str | None:
+    """The commit of the code that is running, with "+" if it was changed since; None outside a checkout."""
+    here = Path(__file__).resolve().parent
+    try:
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)
+        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True)
+    except OSError:
+        return None
+    return commit.stdout.strip() + ("+" if changed.stdout.strip() else "") if commit.returncode == 0 else None

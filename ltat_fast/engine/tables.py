@@ -1,0 +1,90 @@
+"""Runs as the paper's table: Clean, PGD, AA, T-Clean, T-PGD for best and last, mean and std over seeds."""
+
+import io
+import json
+from pathlib import Path
+from statistics import mean, stdev
+
+from rich.console import Console
+from rich.table import Table
+
+from ltat_fast.errors import UserError
+
+# heading, attack, group of classes
+COLUMNS = [
+    ("Clean", "clean", "all"),
+    ("PGD", "pgd20", "all"),
+    ("AA", "autoattack", "all"),
+    ("T-Clean", "clean", "tail"),
+    ("T-PGD", "pgd20", "tail"),
+]
+# Runs that differ in nothing but these are repetitions of one experiment.
+NOT_THE_EXPERIMENT = {"seed", "out", "data_dir", "teacher", "device", "resume", "eval_batch_size", "save_minutes"}
+
+
+def load_results(run_dir: Path) -> tuple[dict, dict]:
+    """config.json and eval.json of a run. Raises UserError if it has none yet."""
+    try:
+        return tuple(json.loads((run_dir / name).read_text()) for name in ("config.json", "eval.json"))
+    except FileNotFoundError as error:
+        raise UserError(f"{run_dir} has no results: {Path(error.filename).name} is not there") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"a result of {run_dir} cannot be read: {error}") from None
+
+
+def rows(run_dirs: list[Path]) -> list[dict]:
+    """One dict an experiment and checkpoint: its config, "checkpoint", "seeds", and a list of values a column."""
+    experiments: dict[str, list[tuple[dict, dict]]] = {}
+    for run_dir in run_dirs:
+        config, results = load_results(run_dir)
+        key = json.dumps({k: v for k, v in config.items() if k not in NOT_THE_EXPERIMENT}, sort_keys=True)
+        experiments.setdefault(key, []).append((config, results))
+    table = []
+    for runs in experiments.values():
+        for which in ("best", "last"):
+            scores = [results[which] for _, results in runs if which in results]
+            values = {
+                heading: [s[attack][group] for s in scores if s.get(attack, {}).get(group) is not None]
+                for heading, attack, group in COLUMNS
+            }
+            images = {s[attack]["images"] for s in scores for attack in ("clean", "autoattack") if attack in s}
+            config = runs[0][0]
+            table.append(
+                {"config": config, "checkpoint": which, "seeds": len(runs), "images": images, "values": values}
+            )
+    return table
+
+
+def cell(values: list[float]) -> str:
+    """ "38.85", over several seeds "38.85 ± 0.21", nothing measured "-"."""
+    if not values:
+        return "-"
+    return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
+
+
+def render(run_dirs: list[Path]) -> str:
+    """The table as text."""
+    table = Table(title=None)
+    for heading in ("method", "dataset", "IR", "arch", "checkpoint", "seeds", *(c[0] for c in COLUMNS)):
+        table.add_column(heading, justify="right" if heading in [c[0] for c in COLUMNS] else "left", no_wrap=True)
+    entries = rows(run_dirs)
+    for row in entries:
+        c = row["config"]
+        ir = "as found" if c["imbalance_ratio"] is None else f"{c['imbalance_ratio']:g}"
+        name = [c["method"], c["dataset"], ir, c["arch"], row["checkpoint"], str(row["seeds"])]
+        table.add_row(*name, *(cell(row["values"][heading]) for heading, _, _ in COLUMNS))
+    out = io.StringIO()
+    Console(file=out, width=140).print(table)
+    images = sorted(set().union(*(row["images"] for row in entries)))
+    return (
+        out.getvalue()
+        + f"Percent of {' or '.join(map(str, images))} test images; tail: see eval.json. "
+        + _note(entries)
+    )
+
+
+def _note(entries: list[dict]) -> str:
+    on = {row["config"]["select_on"] for row in entries}
+    if on == {"heldout"}:
+        return "Best epoch by PGD-20 on held-out training images."
+    return "Best epoch by PGD-20 on the test set, as in the published tables: optimistic; compare last too."

@@ -1,0 +1,56 @@
+"""What a training method is: hyper-parameters, what the attack ascends, what the student descends.
+
+A method is a dataclass. Its fields are its hyper-parameters and become command-line flags; :data:`ltat_fast.methods.
+METHODS` lists the classes. The engine owns everything else: data, attack loop, frozen twin, precision, compilation.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch.nn.functional as F
+from torch import Tensor
+
+Model = Callable[[Tensor], Tensor]
+
+
+@dataclass
+class Setting:
+    """What a method may know of the run it is in, handed to :meth:`Method.setup`.
+
+    class_counts: int64 ``(C,)`` on the training device, training images of each class.
+    teacher: frozen, images to float32 logits; None where the method asks for none.
+    """
+
+    class_counts: Tensor
+    teacher: Model | None = None
+
+
+@dataclass
+class Method:
+    """Base of all methods; as it stands, the attack ascends cross-entropy with hard labels."""
+
+    name: ClassVar[str]
+    noise: ClassVar[Literal["uniform", "gaussian"]] = "uniform"
+    teacher: ClassVar[Literal["none", "balanced"]] = "none"
+
+    def setup(self, setting: Setting) -> None:
+        """Called once before training starts."""
+        self.setting = setting
+
+    def target(self, frozen: Model, x: Tensor, y: Tensor) -> Tensor:
+        """What :meth:`objective` compares with, computed once a batch: labels here, clean predictions for TRADES."""
+        return y
+
+    def objective(self, x_adv: Tensor, logits: Tensor, target: Tensor) -> Tensor:
+        """What the attack ascends: a scalar, summed over the batch."""
+        return F.cross_entropy(logits, target, reduction="sum")
+
+    def loss(self, model: Model, x: Tensor, x_adv: Tensor, y: Tensor, progress: Tensor) -> tuple[Tensor, dict]:
+        """What the student descends.
+
+        model: the student in train mode. x, x_adv: ``(B, C, H, W)`` in [0, 1]. y: int64 ``(B,)``.
+        progress: 0-dim, epoch / epochs with the epoch counted from 1.
+        Returns the scalar loss and its named parts, detached 0-dim tensors, to be averaged over the epoch and logged.
+        """
+        raise NotImplementedError

@@ -1,0 +1,61 @@
+"""Train: the balanced self-teacher where the method wants one, then the student, then the paper's metrics.
+
+    python -m ltat_fast.train                                                  # digits, embedded, CPU, a minute
+    python -m ltat_fast.train --dataset tinyimagenet-lt --data-dir DIR         # the paper's Tiny-ImageNet-LT run
+    python -m ltat_fast.train --out RUN --resume                               # go on after an interruption
+
+Exit status: 0 done; 2 a flag, a path or the data is at fault; 3 the loss diverged; 75 interrupted, state saved.
+"""
+
+import sys
+
+from ltat_fast.config import Config, differences, load, parse_args
+from ltat_fast.errors import UserError, exit_on_user_error
+
+EXIT_DIVERGED, EXIT_INTERRUPTED = 3, 75
+
+
+@exit_on_user_error
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status."""
+    config, method = parse_args(argv)
+    prepare_run_dir(config, method)
+
+    from ltat_fast.engine import device, log, pipeline
+    from ltat_fast.engine.fit import Diverged, Interrupted
+
+    hardware = device.choose(config.device, config.precision)
+    try:
+        pipeline.train(config, method, hardware)
+    except Diverged as error:
+        print(f"ltat_fast: {error}", file=sys.stderr)
+        return EXIT_DIVERGED
+    except Interrupted as error:
+        log.say(f"{error}; go on with: python -m ltat_fast.train --out {config.run_dir} --resume")
+        return EXIT_INTERRUPTED
+    return 0
+
+
+def prepare_run_dir(config: Config, method) -> None:
+    """Make sure that this run may write into its folder. Raises UserError where it would overwrite another run."""
+    run_dir = config.run_dir
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UserError(f"--out {run_dir} is a file, not a folder")
+    used = run_dir.is_dir() and any(run_dir.iterdir())
+    if config.resume:
+        if not (run_dir / "config.json").exists():
+            raise UserError(f"nothing to resume: {run_dir} holds no run")
+        changed = differences(*load(run_dir), config, method)
+        if changed:
+            raise UserError(f"{run_dir} was started with other settings: {', '.join(changed)}")
+    elif used:
+        raise UserError(f"{run_dir} is not empty: add --resume to go on with it, or choose another --out")
+    else:
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot create the run folder {run_dir}: {error.strerror}") from None
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

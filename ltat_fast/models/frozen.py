@@ -128,7 +128,8 @@ class FrozenTwin(nn.Module):
             bias, scale, shift = zip(*self._biased, strict=True)
             torch._foreach_addcmul_(shift, bias, scale)
         for weight, scale, folded in self._scaled:
-            torch.mul(weight, scale, out=folded)  # foreach has no fused path for a broadcast
+            # One by one: foreach has no fused path for a broadcast. Not mul(out=): 5 times slower across dtypes on CPU.
+            folded.copy_(weight * scale)
         if self._copied:
             source, destination = zip(*self._copied, strict=True)
             torch._foreach_copy_(destination, source)

@@ -1,0 +1,41 @@
+# make demo | test | test-all | lint | clean      (each sets up .venv by itself, once)
+PYTHON ?= python3
+VENV   := .venv
+PY     := $(VENV)/bin/python
+PIP    := $(PY) -m pip --disable-pip-version-check install -q
+SOURCES := setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
+
+.PHONY: demo test test-all lint clean
+
+demo: $(VENV)/.built
+	$(PY) -m ltat_fast.demo
+
+test: $(VENV)/.built $(VENV)/.dev
+	$(PY) -m pytest -n 2 --dist loadgroup -m "not slow"
+
+test-all: $(VENV)/.built $(VENV)/.dev
+	$(PY) -m pytest -n 2 --dist loadgroup
+
+lint: $(VENV)/.dev
+	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "ltat-fast needs Python 3.10 or newer"'
+	$(PYTHON) -m venv $(VENV)
+
+# The pins first, then the package against exactly that torch. --no-deps: nothing but the pins is installed.
+$(VENV)/.requirements: requirements.txt | $(VENV)/bin/python
+	$(PIP) -r requirements.txt
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.requirements $(SOURCES)
+	$(PIP) --no-build-isolation --no-deps -e .
+	$(PY) -m ltat_fast.doctor --brief
+	@touch $@
+
+$(VENV)/.dev: requirements-dev.txt $(VENV)/.requirements
+	$(PIP) -r requirements-dev.txt
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info ltat_fast/*.so

@@ -1,0 +1,109 @@
+"""Doctor: what will run where on this machine, and why not something faster.
+
+python -m ltat_fast.doctor [--brief]
+"""
+
+import importlib
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import tyro
+from rich.table import Table
+
+from ltat_fast import __version__
+
+PACKAGES = (
+    "torch",
+    "triton",
+    "numpy",
+    "PIL",
+    "safetensors",
+    "sklearn",
+    "pyautoattack",
+    "tyro",
+    "rich",
+    "tensorboard",
+    "matplotlib",
+)
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What will run where on this machine, and why not something faster."""
+
+    brief: bool = False
+    """one line an op, nothing else"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints the report. Exit status 1 if the package cannot work here at all."""
+    arguments = tyro.cli(Arguments, prog="python -m ltat_fast.doctor", args=argv)
+    from ltat_fast.engine.log import console, say
+    from ltat_fast.ops import backend_info
+
+    if arguments.brief:
+        say("; ".join(f"{op}: {backends['cpu']}" for op, backends in backend_info().items()))
+        return 0
+    ok = True
+    table = Table("what", "state", show_lines=False)
+    for name, state, fine in [*_packages(), *_machine()]:
+        ok &= fine
+        table.add_row(name, state)
+    console.print(table)
+    ops = Table("op", "on the CPU", "on CUDA")
+    for op, backends in backend_info().items():
+        ops.add_row(op, backends["cpu"], backends["cuda"])
+    console.print(ops)
+    return 0 if ok else 1
+
+
+def _packages() -> Iterator[tuple[str, str, bool]]:
+    yield "ltat-fast", __version__, True
+    yield "python", f"{platform.python_version()} ({sys.executable})", sys.version_info >= (3, 10)
+    for name in PACKAGES:
+        try:
+            module = importlib.import_module(name)
+            yield name, str(getattr(module, "__version__", "installed")), True
+        except ImportError as error:
+            # Triton is for GPUs alone: without it the rest works.
+            yield name, f"missing: {error}", name == "triton"
+    try:
+        from ltat_fast._torchvision import torchvision
+
+        yield "torchvision", torchvision.__version__, True
+    except (ImportError, RuntimeError) as error:
+        yield "torchvision", f"does not load: {error}; it must be the release that belongs to this torch", False
+
+
+def _machine() -> Iterator[tuple[str, str, bool]]:
+    import torch
+
+    from ltat_fast import _ext
+    from ltat_fast.engine.device import choose, cpu_has_bf16
+
+    yield "CPU", f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}", True
+    yield "bf16 on the CPU", "in hardware" if cpu_has_bf16() else "emulated: --precision auto stays fp32", True
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        memory = torch.cuda.get_device_properties(0).total_memory / 2**30
+        yield (
+            "GPU",
+            f"{torch.cuda.get_device_name()}, sm_{major}{minor}, {memory:.0f} GiB, CUDA {torch.version.cuda}",
+            True,
+        )
+    else:
+        why = "this torch is a CPU build" if torch.version.cuda is None else "no usable device or driver"
+        yield "GPU", f"none: {why}", True
+    hardware = choose()
+    yield "training would use", f"{hardware.device.type}, {hardware.dtype} ({hardware.why})", True
+    compilers = {name: shutil.which(name) for name in (os.environ.get("CXX", "g++"), "nvcc", "ninja")}
+    yield "compilers", ", ".join(f"{name}: {path or 'not found'}" for name, path in compilers.items()), True
+    yield "C++ extension", "loaded" if _ext.HAS_EXT else f"not used: {_ext.WHY_NOT}", True
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

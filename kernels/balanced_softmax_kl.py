@@ -13,7 +13,8 @@ and makes a forward without gradient pay for one. At 128 x 10..200 both are laun
 Reductions "mean" and "sum" are a second launch over the row losses: a fixed order, so deterministic, which atomics are
 not, and free of the zeroed counter that a "last block reduces" scheme needs (another launch, or shared by streams).
 
-All in log-space and shifted by the row's maximum before it is scaled, so logits of +-1e4 lose nothing.
+All in log-space, and shifted by the row's maximum before anything scales or exponentiates, so logits of +-1e4 are as
+exact as small ones, but for the rounding of s + tau * log n that any fp32 code has.
 """
 
 import torch

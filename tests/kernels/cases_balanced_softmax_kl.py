@@ -1,0 +1,266 @@
+"""Value tests of kernels/balanced_softmax_kl.py: on CPU tensors under TRITON_INTERPRET=1, else on the GPU. Run by
+test_interpret.py."""
+
+import os
+
+import pytest
+import torch
+from ltat_fast.kernels import balanced_softmax_kl as kernels
+from torch.testing import assert_close
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+NAN, INF = float("nan"), float("inf")
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")  # numpy on inf and NaN
+# Several rows a program with a ragged last tile (2 to 200), one row a program (1000, 1271), several passes (10000).
+SHAPES = [(1, 2), (41, 2), (7, 10), (33, 10), (128, 100), (41, 200), (3, 1000), (2, 1271), (3, 10000)]
+# Rounding of the stored gradient (Triton's interpreter truncates to bf16, the GPU rounds to nearest); the loss and the
+# arithmetic are fp32 whatever the logits' dtype.
+GRAD_RTOL = {torch.float32: 1e-5, torch.bfloat16: 2**-7 if INTERPRETED else 2**-8, torch.float16: 2**-11}
+
+
+def log_prior(class_counts, tau):
+    return torch.zeros_like(class_counts, dtype=torch.float64) if tau == 0 else tau * class_counts.double().log()
+
+
+def reference_loss(s, y, counts, t, tau, kl_weight, temperature):
+    """Row losses in float64, from the definition."""
+    s = s.double()
+    log_q = torch.log_softmax(s + log_prior(counts, tau), dim=1)
+    loss = -log_q.gather(1, y[:, None])[:, 0]
+    if t is not None:
+        log_p = torch.log_softmax(t.double() / temperature, dim=1)
+        log_ratio = log_p - torch.log_softmax(s / temperature, dim=1)
+        loss = loss + kl_weight * torch.where(log_p.exp() > 0, log_p.exp() * log_ratio, 0.0).sum(1)
+    return loss
+
+
+def reference_grad(s, y, counts, t, tau, kl_weight, temperature):
+    """Gradient of each row's loss in float64, in closed form; checked against autograd below."""
+    s = s.double()
+    grad = torch.softmax(s + log_prior(counts, tau), dim=1)
+    grad = grad - torch.nn.functional.one_hot(y, s.shape[1])
+    if t is not None:
+        gap = torch.softmax(s / temperature, dim=1) - torch.softmax(t.double() / temperature, dim=1)
+        grad = grad + kl_weight / temperature * gap
+    return grad
+
+
+def long_tailed_counts(C, dtype=torch.float32):
+    return (500 * 0.1 ** (torch.arange(C) / max(C - 1, 1))).to(dtype).to(DEVICE)
+
+
+def case(B, C, dtype=torch.float32, spread=3.0, seed=0):
+    """(logits, labels, class counts, teacher logits)."""
+    g = torch.Generator().manual_seed(seed)
+    s, t = (spread * torch.randn(B, C, generator=g) for _ in range(2))
+    y = torch.randint(C, (B,), generator=g)
+    return s.to(DEVICE, dtype), y.to(DEVICE), long_tailed_counts(C), t.to(DEVICE, dtype)
+
+
+def forward(s, y, counts, t, tau=1.0, kl_weight=0.5, temperature=2.0, reduction="none"):
+    shape = (len(s),) if reduction == "none" else ()
+    loss = torch.full(shape, 123.0, device=DEVICE)
+    stats = torch.full((kernels.stats_rows(t), len(s)), 123.0, device=DEVICE)
+    kernels.launch_forward(s, y, counts, t, loss, stats, tau, kl_weight, temperature, reduction)
+    return loss, stats
+
+
+def backward(grad_loss, stats, s, y, counts, t, tau=1.0, kl_weight=0.5, temperature=2.0, reduction="none"):
+    grad = torch.full(s.shape, 123.0, dtype=s.dtype, device=DEVICE)
+    kernels.launch_backward(grad_loss, s, y, counts, t, stats, grad, tau, kl_weight, temperature, reduction)
+    return grad
+
+
+def check(s, y, counts, t, tau=1.0, kl_weight=0.5, temperature=2.0, reduction="none", atol=1e-6):
+    """Loss and gradient, with a random upstream gradient, against the references."""
+    args = (s, y, counts, t, tau, kl_weight, temperature)
+    rows, grad_rows = reference_loss(*args), reference_grad(*args)
+    shape = (len(s),) if reduction == "none" else ()
+    upstream = torch.randn(shape, generator=torch.Generator().manual_seed(9)).to(DEVICE)
+    loss, stats = forward(*args, reduction)
+    grad = backward(upstream, stats, *args, reduction)
+    if reduction == "none":
+        expected, expected_grad = rows, grad_rows * upstream[:, None]
+    else:
+        scale = 1 / len(s) if reduction == "mean" else 1
+        expected, expected_grad = rows.sum() * scale, grad_rows * upstream * scale
+    assert_close(loss.double(), expected, rtol=1e-5, atol=2 * atol)
+    assert grad.dtype == s.dtype
+    assert_close(grad.double(), expected_grad.double(), rtol=GRAD_RTOL[s.dtype], atol=atol)
+
+
+def test_reference_gradient_is_the_derivative_of_the_reference_loss():
+    s, y, counts, t = case(5, 7)
+    s = s.double().requires_grad_()
+    reference_loss(s, y, counts, t, 0.7, 0.3, 2.5).sum().backward()
+    assert_close(s.grad, reference_grad(s.detach(), y, counts, t, 0.7, 0.3, 2.5))
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_loss_and_gradient(shape, dtype, distilled):
+    s, y, counts, t = case(*shape, dtype)
+    check(s, y, counts, t if distilled else None)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("shape", [(1, 10), (41, 100), (2, 5000)], ids=str)
+def test_reductions(shape, reduction):
+    check(*case(*shape), reduction=reduction)
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize("kl_weight", [0.5, 3.0])
+@pytest.mark.parametrize("temperature", [0.25, 1.0, 4.0])
+def test_hyper_parameters(tau, kl_weight, temperature):
+    check(*case(9, 10), tau=tau, kl_weight=kl_weight, temperature=temperature)
+
+
+@pytest.mark.parametrize("columns", [16, 64, 256])
+def test_online_softmax_over_many_pieces(monkeypatch, columns):
+    """The same rows cut into 26, 7 and 2 pieces, rising so that every piece moves the running maximum, and falling."""
+    monkeypatch.setattr(kernels, "tile", lambda C: (4, columns, 4))
+    s, y, counts, t = case(3, 401)
+    rise = torch.linspace(0, 60, 401, device=DEVICE)
+    check(s, y, counts, t)
+    check(s + rise, y, counts, t + rise)
+    check(s - rise, y, counts, t - rise)
+    check(s + rise, y, counts, t - rise)
+
+
+@pytest.mark.parametrize("C", [10, 200, 10000])
+def test_extreme_logits(C):
+    """+-1e4, equal huge rows, and a common offset of 1e4 that must cancel."""
+    s, y, counts, t = case(6, C)
+    s[0], t[0] = 1e4 * s[0].sign(), 1e4 * t[0].sign()
+    s[1] = t[1] = 1e4 * t[1].sign()
+    s[2] = t[2].add_(1e4)
+    s[3], t[3] = -1e4, 1e4
+    s[4] += 1e4
+    check(s, y, counts, t, tau=0.0, temperature=1.0)
+    # The prior is added to the logit in fp32, whose spacing is 1e-3 at 1e4: as exact as plain fp32 torch.
+    check(s, y, counts, t, temperature=1.0, atol=1.5e-3)
+    loss, _ = forward(s, y, counts, t, kl_weight=1.0)
+    plain, _ = forward(s, y, counts, None)
+    assert_close(loss[1:4], plain[1:4], rtol=0, atol=1e-5)  # KL(p || p) = 0, and of two uniform rows too
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_masked_logits(dtype, monkeypatch):
+    """-inf for student and teacher on the same classes, the leading pieces among them; -inf for the teacher alone."""
+    monkeypatch.setattr(kernels, "tile", lambda C: (4, 16, 4))
+    s, y, counts, t = case(6, 100, dtype)
+    y[:] = 60
+    s[:, :40] = t[:, :40] = -INF
+    t[3:, 80:] = -INF
+    check(s, y, counts, t)
+
+
+def test_student_without_mass_where_the_teacher_has_some():
+    """KL is +inf, the gradient stays finite."""
+    s, y, counts, t = case(3, 100)
+    y[:] = 0
+    s[1, 50] = -INF
+    loss, stats = forward(s, y, counts, t)
+    assert loss.isinf().tolist() == [False, True, False]
+    grad = backward(torch.ones_like(loss), stats, s, y, counts, t)
+    assert_close(grad.double(), reference_grad(s, y, counts, t, 1.0, 0.5, 2.0), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("counts_dtype", [torch.float32, torch.int64, torch.int32], ids=str)
+def test_class_with_zero_count(counts_dtype):
+    """It drops out of the balanced softmax; labelled with it, a row costs +inf and keeps a finite gradient."""
+    s, y, _, t = case(8, 10)
+    counts = long_tailed_counts(10, counts_dtype)
+    counts[4] = 0
+    y[:] = torch.arange(8, device=DEVICE)
+    y[4] = 9
+    check(s, y, counts, t)
+    loss, stats = forward(s, y, counts, None)
+    assert (backward(torch.ones_like(loss), stats, s, y, counts, None)[:, 4] == 0).all()
+    assert_close(loss, forward(s, y, counts, None)[0])
+    y[4] = 4
+    loss, stats = forward(s, y, counts, None)
+    assert loss.isinf().tolist() == [i == 4 for i in range(8)]
+    grad = backward(torch.ones_like(loss), stats, s, y, counts, None)
+    assert_close(grad.double(), reference_grad(s, y, counts, None, 1.0, 0.0, 1.0), rtol=1e-5, atol=1e-6)
+    check(s, y, counts, t, tau=0.0)  # 0 * log 0 is no prior at all
+
+
+@pytest.mark.parametrize("wrong", [-1, 10, 2**40, -(2**63)])
+def test_label_out_of_range_poisons_its_row_only(wrong):
+    s, y, counts, t = case(5, 10)
+    good, good_stats = forward(s, y, counts, t)
+    good_grad = backward(torch.ones_like(good), good_stats, s, y, counts, t)
+    y[2] = wrong
+    loss, stats = forward(s, y, counts, t)
+    grad = backward(torch.ones_like(loss), stats, s, y, counts, t)
+    others = [0, 1, 3, 4]
+    assert loss[2].isnan()
+    assert grad[2].isnan().all()
+    assert torch.equal(loss[others], good[others])
+    assert torch.equal(grad[others], good_grad[others])
+
+
+def test_nan_and_fully_masked_rows_are_nan_as_in_torch():
+    s, y, counts, t = case(4, 10)
+    s[0, 3], s[1], t[2, 3] = NAN, -INF, NAN
+    loss, stats = forward(s, y, counts, t)
+    grad = backward(torch.ones_like(loss), stats, s, y, counts, t)
+    assert loss.isnan().tolist() == [True, True, True, False]
+    assert grad.isnan().all(dim=1).tolist() == [True, True, True, False]
+
+
+def test_row_strides_and_strided_upstream():
+    s, y, counts, t = case(9, 41)
+    wide_s, wide_t, wide_grad = (torch.full((9, 64), NAN, device=DEVICE) for _ in range(3))
+    wide_s[:, 5:46], wide_t[:, 2:43] = s, t
+    upstream = torch.randn(9, 3, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    view_s, view_t, view_grad = wide_s[:, 5:46], wide_t[:, 2:43], wide_grad[:, 1:42]
+    loss, stats = forward(view_s, y, counts, view_t)
+    assert torch.equal(loss, forward(s, y, counts, t)[0])
+    for grad_loss in (upstream[:, 1], torch.tensor(3.0, device=DEVICE).expand(9)):
+        kernels.launch_backward(grad_loss, view_s, y, counts, view_t, stats, view_grad, 1.0, 0.5, 2.0, "none")
+        expected = reference_grad(s, y, counts, t, 1.0, 0.5, 2.0) * grad_loss.double()[:, None]
+        assert_close(view_grad.double(), expected, rtol=1e-5, atol=1e-6)
+        assert wide_grad[:, 0].isnan().all()
+        assert wide_grad[:, 42:].isnan().all()
+
+
+def test_teacher_of_another_dtype():
+    s, y, counts, t = case(7, 100)
+    check(s, y, counts, t.bfloat16())
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter runs one program after the other")
+def test_repeats_give_the_same_bits():
+    s, y, counts, t = case(128, 100)
+    first = forward(s, y, counts, t, reduction="mean")
+    for _ in range(2):
+        again = forward(s, y, counts, t, reduction="mean")
+        assert torch.equal(first[0], again[0])
+        assert torch.equal(first[1], again[1])
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_empty_batch(reduction):
+    s, y, counts, t = case(0, 10)
+    loss, stats = forward(s, y, counts, t, reduction=reduction)
+    backward(loss, stats, s, y, counts, t, reduction=reduction)
+    if reduction == "mean":
+        assert loss.isnan()
+    else:
+        assert loss.sum() == 0
+
+
+@pytest.mark.parametrize("C", range(2, 12000, 97))
+def test_tile_covers_every_class_with_whole_warps(C):
+    rows, columns, warps = kernels.tile(C)
+    assert rows & (rows - 1) == 0
+    assert columns & (columns - 1) == 0
+    assert columns >= min(C, 4096)
+    assert rows * columns <= 4096
+    assert rows * columns <= 16 * 32 * warps

@@ -2,7 +2,7 @@
 
 One safetensors file holds the four arrays of a dataset. Its name is a hash of what went in (the names, sizes and
 modification times of the files, the labels, the options), so a changed tree misses the cache. It is written under a
-temporary name, synced and renamed, and a reader checks its key and a CRC-32 over every byte of data: what is
+temporary name, synced and renamed, and a reader checks its key and a CRC-32 over its header and all its data: what is
 half-written or damaged is decoded again.
 """
 
@@ -12,7 +12,7 @@ import json
 import os
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ from ltat_fast.data.folder import Split, Tree
 from ltat_fast.data.lock import exclusive
 from ltat_fast.errors import UserError
 
-FORMAT = "1"  # part of the key: raise it when decoding changes
+FORMAT = 1  # part of the key: raise it when what is decoded or written changes
 Arrays = dict[str, np.ndarray]
 _DTYPES = {"I64": np.dtype("<i8"), "U8": np.dtype("u1")}
 
@@ -67,7 +67,7 @@ def read_cache(path: Path, key: str) -> Arrays | None:
         body = 8 + int.from_bytes(data[:8].tobytes(), "little")
         header = json.loads(data[8:body].tobytes())
         metadata = header.pop("__metadata__")
-        if metadata["key"] != key or int(metadata["crc32"]) != zlib.crc32(data[body:]):
+        if metadata["key"] != key or int(metadata["crc32"]) != _crc32(header, [data[body:]]):
             return None
         return {
             name: data[body:][slice(*entry["data_offsets"])].view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
@@ -80,13 +80,12 @@ def read_cache(path: Path, key: str) -> Arrays | None:
 def write_cache(path: Path, key: str, arrays: Arrays) -> None:
     """Write ``arrays`` to ``path`` as a whole or not at all; the caller holds the lock of ``path``."""
     dtype_names = {dtype: name for name, dtype in _DTYPES.items()}
-    header, offset, crc = {}, 0, 0
+    header, offset = {}, 0
     for name, array in arrays.items():
         span = [offset, offset := offset + array.nbytes]
         header[name] = {"dtype": dtype_names[array.dtype], "shape": array.shape, "data_offsets": span}
-        crc = zlib.crc32(array, crc)
-    header["__metadata__"] = {"key": key, "crc32": str(crc)}
-    text = json.dumps(header).encode()
+    metadata = {"key": key, "crc32": str(_crc32(header, arrays.values()))}
+    text = json.dumps({"__metadata__": metadata, **header}).encode()
     text += b" " * (-len(text) % 8)  # so that the data, and with it every label, is aligned
     partial = path.with_suffix(".part")
     try:
@@ -100,6 +99,13 @@ def write_cache(path: Path, key: str, arrays: Arrays) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def _crc32(header: dict, data: Iterable[np.ndarray]) -> int:
+    crc = zlib.crc32(json.dumps(header, sort_keys=True).encode())
+    for block in data:
+        crc = zlib.crc32(block, crc)
+    return crc
 
 
 def user_cache() -> Path:

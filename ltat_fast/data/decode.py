@@ -15,7 +15,7 @@ EXTENSIONS = frozenset(
     (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm", ".pnm")
 )
 """A file without one of these is not taken for an image."""
-FORMATS = ("PNG", "JPEG", "MPO", "BMP", "GIF", "TIFF", "WEBP", "PPM")
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
 """What a file may hold, whatever its extension says."""
 MAX_PIXELS = 2**26
 """A larger picture is refused before its pixels are decoded: a few kilobytes can claim gigabytes."""

@@ -1,0 +1,41 @@
+"""Small image trees for the tests."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+
+def write_image(path: Path, value: int, size: int = 4, grey: bool = False) -> None:
+    """A flat image; ``value`` is all of its pixels."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shape = (size, size) if grey else (size, size, 3)
+    Image.fromarray(np.full(shape, value, np.uint8)).save(path, format="PNG")
+
+
+def write_folder(root: Path, counts: dict[str, tuple[int, int]], size: int = 4, test: str = "test") -> Path:
+    """``counts`` gives (training, test) images of each class; pixel values number the files of a split."""
+    for split, which in (("train", 0), (test, 1)):
+        value = 0
+        for name, count in counts.items():
+            for i in range(count[which]):
+                write_image(root / split / name / f"{i}.png", value, size)
+                value += 1
+    return root
+
+
+def write_tiny_imagenet(root: Path, train_images: int = 1) -> Path:
+    """The official tree with 200 classes, one validation image each in scrambled order, 8x8 pixels of value label."""
+    wnids = [f"n{10007 * (k + 1):08d}" for k in range(200)]
+    for label, wnid in enumerate(wnids):
+        for i in range(train_images):
+            write_image(root / "train" / wnid / "images" / f"{wnid}_{i}.JPEG", label, 8, grey=label % 7 == 0)
+        (root / "train" / wnid / f"{wnid}_boxes.txt").write_text("0 0 1 1\n")
+    lines = []
+    for i, label in enumerate(np.random.RandomState(1).permutation(200)):
+        write_image(root / "val" / "images" / f"val_{i}.JPEG", label, 8)
+        lines.append(f"val_{i}.JPEG\t{wnids[label]}\t0\t0\t62\t62\n")
+    (root / "val" / "val_annotations.txt").write_text("".join(lines))
+    (root / "wnids.txt").write_text("\n".join(reversed(wnids)))
+    (root / "words.txt").write_text("n00010007\tthing\n")
+    return root

@@ -1,0 +1,170 @@
+"""Pixels out of files of every awkward kind, against values worked out by hand."""
+
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ltat_fast.data.decode import MAX_PIXELS, decode_images, read_image
+from ltat_fast.errors import UserError
+
+RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
+
+
+def save(path, mode, pixels, **options):
+    """Write a one-row image."""
+    image = Image.new(mode, (len(pixels), 1))
+    image.putdata(pixels)
+    image.save(path, **options)
+    return path
+
+
+def row(path, **options):
+    return [tuple(pixel) for pixel in read_image(path, **options)[:, 0].T.tolist()]
+
+
+def test_rgb_grey_and_bilevel(tmp_path):
+    assert row(save(tmp_path / "a.png", "RGB", [RED, (1, 2, 3)])) == [RED, (1, 2, 3)]
+    assert row(save(tmp_path / "b.png", "L", [0, 77])) == [(0, 0, 0), (77, 77, 77)]
+    assert row(save(tmp_path / "c.png", "1", [0, 255])) == [(0, 0, 0), WHITE]
+
+
+def test_palette_with_and_without_transparency(tmp_path):
+    image = Image.new("P", (3, 1))
+    image.putpalette([*RED, *GREEN, *BLUE])
+    image.putdata([2, 0, 1])
+    image.save(tmp_path / "plain.png")
+    image.save(tmp_path / "holes.png", transparency=0)
+    assert row(tmp_path / "plain.png") == [BLUE, RED, GREEN]
+    assert row(tmp_path / "holes.png") == [BLUE, WHITE, GREEN]
+
+
+def test_alpha_shows_white(tmp_path):
+    assert row(save(tmp_path / "a.png", "RGBA", [(*RED, 255), (*RED, 0), (0, 0, 0, 51)])) == [RED, WHITE, (204,) * 3]
+    assert row(save(tmp_path / "b.png", "LA", [(10, 255), (10, 0)])) == [(10, 10, 10), WHITE]
+    assert row(save(tmp_path / "c.png", "RGB", [RED, GREEN], transparency=RED)) == [WHITE, GREEN]
+
+
+def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path):
+    grey = np.array([[0, 257, 32768, 65535]], np.uint16)
+    Image.fromarray(grey).save(tmp_path / "a.png")
+    Image.fromarray(grey).save(tmp_path / "a.tif")
+    for name in ("a.png", "a.tif"):
+        assert row(tmp_path / name) == [(0,) * 3, (1,) * 3, (128,) * 3, WHITE]
+
+
+def test_cmyk(tmp_path):
+    save(tmp_path / "a.tif", "CMYK", [(0, 0, 0, 0), (0, 255, 255, 0), (0, 0, 0, 255)])
+    assert row(tmp_path / "a.tif") == [WHITE, RED, (0, 0, 0)]
+    Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(tmp_path / "a.jpg", quality=95)
+    assert np.abs(read_image(tmp_path / "a.jpg")[:, 8, 8].astype(int) - RED).max() <= 3
+
+
+def test_first_frame_of_an_animation(tmp_path):
+    frames = [Image.new("RGB", (2, 2), colour) for colour in (GREEN, RED, BLUE)]
+    for name in ("a.gif", "a.webp", "a.png", "a.tif"):
+        lossless = {"lossless": True} if name == "a.webp" else {}
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], **lossless)
+        assert row(tmp_path / name) == [GREEN, GREEN]
+
+
+def test_camera_orientation_is_applied_and_a_broken_note_ignored(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn a quarter to the right to view
+    image = Image.new("RGB", (2, 1))
+    image.putdata([RED, BLUE])
+    image.save(tmp_path / "a.png", exif=exif)
+    assert read_image(tmp_path / "a.png")[:, :, 0].T.tolist() == [list(RED), list(BLUE)]
+    image.save(tmp_path / "b.png", exif=b"Exif\x00\x00nonsense")
+    assert row(tmp_path / "b.png") == [RED, BLUE]
+
+
+def test_the_content_decides_not_the_extension(tmp_path):
+    image = Image.new("RGB", (1, 1), GREEN)
+    image.save(tmp_path / "a.jpg", format="PNG")
+    assert row(tmp_path / "a.jpg") == [GREEN]
+
+
+def test_image_size_scales_the_shorter_side_and_cuts_the_centre(tmp_path):
+    wide = np.zeros((4, 12, 3), np.uint8)
+    wide[:, :4], wide[:, 4:8], wide[:, 8:] = RED, GREEN, BLUE
+    Image.fromarray(wide).save(tmp_path / "wide.png")
+    Image.fromarray(wide.transpose(1, 0, 2)).save(tmp_path / "tall.png")
+    for name in ("wide.png", "tall.png"):
+        assert (read_image(tmp_path / name, 4) == np.array(GREEN)[:, None, None]).all()
+        assert read_image(tmp_path / name, 9).shape == (3, 9, 9)
+    checks = np.indices((8, 8)).sum(0) % 2 * 255  # halving must average, not pick
+    Image.fromarray(checks.astype(np.uint8)).save(tmp_path / "checks.png")
+    assert np.abs(read_image(tmp_path / "checks.png", 4)[:, 1:-1, 1:-1].astype(int) - 128).max() <= 2
+    assert (read_image(save(tmp_path / "one.png", "RGB", [BLUE]), 5) == np.array(BLUE)[:, None, None]).all()
+
+
+def claims(path, width, height):
+    """A PNG whose header claims a size that no data follow."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b""))
+    return path
+
+
+def test_what_cannot_be_decoded_is_named(tmp_path):
+    whole = tmp_path / "whole.jpg"
+    Image.fromarray(np.random.RandomState(0).randint(0, 255, (32, 32, 3), np.uint8)).save(whole)
+    bad = {
+        "cut.jpg": whole.read_bytes()[: whole.stat().st_size // 2],
+        "empty.png": b"",
+        "text.png": b"this is no image",
+    }
+    for name, content in bad.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=rf"cannot decode .*{name}"):
+            read_image(tmp_path / name)
+    with pytest.raises(UserError, match=r"cannot decode .*missing.png"):
+        read_image(tmp_path / "missing.png")
+    for width, height in ((8193, 8192), (60000, 60000)):
+        with pytest.raises(UserError, match=r"cannot decode .*bomb.png"):
+            read_image(claims(tmp_path / "bomb.png", width, height))
+    assert MAX_PIXELS < 8193 * 8192
+    Image.fromarray(np.ones((1, 1), np.float32)).save(tmp_path / "float.tif")
+    with pytest.raises(UserError, match=r"float.tif: its pixels are floating-point"):
+        read_image(tmp_path / "float.tif")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
+def test_random_damage_gives_an_image_or_our_error(tmp_path):
+    """2,000 files with random bytes overwritten or cut off: never another exception, never another size."""
+    rng = np.random.RandomState(0)
+    image = Image.fromarray(rng.randint(0, 255, (8, 8, 3), np.uint8))
+    originals = []
+    for name in ("a.png", "a.jpg", "a.gif", "a.bmp", "a.tif", "a.webp", "a.ppm"):
+        image.save(tmp_path / name)
+        originals.append((tmp_path / name).read_bytes())
+    refused = 0
+    for trial in range(2000):
+        data = bytearray(originals[trial % len(originals)])
+        for _ in range(rng.randint(1, 6)):
+            data[rng.randint(len(data))] = rng.randint(256)
+        if rng.rand() < 0.3:
+            del data[rng.randint(1, len(data)) :]
+        (tmp_path / "damaged.png").write_bytes(data)
+        try:
+            assert read_image(tmp_path / "damaged.png", 8).shape == (3, 8, 8)
+        except UserError:
+            refused += 1
+    assert 500 < refused < 2000
+
+
+def test_many_images_keep_their_order_and_sizes_must_agree(tmp_path):
+    paths = [save(tmp_path / f"{i}.png", "L", [i % 256, i // 256]) for i in range(600)]
+    images = decode_images(paths, None)
+    assert images.shape == (600, 3, 1, 2)
+    assert [int(a) + 256 * int(b) for a, b in images[:, 0, 0]] == list(range(600))
+    odd = save(tmp_path / "odd.png", "L", [1, 2, 3])
+    with pytest.raises(UserError, match=r"0.png is 2x1, .*odd.png is 3x1; give --image-size"):
+        decode_images([*paths, odd], None)
+    assert decode_images([*paths, odd], 4).shape == (601, 3, 4, 4)

@@ -1,0 +1,338 @@
+"""The downloader against a server on this machine that cuts, lies and refuses."""
+
+import hashlib
+import io
+import pickle
+import tarfile
+import threading
+import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+from image_trees import write_tiny_imagenet
+from scipy.io import savemat
+
+from ltat_fast._torchvision import torchvision
+from ltat_fast.data import download, load_dataset, make_long_tailed, sources
+from ltat_fast.data.download import Archive, fetch, unpack
+from ltat_fast.errors import UserError
+
+
+class Server(ThreadingHTTPServer):
+    """Serves ``files``; the first answers stop after the numbers of bytes in ``cuts``."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files, self.cuts, self.ranges, self.honours_range = {}, [], [], True
+
+    def archive(self, name, content):
+        self.files["/" + name] = content
+        return Archive(f"http://127.0.0.1:{self.server_port}/{name}", hashlib.md5(content).hexdigest())
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        content = self.server.files.get(self.path)
+        asked = self.headers.get("Range")
+        self.server.ranges.append(asked)
+        if content is None:
+            self.send_error(404)
+            return
+        start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked and self.server.honours_range else 0
+        if start >= len(content) > 0:
+            self.send_error(416)
+            return
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(content) - start))
+        self.end_headers()
+        body = content[start:]
+        self.wfile.write(body[: self.server.cuts.pop(0)] if self.server.cuts else body)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setattr(download, "PAUSE", 0.0)
+    with Server() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+CONTENT = np.random.RandomState(0).bytes(100_000)
+
+
+def silent(line):
+    pass
+
+
+def test_download_and_second_call(server, tmp_path):
+    archive = server.archive("a.zip", CONTENT)
+    path = fetch(archive, tmp_path / "new" / "folder", True, silent)
+    assert path == tmp_path / "new" / "folder" / "a.zip"
+    assert path.read_bytes() == CONTENT
+    assert not path.with_name("a.zip.part").exists()
+    fetch(archive, path.parent, True, silent)
+    assert server.ranges == [None]  # the second call asked for nothing
+
+
+def test_a_cut_is_continued_where_it_happened(server, tmp_path):
+    archive = server.archive("a.zip", CONTENT)
+    server.cuts = [30_000, 20_000]
+    assert fetch(archive, tmp_path, True, silent).read_bytes() == CONTENT
+    assert server.ranges == [None, "bytes=30000-", "bytes=50000-"]
+
+
+def test_a_later_run_continues(server, tmp_path):
+    archive = server.archive("a.zip", CONTENT)
+    (tmp_path / "a.zip.part").write_bytes(CONTENT[:40_000])
+    assert fetch(archive, tmp_path, True, silent).read_bytes() == CONTENT
+    assert server.ranges == ["bytes=40000-"]
+    (tmp_path / "a.zip").rename(tmp_path / "a.zip.part")  # complete, but the run ended before it was checked
+    assert fetch(archive, tmp_path, True, silent).read_bytes() == CONTENT
+    assert server.ranges[1:] == ["bytes=100000-"]
+
+
+def test_a_server_without_ranges_starts_over(server, tmp_path):
+    archive = server.archive("a.zip", CONTENT)
+    server.honours_range = False
+    server.cuts = [30_000]
+    assert fetch(archive, tmp_path, True, silent).read_bytes() == CONTENT
+    assert server.ranges == [None, "bytes=30000-"]
+
+
+def test_wrong_bytes_are_refused_and_gone(server, tmp_path):
+    archive = Archive(server.archive("a.zip", CONTENT).url, "0" * 32)
+    with pytest.raises(UserError, match=rf"sent has md5 {hashlib.md5(CONTENT).hexdigest()}, expected {'0' * 32}"):
+        fetch(archive, tmp_path, True, silent)
+    assert not (tmp_path / "a.zip").exists()
+    assert not (tmp_path / "a.zip.part").exists()
+    (tmp_path / "a.zip.part").write_bytes(b"of another file")  # a stale part spoils one run, not the next
+    archive = server.archive("a.zip", CONTENT)
+    with pytest.raises(UserError, match="run again"):
+        fetch(archive, tmp_path, True, silent)
+    assert fetch(archive, tmp_path, True, silent).read_bytes() == CONTENT
+
+
+def test_a_damaged_archive_is_named_and_kept(server, tmp_path):
+    archive = server.archive("a.zip", CONTENT)
+    (tmp_path / "a.zip").write_bytes(CONTENT[:-1])
+    with pytest.raises(UserError, match=rf"a.zip is damaged: md5 \w+, expected {archive.md5}; delete it") as error:
+        fetch(archive, tmp_path, True, silent)
+    assert archive.url in str(error.value)
+    assert (tmp_path / "a.zip").exists()
+    assert server.ranges == []
+
+
+def test_what_cannot_be_had_says_what_to_do(server, tmp_path, monkeypatch):
+    archive = server.archive("a.zip", CONTENT)
+    by_hand = rf"download {archive.url} to .*a.zip by hand \(md5 {archive.md5}\)"
+    with pytest.raises(UserError, match=rf"a.zip is missing; {by_hand}"):
+        fetch(archive, tmp_path, False, silent)
+    assert server.ranges == []
+    server.files.clear()
+    with pytest.raises(UserError, match=rf"404.*{by_hand}"):
+        fetch(archive, tmp_path, True, silent)
+    assert len(server.ranges) == 1  # asking again would not help
+    nobody = Archive("http://127.0.0.1:9/a.zip", "0" * 32)
+    lines = []
+    with pytest.raises(UserError, match=r"cannot download http://127.0.0.1:9/a.zip .*by hand"):
+        fetch(nobody, tmp_path, True, lines.append)
+    assert len(lines) == download.ATTEMPTS - 1
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot read or write .*file/a.zip"):
+        fetch(archive, tmp_path / "file", True, silent)
+
+
+def test_a_silent_server_is_given_up(server, tmp_path, monkeypatch):
+    archive = server.archive("a.zip", CONTENT)
+    server.cuts = [10, 0, 0, 0, 0, 0]
+    with pytest.raises(UserError, match=r"the connection ended after 10 of 100,000 bytes"):
+        fetch(archive, tmp_path, True, silent)
+    assert (tmp_path / "a.zip.part").read_bytes() == CONTENT[:10]
+
+
+def zipped(path, members, mode=0o644):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            info = zipfile.ZipInfo(name)
+            info.external_attr = mode << 16
+            archive.writestr(info, content)
+    return path
+
+
+def test_unpack(tmp_path):
+    path = zipped(tmp_path / "a.zip", {"top/x/1.txt": "one", "top/2.txt": "two"})
+    (tmp_path / ".top.part").mkdir()  # of a run that was killed
+    (tmp_path / ".top.part" / "stale").write_text("")
+    assert unpack(path, tmp_path, "top", silent) == tmp_path / "top"
+    assert (tmp_path / "top" / "x" / "1.txt").read_text() == "one"
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a.zip", "top", "top.lock"]
+
+
+@pytest.mark.parametrize(
+    "name", ["../evil", "top/../../evil", "/tmp/evil", "other/evil", "top\\..\\..\\evil", "C:/evil", "topevil"]
+)
+def test_members_outside_are_refused(tmp_path, name):
+    path = zipped(
+        tmp_path / "in" / "a.zip" if (tmp_path / "in").mkdir() else tmp_path / "in" / "a.zip", {"top/a": "", name: "x"}
+    )
+    with pytest.raises(UserError, match=r"a.zip is refused: its member .*evil' does not lie in top/"):
+        unpack(path, tmp_path / "in", "top", silent)
+    assert {entry.name for entry in (tmp_path / "in").iterdir()} == {"a.zip", "top.lock"}
+    assert not (tmp_path / "evil").exists()
+
+
+def test_links_bombs_and_damage_are_refused(tmp_path, monkeypatch):
+    link = zipped(tmp_path / "link.zip", {"top/link": "/etc/passwd"}, mode=0o120777)
+    with pytest.raises(UserError, match=r"'top/link' is a link"):
+        unpack(link, tmp_path, "top", silent)
+    monkeypatch.setattr(download, "MAX_UNPACKED", 999)
+    with pytest.raises(UserError, match=r"claims to unpack to 1,000 bytes"):
+        unpack(zipped(tmp_path / "bomb.zip", {"top/zeros": bytes(1000)}), tmp_path, "top", silent)
+    sound = zipped(tmp_path / "sound.zip", {"top/a": bytes(range(200))}).read_bytes()
+    rng = np.random.RandomState(0)
+    refused = 0
+    for trial in range(300):
+        data = bytearray(sound)
+        data[rng.randint(len(data))] ^= 1 << rng.randint(8)
+        (tmp_path / "flipped.zip").write_bytes(data[: rng.randint(len(data))] if trial % 3 == 0 else data)
+        (tmp_path / "to").mkdir(exist_ok=True)
+        try:
+            unpack(tmp_path / "flipped.zip", tmp_path / "to", f"top{trial}" if trial % 2 else "top", silent)
+        except UserError:
+            refused += 1
+            assert not (tmp_path / "to" / "top").exists()
+        else:
+            (tmp_path / "to" / "top").rename(tmp_path / "to" / f"fine{trial}")
+    assert refused > 150
+
+
+def test_tiny_imagenet_from_the_network_to_arrays(server, tmp_path, monkeypatch):
+    """The zip, cut twice on its way, becomes the arrays; the next start needs no network."""
+    tree = write_tiny_imagenet(tmp_path / "made" / "tiny-imagenet-200", train_images=2)
+    members = {f"tiny-imagenet-200/{p.relative_to(tree)}": p.read_bytes() for p in tree.rglob("*") if p.is_file()}
+    content = zipped(tmp_path / "made" / "tiny.zip", members).read_bytes()
+    monkeypatch.setattr(sources, "TINY_IMAGENET", server.archive("tiny-imagenet-200.zip", content))
+    server.cuts = [len(content) // 3, len(content) // 3]
+    data_dir = tmp_path / "data"
+    with pytest.raises(UserError, match=r"tiny-imagenet-200.zip is missing; download .* by hand"):
+        load_dataset("tinyimagenet-lt", data_dir, download=False, report=silent)
+    first = load_dataset("tinyimagenet-lt", data_dir, report=silent)
+    assert np.array_equal(first.train.images[:, 0, 0, 0], first.train.labels)
+    assert np.array_equal(first.test.images[:, 1, 7, 7], first.test.labels)
+    assert len(server.ranges) == 3
+    second = load_dataset("tinyimagenet-lt", data_dir, download=False, report=silent)
+    assert np.array_equal(first.train.images, second.train.images)
+    with pytest.raises(UserError, match="tiny-imagenet-200.zip is damaged"):
+        (tmp_path / "other").mkdir()
+        (tmp_path / "other" / "tiny-imagenet-200.zip").write_bytes(content[:-9])
+        load_dataset("tinyimagenet-lt", tmp_path / "other", report=silent)
+
+
+def cifar_tar(folder, batches, meta):
+    """A tar.gz in CIFAR's layout: pickled dictionaries of rows of 3072 bytes."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        for name, entry in {**batches, **meta}.items():
+            data = pickle.dumps(entry)
+            info = tarfile.TarInfo(f"{folder}/{name}")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def md5_of(entry):
+    return hashlib.md5(pickle.dumps(entry)).hexdigest()
+
+
+def test_cifar10(server, tmp_path, monkeypatch):
+    rng = np.random.RandomState(0)
+    batches = {}
+    for name, count in (("data_batch_1", 40), ("data_batch_2", 20), ("test_batch", 20)):
+        labels = rng.permutation(np.arange(count) % 10).tolist()
+        batches[name] = {"data": rng.randint(0, 256, (count, 3072)).astype(np.uint8), "labels": labels}
+    meta = {"batches.meta": {"label_names": list("abcdefghij")}}
+    archive = server.archive("cifar-10-python.tar.gz", cifar_tar("cifar-10-batches-py", batches, meta))
+    cifar = torchvision.datasets.CIFAR10
+    monkeypatch.setattr(cifar, "url", archive.url)
+    monkeypatch.setattr(cifar, "tgz_md5", archive.md5)
+    monkeypatch.setattr(
+        cifar, "train_list", [[name, md5_of(batches[name])] for name in ("data_batch_1", "data_batch_2")]
+    )
+    monkeypatch.setattr(cifar, "test_list", [["test_batch", md5_of(batches["test_batch"])]])
+    monkeypatch.setattr(cifar, "meta", {**cifar.meta, "md5": md5_of(meta["batches.meta"])})
+    server.cuts = [1000]
+
+    with pytest.raises(UserError, match=r"cifar-10-python.tar.gz is missing; download http.*md5"):
+        load_dataset("cifar10-lt", tmp_path, download=False, report=silent)
+    for download_allowed in (True, False):
+        dataset = load_dataset("cifar10-lt", tmp_path, download=download_allowed, report=silent)
+        assert server.ranges == [None, "bytes=1000-"]
+        expected = np.concatenate([batches["data_batch_1"]["data"], batches["data_batch_2"]["data"]])
+        assert np.array_equal(dataset.train.images, expected.reshape(-1, 3, 32, 32))
+        assert dataset.train.labels.tolist() == batches["data_batch_1"]["labels"] + batches["data_batch_2"]["labels"]
+        assert np.array_equal(dataset.test.images, batches["test_batch"]["data"].reshape(-1, 3, 32, 32))
+        assert dataset.train.class_names == tuple("abcdefghij")
+        assert (dataset.n_max, dataset.pad, dataset.flip) == (5000, 4, True)
+    with pytest.raises(UserError, match="32x32"):
+        load_dataset("cifar10-lt", tmp_path, image_size=64)
+    (tmp_path / "cifar-10-batches-py" / "test_batch").write_bytes(b"damaged")  # unpacked afresh from the archive
+    assert np.array_equal(load_dataset("cifar10-lt", tmp_path, report=silent).test.images, dataset.test.images)
+
+
+def test_cifar100(server, tmp_path, monkeypatch):
+    rng = np.random.RandomState(0)
+    batches = {
+        name: {"data": rng.randint(0, 256, (200, 3072)).astype(np.uint8), "fine_labels": rng.permutation(200) % 100}
+        for name in ("train", "test")
+    }
+    batches = {name: {**batch, "fine_labels": batch["fine_labels"].tolist()} for name, batch in batches.items()}
+    meta = {"meta": {"fine_label_names": [f"c{i}" for i in range(100)]}}
+    archive = server.archive("cifar-100-python.tar.gz", cifar_tar("cifar-100-python", batches, meta))
+    cifar = torchvision.datasets.CIFAR100
+    monkeypatch.setattr(cifar, "url", archive.url)
+    monkeypatch.setattr(cifar, "tgz_md5", archive.md5)
+    monkeypatch.setattr(cifar, "train_list", [["train", md5_of(batches["train"])]])
+    monkeypatch.setattr(cifar, "test_list", [["test", md5_of(batches["test"])]])
+    monkeypatch.setattr(cifar, "meta", {**cifar.meta, "md5": md5_of(meta["meta"])})
+    dataset = load_dataset("cifar100-lt", tmp_path, report=silent)
+    assert dataset.train.labels.tolist() == batches["train"]["fine_labels"]
+    assert len(dataset.train.class_names) == 100
+    assert dataset.n_max == 500
+    assert make_long_tailed(dataset, None).counts == [2] * 100
+
+
+def test_svhn(server, tmp_path, monkeypatch):
+    rng = np.random.RandomState(0)
+    splits, arrays = {}, {}
+    for split, count in (("train", 30), ("test", 20)):
+        pixels = rng.randint(0, 256, (32, 32, 3, count)).astype(np.uint8)
+        labels = rng.permutation(np.arange(count) % 10 + 1)  # the files say 10 for the digit 0
+        buffer = io.BytesIO()
+        savemat(buffer, {"X": pixels, "y": labels[:, None]})
+        archive = server.archive(f"{split}_32x32.mat", buffer.getvalue())
+        splits[split] = [archive.url, archive.filename, archive.md5]
+        arrays[split] = pixels, labels % 10
+    monkeypatch.setattr(torchvision.datasets.SVHN, "split_list", splits)
+    with pytest.raises(UserError, match=r"train_32x32.mat is missing"):
+        load_dataset("svhn-lt", tmp_path, download=False, report=silent)
+    dataset = load_dataset("svhn-lt", tmp_path, report=silent)
+    for part, split in ((dataset.train, "train"), (dataset.test, "test")):
+        pixels, labels = arrays[split]
+        assert np.array_equal(part.images, pixels.transpose(3, 2, 0, 1))
+        assert np.array_equal(part.labels, labels)
+    assert (dataset.n_max, dataset.pad, dataset.flip) == (None, 4, False)
+
+
+def test_official_addresses():
+    """As published by the datasets' authors; the tests above replace them by a server of their own."""
+    assert (
+        Archive("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de")
+        == sources.TINY_IMAGENET
+    )
+    assert torchvision.datasets.CIFAR10.tgz_md5 == "c58f30108f718f92721af3b95e74349a"
+    assert torchvision.datasets.CIFAR100.tgz_md5 == "eb9058c3a382ffc7106e4002c42a8d85"

@@ -69,7 +69,7 @@ class Config:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 where the hardware has it; evaluation is always fp32"""
     compile: Literal["auto", "none", "step", "graph"] = "auto"
-    """how the training step runs"""
+    """how the step runs: eager (none), torch.compile (step) or one CUDA graph; auto: graph on a GPU, else eager"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is one"""
     seed: int = 0
@@ -171,6 +171,8 @@ def validate(config: Config) -> None:
         raise UserError(f"--heldout is a share between 0 and 1, not {config.heldout:g}")
     if config.image_size and config.dataset != "imagefolder-lt":
         raise UserError(f"--image-size is for imagefolder-lt; {config.dataset} has images of one size")
+    if config.compile == "graph" and config.device == "cpu":
+        raise UserError("--compile graph is a CUDA graph and needs a GPU; use step or none with --device cpu")
     if config.teacher is not None and METHODS[config.method].teacher == "none":
         raise UserError(f"--teacher is not used by --method {config.method}")
 

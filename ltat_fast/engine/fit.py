@@ -6,17 +6,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from ltat_fast import seeding
 from ltat_fast.attacks.pgd import AttackConfig
 from ltat_fast.data import DeviceLoader
 from ltat_fast.engine import checkpoint, log
+from ltat_fast.engine.backend import choose_backend
 from ltat_fast.engine.checkpoint import Progress
 from ltat_fast.engine.device import Hardware
 from ltat_fast.engine.schedule import learning_rate
-from ltat_fast.engine.step import TrainStep
+from ltat_fast.engine.step import TrainStep, make_optimizer
 from ltat_fast.methods import Method
 
 CHECK_EVERY = 50  # steps between looks at the device: for a loss that is not finite, and for the progress bar
@@ -57,6 +57,7 @@ class Stage:
     """epoch, from 0, to whether it is evaluated"""
     select_by: str = ""
     """which of the evaluated numbers picks the best epoch"""
+    backend: str = "auto"
     max_steps: int | None = None
     save_minutes: float = 10.0
 
@@ -70,10 +71,7 @@ def fit(stage: Stage, hardware: Hardware) -> Progress:
 
     Raises :class:`Diverged` and :class:`Interrupted`.
     """
-    lr = torch.tensor(stage.lr, device=hardware.device)
-    optimizer = torch.optim.SGD(
-        stage.model.parameters(), lr=lr, momentum=stage.momentum, weight_decay=stage.weight_decay, fused=True
-    )
+    optimizer = make_optimizer(stage.model, stage.lr, stage.momentum, stage.weight_decay)
     state_file = stage.checkpoints / "resume.safetensors"
     progress = Progress()
     if state_file.exists():
@@ -82,7 +80,11 @@ def fit(stage: Stage, hardware: Hardware) -> Progress:
             log.say(f"{stage.name}: already trained, {progress.epoch} epochs")
             return progress
         log.say(f"{stage.name}: goes on after epoch {progress.epoch}, step {progress.step}")
-    step = TrainStep(stage.model, stage.method, optimizer, stage.attack, hardware)
+    step = choose_backend(
+        stage.backend,
+        lambda backend: TrainStep(stage.model, stage.method, optimizer, stage.attack, hardware, backend),
+        *next(stage.loader.batches(progress.epoch)),
+    )
     record = log.StageLog(stage.folder, progress.epoch)
     try:
         with StopOnSignal() as stop:

@@ -18,7 +18,7 @@ from ltat_fast.engine.evaluation import evaluate
 from ltat_fast.engine.fit import Stage, fit
 from ltat_fast.engine.run import Images, RunData
 from ltat_fast.engine.schedule import first_drop
-from ltat_fast.engine.step import frozen_for_attack
+from ltat_fast.engine.step import frozen_twin
 from ltat_fast.methods import METHODS, Method, Setting
 
 
@@ -38,7 +38,7 @@ def train(config: Config, method: Method, hardware: Hardware) -> None:
 
     teacher = None
     if method.teacher == "balanced":
-        teacher = frozen_for_attack(get_teacher(config, data, hardware), hardware)
+        teacher = frozen_twin(get_teacher(config, data, hardware), hardware)
     method.setup(Setting(class_counts=run.counts_tensor(data, hardware.device), teacher=teacher))
     train_student(config, method, data, hardware)
     final_evaluation(config, data, hardware)
@@ -145,6 +145,7 @@ def _stage(
         flip=data.flip,
         augment=config.augment,
         device=hardware.device,
+        channels_last=True,
         indices=indices,
     )
     # Seeded apart: teacher and student do not start from the same weights.
@@ -164,6 +165,7 @@ def _stage(
         weight_decay=config.weight_decay,
         seed=config.seed,
         card=functools.partial(run.model_card, config, data, config.arch, method.name),
+        backend=config.compile,
         max_steps=config.max_steps,
         save_minutes=config.save_minutes,
     )

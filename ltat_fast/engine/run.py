@@ -102,11 +102,11 @@ def balanced_indices(config: Config, data: RunData) -> np.ndarray:
 
 
 def new_model(arch: str, data: RunData, device: torch.device, seed: int) -> nn.Module:
-    """A network with weights that are a function of ``seed`` alone; the global generator is left as it was."""
+    """A network in NHWC with weights that are a function of ``seed`` alone; the global generator is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = build_model(arch, data.num_classes, in_channels=data.in_channels)
-    return model.to(device)
+    return model.to(device, memory_format=torch.channels_last)
 
 
 def model_card(config: Config, data: RunData, arch: str, method: str, epoch: int) -> dict:
@@ -135,7 +135,7 @@ def load_model(path: Path, device: torch.device, arch: str, data: RunData) -> nn
         raise UserError(f"{path} takes {card['in_channels']} channels, the images have {data.in_channels}")
     model = build_model(arch, data.num_classes, in_channels=data.in_channels)
     checkpoint.load_weights(model, tensors, path, arch)
-    return model.to(device)
+    return model.to(device, memory_format=torch.channels_last)
 
 
 def weights_in(path: Path, which: str = "last") -> Path:

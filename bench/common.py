@@ -1,0 +1,196 @@
+"""What every benchmark shares: timing, copy bandwidth, peak memory, launch counts, provenance, CSV.
+
+Rules the numbers follow. Variants are timed in interleaved rounds, so drift of clocks or of a shared machine hits all
+of them. On the CPU a sample is a batch of calls of at least 2 ms by perf_counter. On CUDA a sample is one call between
+two events, after a write of 256 MB that evicts L2 and gives the host time to run ahead: device time, with launch gaps
+where the host cannot keep up. Reported: median, 20th and 80th percentile.
+"""
+
+import csv
+import datetime
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+L2_EVICTION_BYTES = 256 << 20  # five times the L2 of an H100
+CPU_SAMPLE_SECONDS = 2e-3
+BUDGET_SECONDS = 30
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds a call."""
+
+    median: float
+    p20: float
+    p80: float
+
+    @classmethod
+    def of(cls, samples: list[float]) -> "Timing":
+        low, *_, high = statistics.quantiles(samples, n=5, method="inclusive")
+        return cls(statistics.median(samples), low, high)
+
+
+def time_interleaved(
+    calls: dict[str, Callable[[], object]], device: torch.device, rounds: int = 30
+) -> dict[str, Timing]:
+    """One sample of every call a round, starting with another one each round; fewer rounds, not under 5, after 30 s."""
+    sample = _cuda_sampler(device) if device.type == "cuda" else _cpu_sampler(calls)
+    names = list(calls)
+    samples = {name: [] for name in names}
+    begin = time.perf_counter()
+    for i in range(rounds):
+        if i >= 5 and time.perf_counter() - begin > BUDGET_SECONDS:
+            break
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            samples[name].append(sample(name, calls[name]))
+    return {name: Timing.of(values) for name, values in samples.items()}
+
+
+def _cpu_sampler(calls):
+    repeats = {}
+    for name, call in calls.items():
+        call()
+        begin = time.perf_counter()
+        call()
+        repeats[name] = max(1, round(CPU_SAMPLE_SECONDS / (time.perf_counter() - begin)))
+
+    def sample(name, call):
+        begin = time.perf_counter()
+        for _ in range(repeats[name]):
+            call()
+        return 1e3 * (time.perf_counter() - begin) / repeats[name]
+
+    return sample
+
+
+def _cuda_sampler(device):
+    evict = torch.empty(L2_EVICTION_BYTES, dtype=torch.int8, device=device)
+
+    def sample(name, call):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        evict.zero_()
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end)
+
+    return sample
+
+
+def captured(call: Callable[[], object]) -> Callable[[], None]:
+    """The call as a replayed CUDA graph: what it costs inside a captured training step."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def copy_bandwidth(device: torch.device, rounds: int = 30) -> float:
+    """GB/s of a large device copy, read plus write: the roof for anything bound by memory."""
+    source = torch.ones((1 << 30 if device.type == "cuda" else 1 << 27) // 4, device=device)
+    target = torch.empty_like(source)
+    timing = time_interleaved({"copy": lambda: target.copy_(source)}, device, rounds)["copy"]
+    return 2 * source.nbytes / timing.median / 1e6
+
+
+def peak_megabytes(call: Callable[[], object], device: torch.device) -> float:
+    """Most memory that a call holds beyond what it found, temporaries and result included, in MB (10^6 bytes)."""
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize(device)
+        return (torch.cuda.max_memory_allocated(device) - before) / 1e6
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        result = call()
+    del result
+    held = peak = 0
+    for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak / 1e6
+
+
+def launches(call: Callable[[], object], device: torch.device) -> int | None:
+    """Kernels, copies and fills that a call puts on the GPU; None on the CPU."""
+    if device.type != "cuda":
+        return None
+    call()
+    torch.cuda.synchronize(device)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize(device)
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
+
+
+def provenance(device: torch.device) -> dict[str, object]:
+    """The columns that say where and from what a number comes."""
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ImportError:
+        triton_version = "none"
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
+        "git": git_hash(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 1),  # of the minute before; near 0 on a machine fit to be timed
+        "torch": torch.__version__,
+        "triton": triton_version,
+        "python": platform.python_version(),
+    }
+
+
+def git_hash() -> str:
+    """Commit of the working tree, with + where tracked files differ from it."""
+    root = Path(__file__).parent
+    try:
+        command = ["git", "describe", "--always", "--abbrev=10", "--dirty=+", "--exclude=*"]
+        return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def append_csv(path: Path, rows: list[dict[str, object]]) -> None:
+    """Append rows of equal keys; a file with other columns is an error, not a mess."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    columns = list(rows[0])
+    if path.exists():
+        with path.open(newline="") as file:
+            header = next(csv.reader(file))
+        if header != columns:
+            raise ValueError(f"{path} has the columns {header}, this benchmark writes {columns}: choose another --out")
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)

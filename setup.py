@@ -1,8 +1,70 @@
-"""What pyproject.toml cannot say: ``kernels/`` is installed as ``ltat_fast.kernels``, and the C++ extension."""
+"""What pyproject.toml cannot say: ``kernels/`` is installed as ``ltat_fast.kernels``, and the C++ extension ``_C``.
+
+The extension is optional. Without torch or a compiler, or with LTAT_BUILD_EXT=0, the package installs without it, says so,
+and runs plain torch in its place. LTAT_REQUIRE_EXT=1 makes a failed build an error instead. CUDA sources are built where
+torch has CUDA and a toolkit is found, for TORCH_CUDA_ARCH_LIST (default: the GPU present, else 8.0 and 9.0).
+"""
+
+import os
+import sys
+from glob import glob
 
 from setuptools import find_packages, setup
+
+CUDA_SOURCES = ["csrc/igdm_cuda.cpp", "csrc/cuda/igdm.cu"]
+# NaN and infinity must keep their meaning: no -ffast-math. What is here only frees the vectoriser.
+CXX_FLAGS = ["-O3", "-g0", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
+
+
+def loud(message):
+    print(f"\n{'*' * 100}\n*** ltat_fast: {message}\n{'*' * 100}\n", file=sys.stderr)
+
+
+def extension():
+    """Keyword arguments for setup() that build ltat_fast._C, or none with the reason printed."""
+    if os.environ.get("LTAT_BUILD_EXT") == "0":
+        loud("LTAT_BUILD_EXT=0: installing without the C++ extension; the ops will run plain torch.")
+        return {}
+    try:
+        import torch
+        from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+    except ImportError as error:
+        if os.environ.get("LTAT_REQUIRE_EXT") == "1":
+            raise
+        loud(f"no C++ extension: {error}. Install torch first, then pip install --no-build-isolation .")
+        return {}
+
+    with_cuda = torch.version.cuda is not None and CUDA_HOME is not None
+    if with_cuda and not torch.cuda.is_available():
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+    macros = [("LTAT_TORCH_VERSION", f'"{torch.__version__}"')]
+    if with_cuda:
+        archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or "{}.{}".format(*torch.cuda.get_device_capability())
+        macros += [("LTAT_CUDA", f'"{torch.version.cuda}"'), ("LTAT_CUDA_ARCHS", f'"{archs}"')]
+
+    class OptionalBuild(BuildExtension):
+        def run(self):
+            try:
+                super().run()
+            except Exception as error:
+                if os.environ.get("LTAT_REQUIRE_EXT") == "1":
+                    raise
+                loud(f"the C++ extension did not build ({error}); the ops will run plain torch.")
+                self.extensions = []  # nothing to copy next to the package
+
+    sources = sorted({*glob("csrc/*.cpp"), *glob("csrc/cpu/*.cpp")} - set(CUDA_SOURCES))
+    module = (CUDAExtension if with_cuda else CppExtension)(
+        "ltat_fast._C",
+        sources + (CUDA_SOURCES if with_cuda else []),
+        depends=glob("csrc/**/*.h", recursive=True),
+        define_macros=macros,
+        extra_compile_args={"cxx": CXX_FLAGS, "nvcc": ["-O3"]},
+    )
+    return {"ext_modules": [module], "cmdclass": {"build_ext": OptionalBuild}}
+
 
 setup(
     packages=[*find_packages(include=["ltat_fast", "ltat_fast.*"]), "ltat_fast.kernels"],
     package_dir={"ltat_fast.kernels": "kernels"},
+    **extension(),
 )

@@ -1,15 +1,32 @@
-"""Balanced softmax cross-entropy with distillation, one value a sample.
+"""Balanced softmax cross-entropy plus distillation, fused: loss and gradient without a (B, C) intermediate.
 
-    b_c    = tau * log n_c                                         class prior of the training set, n_c^tau with 0^0 = 1
-    BSL    = -log softmax(z + b)[y]                                (Ren et al. 2020, eq. 3; AT-BSL: tau = 1)
-    KL     = sum_k P_k (log P_k - log Q_k),   P = softmax(t / T),  Q = softmax(z / T)
-    loss   = BSL + kl_weight * KL                                  no T^2 factor; the KL sees the raw logits z
+    b_c    = log(n_c^tau)                                    class prior; n_c = 0 excludes class c, and 0^0 = 1
+    BSL    = -log softmax(z + b)[y]                          (Ren et al. 2020, eq. 3; AT-BSL: tau = 1)
+    KL     = sum_k P_k (log P_k - log Q_k)                   P = softmax(t / T), Q = softmax(z / T); 0 log 0 = 0
+    loss   = BSL + kl_weight * KL                            no T^2 factor; the KL sees the raw logits z, without b
 
-Shapes: logits z and teacher logits t (B, C), labels y (B,), class counts n (C,).
+    d loss / d z = softmax(z + b) - onehot(y) + (kl_weight / T) * (Q - P);   the teacher gets no gradient
+
+Student logits z and teacher logits t: (B, C), float32, bfloat16 or float16 (float64 on the CPU); labels y: (B,), int64;
+class counts n: (C,). Everything is computed from logits in log space, relative to the row's maximum, so that logits of
+1e4 and masks of -inf are exact. Used by at_bsl, robal, reat and ltat; with tau = 0 and a teacher it is the loss of ARD.
 """
+
+from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+from ltat_fast.ops._operator import (
+    Operator,
+    check_float,
+    check_like,
+    check_reduction,
+    is_plain_call,
+    no_double_backward,
+    triton_why_not,
+)
 
 
 def balanced_softmax_kl_ref(
@@ -31,19 +48,103 @@ def balanced_softmax_kl_ref(
         log_q = (z / temperature).log_softmax(-1)
         log_p = (teacher_logits.detach().to(z) / temperature).log_softmax(-1)
         p = log_p.exp()
-        # a class the teacher gives no mass adds nothing, also where the student gives it none
-        loss = loss + kl_weight * torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)
-    return _reduce(loss, reduction)
-
-
-def _reduce(loss: Tensor, reduction: str) -> Tensor:
+        loss = loss + kl_weight * torch.where(p == 0, 0.0, p * (log_p - log_q)).sum(-1)
     return loss if reduction == "none" else getattr(loss, reduction)()
+
+
+def _loss_and_stats(logits, labels, class_counts, teacher_logits, tau, kl_weight, temperature, reduction):
+    """Empty outputs. ``stats``: maximum and log-sum of each softmax by row, for the backward."""
+    rows, dtype = logits.shape[0], torch.promote_types(logits.dtype, torch.float32)
+    loss = logits.new_empty((rows,) if reduction == "none" else (), dtype=dtype)
+    return loss, logits.new_empty((2 if teacher_logits is None else 6, rows), dtype=dtype)
+
+
+def _grad_logits(grad_loss, logits, *_):
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def _forward_cuda(logits, labels, class_counts, teacher_logits, tau, kl_weight, temperature, reduction):
+    from ltat_fast.kernels.balanced_softmax_kl import launch_forward
+
+    logits, labels, class_counts, teacher_logits = _launchable(logits, labels, class_counts, teacher_logits)
+    loss, stats = _loss_and_stats(logits, labels, class_counts, teacher_logits, tau, kl_weight, temperature, reduction)
+    launch_forward(logits, labels, class_counts, teacher_logits, loss, stats, tau, kl_weight, temperature, reduction)
+    return loss, stats
+
+
+def _backward_cuda(
+    grad_loss, logits, labels, class_counts, teacher_logits, stats, tau, kl_weight, temperature, reduction
+):
+    from ltat_fast.kernels.balanced_softmax_kl import launch_backward
+
+    logits, labels, class_counts, teacher_logits = _launchable(logits, labels, class_counts, teacher_logits)
+    grad_logits = _grad_logits(grad_loss, logits)
+    launch_backward(
+        grad_loss, logits, labels, class_counts, teacher_logits, stats, grad_logits,
+        tau, kl_weight, temperature, reduction,
+    )  # fmt: skip
+    return grad_logits
+
+
+def _launchable(logits, labels, class_counts, teacher_logits):
+    """The strides that the launchers take: any between rows, 1 between classes."""
+
+    def unit_columns(t):
+        return t if t is None or t.stride(1) == 1 else t.contiguous()
+
+    return unit_columns(logits), labels.contiguous(), class_counts.contiguous(), unit_columns(teacher_logits)
+
+
+_triton = triton_why_not() == ""
+_forward = Operator(
+    "balanced_softmax_kl(Tensor logits, Tensor labels, Tensor class_counts, Tensor? teacher_logits, float tau, "
+    "float kl_weight, float temperature, str reduction) -> (Tensor, Tensor)",
+    fake=_loss_and_stats,
+    cuda=_forward_cuda if _triton else None,
+)
+_backward = Operator(
+    "balanced_softmax_kl_backward(Tensor grad_loss, Tensor logits, Tensor labels, Tensor class_counts, "
+    "Tensor? teacher_logits, Tensor stats, float tau, float kl_weight, float temperature, str reduction) -> Tensor",
+    fake=_grad_logits,
+    cuda=_backward_cuda if _triton else None,
+)
+
+
+def _save(ctx, inputs, output) -> None:
+    logits, labels, class_counts, teacher_logits, *ctx.scalars = inputs
+    _, stats = output
+    ctx.mark_non_differentiable(stats)
+    ctx.save_for_backward(logits, labels, class_counts, teacher_logits, stats)
+
+
+def _differentiate(ctx, grad_loss, grad_stats=None):
+    return _backward(grad_loss, *ctx.saved_tensors, *ctx.scalars), *[None] * 7
+
+
+torch.library.register_autograd("ltat::balanced_softmax_kl", _differentiate, setup_context=_save)
+torch.library.register_autograd("ltat::balanced_softmax_kl_backward", no_double_backward("balanced_softmax_kl"))
+
+
+class _Eager(torch.autograd.Function):
+    """What register_autograd builds, less its machinery: for plain eager calls."""
+
+    @staticmethod
+    def forward(ctx, *args):
+        loss, stats = _forward(*args)
+        ctx.save_for_backward(*args[:4], stats)
+        ctx.scalars = args[4:]
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss):
+        return _differentiate(ctx, grad_loss)
 
 
 def balanced_softmax_kl(
     logits: Tensor,
     labels: Tensor,
-    class_counts: Tensor,
+    class_counts: Tensor | Sequence[float],
     teacher_logits: Tensor | None = None,
     *,
     tau: float = 1.0,
@@ -51,15 +152,87 @@ def balanced_softmax_kl(
     temperature: float = 1.0,
     reduction: str = "mean",
 ) -> Tensor:
-    """BSL(logits + tau log n) + kl_weight * KL(teacher || student); float32 result, gradient to ``logits`` only."""
-    class_counts = torch.as_tensor(class_counts, device=logits.device)
-    return balanced_softmax_kl_ref(
-        logits,
-        labels,
-        class_counts,
-        teacher_logits,
-        tau=tau,
-        kl_weight=kl_weight,
-        temperature=temperature,
-        reduction=reduction,
-    )
+    """``BSL(logits + tau * log class_counts) + kl_weight * KL(teacher || student)``; formulas at the top of this file.
+
+    logits: (B, C), any strides; the only argument that gets a gradient (of its dtype, contiguous).
+    labels: (B,), any integer dtype, each in [0, C).
+    class_counts: samples of each class in the training set, (C,), >= 0: a tensor on the device of ``logits``, or a
+        sequence, whose copy on the device is kept for the next call. A count of 0 excludes the class, and makes the
+        loss of a sample of that class +inf.
+    teacher_logits: (B, C) or None. Promoted to a common dtype with ``logits`` if the two differ.
+    tau: strength of the prior, >= 0; 0 is plain cross-entropy.   temperature: > 0.   kl_weight: 0 leaves the KL out.
+    reduction: "mean" over the batch, "sum", or "none".
+
+    Returns float32 (float64 for float64): shape () or, for "none", (B,). An empty batch sums to 0 and averages to NaN.
+
+    Nothing synchronises with the device. So a label out of range raises ValueError on the CPU, and on CUDA makes the
+    loss and the gradient of its sample NaN, as a negative count in a tensor makes every loss that it touches. Differentiating twice raises RuntimeError.
+
+    Raises ValueError for shapes, devices or numbers that do not fit, TypeError for dtypes.
+    """
+    check_float("logits", logits)
+    if logits.dim() != 2:
+        raise ValueError(f"logits must have shape (B, C), got {tuple(logits.shape)}")
+    check_reduction(reduction)
+    if not tau >= 0 or not temperature > 0 or kl_weight != kl_weight:
+        raise ValueError(f"need tau >= 0, temperature > 0 and a kl_weight, got {tau=}, {temperature=} and {kl_weight=}")
+    labels = _checked_labels(labels, logits)
+    class_counts = _checked_counts(class_counts, logits)
+    if kl_weight == 0:
+        teacher_logits = None
+    elif teacher_logits is not None:
+        check_like("teacher_logits", teacher_logits, "logits", logits)
+        teacher_logits = teacher_logits.detach()
+        if teacher_logits.dtype != logits.dtype:
+            common = torch.promote_types(logits.dtype, teacher_logits.dtype)
+            logits, teacher_logits = logits.to(common), teacher_logits.to(common)
+
+    if not _forward.runs_on(logits):
+        return balanced_softmax_kl_ref(
+            logits,
+            labels,
+            class_counts,
+            teacher_logits,
+            tau=tau,
+            kl_weight=kl_weight,
+            temperature=temperature,
+            reduction=reduction,
+        )
+    args = (logits, labels, class_counts, teacher_logits, tau, kl_weight, temperature, reduction)
+    if logits.requires_grad and torch.is_grad_enabled() and is_plain_call(*args):
+        return _Eager.apply(*args)
+    return _forward(*args)[0]
+
+
+def _checked_labels(labels: Tensor, logits: Tensor) -> Tensor:
+    if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
+        raise TypeError(f"labels must be integers, got {labels.dtype}")
+    if labels.shape != logits.shape[:1]:
+        raise ValueError(f"labels must have shape ({logits.shape[0]},), got {tuple(labels.shape)}")
+    if labels.device != logits.device:
+        raise ValueError(f"labels are on {labels.device}, but logits is on {logits.device}")
+    if not _forward.runs_on(logits) and logits.device.type == "cpu" and not torch.compiler.is_compiling():
+        # the kernel makes this check itself
+        wrong = labels[(labels < 0) | (labels >= logits.shape[1])]
+        if wrong.numel():
+            raise ValueError(f"label {wrong[0].item()} is outside [0, {logits.shape[1]})")
+    return labels.long()
+
+
+def _checked_counts(class_counts: Tensor | Sequence[float], logits: Tensor) -> Tensor:
+    if not isinstance(class_counts, Tensor):
+        counts = tuple(float(n) for n in class_counts)
+        if min(counts, default=0) < 0:
+            raise ValueError("class_counts must not be negative")
+        compiling = torch.compiler.is_compiling()
+        class_counts = (_on_device.__wrapped__ if compiling else _on_device)(counts, logits.device)
+    if class_counts.shape != logits.shape[1:]:
+        raise ValueError(f"class_counts must have shape ({logits.shape[1]},), got {tuple(class_counts.shape)}")
+    if class_counts.device != logits.device:
+        raise ValueError(f"class_counts is on {class_counts.device}, but logits is on {logits.device}: move it once")
+    return class_counts if class_counts.dtype in (torch.float32, torch.int64) else class_counts.float()
+
+
+@lru_cache(maxsize=16)
+def _on_device(counts: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(counts, dtype=torch.float32, device=device)

@@ -1,14 +1,30 @@
-"""Indirect gradient matching (Lee, Cho and Kim, ICLR 2025, eq. 8), one value a sample.
+"""Indirect gradient matching, fused: loss and gradients without a (B, C) intermediate.
 
-    a = student(x + d) - student(x - d),   b = teacher(x + d) - teacher(x - d)
-    kl   sum_k P_k (log P_k - log Q_k),    P = softmax(b), Q = softmax(a)
+    a = student(x + d) - student(x - d),   b = teacher(x + d) - teacher(x - d)      logit differences, a ~ 2 J_student d
+    kl   sum_k P_k (log P_k - log Q_k)     P = softmax(b), Q = softmax(a); 0 log 0 = 0     (Lee et al. 2025, eq. 8)
     l1   sum_k |a_k - b_k|                 l2   sum_k (a_k - b_k)^2
 
-Shapes: four logit tensors (B, C).
+    d loss / d student_plus = G,   d loss / d student_minus = -G
+    kl   G = Q - P                         l1   G = sign(a - b)                            l2   G = 2 (a - b)
+
+Four logit tensors (B, C), float32, bfloat16 or float16 (float64 on the CPU), computed in float32. The teacher gets no
+gradient. Used by ltat, and by any distillation method as an added term.
+Source: Lee, Cho and Kim, "Indirect Gradient Matching for Adversarial Robust Distillation", ICLR 2025.
 """
+
+from functools import reduce
 
 import torch
 from torch import Tensor
+
+from ltat_fast.ops._operator import (
+    Operator,
+    check_float,
+    check_like,
+    check_reduction,
+    is_plain_call,
+    no_double_backward,
+)
 
 
 def igdm_loss_ref(
@@ -27,13 +43,64 @@ def igdm_loss_ref(
     if divergence == "kl":
         log_q, log_p = a.log_softmax(-1), b.log_softmax(-1)
         p = log_p.exp()
-        terms = torch.where(p > 0, p * (log_p - log_q), 0.0)
+        terms = torch.where(p == 0, 0.0, p * (log_p - log_q))
     elif divergence == "l1":
         terms = (a - b).abs()
     else:
         terms = (a - b).square()
     loss = terms.sum(-1)
     return loss if reduction == "none" else getattr(loss, reduction)()
+
+
+def _loss(student_plus, student_minus, teacher_plus, teacher_minus, divergence, reduction):
+    shape = student_plus.shape[:1] if reduction == "none" else ()
+    return student_plus.new_empty(shape, dtype=torch.promote_types(student_plus.dtype, torch.float32))
+
+
+def _grads(grad_loss, student_plus, *_):
+    return tuple(torch.empty_like(student_plus, memory_format=torch.contiguous_format) for _ in range(2))
+
+
+# The CUDA kernels are C++ too, and registered there.
+_forward = Operator(
+    "igdm(Tensor student_plus, Tensor student_minus, Tensor teacher_plus, Tensor teacher_minus, str divergence, "
+    "str reduction) -> Tensor",
+    fake=_loss,
+    cuda=None,
+)
+_backward = Operator(
+    "igdm_backward(Tensor grad_loss, Tensor student_plus, Tensor student_minus, Tensor teacher_plus, "
+    "Tensor teacher_minus, str divergence, str reduction) -> (Tensor, Tensor)",
+    fake=_grads,
+    cuda=None,
+)
+
+
+def _save(ctx, inputs, output) -> None:
+    *logits, ctx.divergence, ctx.reduction = inputs
+    ctx.save_for_backward(*logits)
+
+
+def _differentiate(ctx, grad_loss):
+    return *_backward(grad_loss, *ctx.saved_tensors, ctx.divergence, ctx.reduction), None, None, None, None
+
+
+torch.library.register_autograd("ltat::igdm", _differentiate, setup_context=_save)
+torch.library.register_autograd("ltat::igdm_backward", no_double_backward("igdm_loss"))
+
+
+class _Eager(torch.autograd.Function):
+    """What register_autograd builds, less its machinery: for plain eager calls."""
+
+    @staticmethod
+    def forward(ctx, *args):
+        _save(ctx, args, None)
+        return _forward(*args)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss):
+        return _differentiate(ctx, grad_loss)
 
 
 def igdm_loss(
@@ -45,7 +112,36 @@ def igdm_loss(
     divergence: str = "kl",
     reduction: str = "mean",
 ) -> Tensor:
-    """Distance between the two logit differences; float32 result, gradient to the student's two tensors."""
-    return igdm_loss_ref(
-        student_plus, student_minus, teacher_plus, teacher_minus, divergence=divergence, reduction=reduction
-    )
+    """Distance between the student's and the teacher's change of logits from x - d to x + d; formulas at the top.
+
+    student_plus, student_minus: logits at x + d and at x - d, (B, C); they get the gradients.
+    teacher_plus, teacher_minus: the teacher's, (B, C); no gradient. Differing dtypes are promoted to a common one.
+    divergence: "kl" (the paper's), "l1" or "l2" (squared), each summed over classes.
+    reduction: "mean" over the batch, "sum", or "none".
+
+    Returns float32 (float64 for float64): shape () or, for "none", (B,). An empty batch sums to 0 and averages to NaN.
+    Nothing synchronises with the device. Differentiating twice raises RuntimeError.
+
+    Raises ValueError for shapes, devices or names that do not fit, TypeError for dtypes.
+    """
+    check_float("student_plus", student_plus)
+    if student_plus.dim() != 2:
+        raise ValueError(f"student_plus must have shape (B, C), got {tuple(student_plus.shape)}")
+    check_like("student_minus", student_minus, "student_plus", student_plus)
+    check_like("teacher_plus", teacher_plus, "student_plus", student_plus)
+    check_like("teacher_minus", teacher_minus, "student_plus", student_plus)
+    check_reduction(reduction)
+    if divergence not in ("kl", "l1", "l2"):
+        raise ValueError(f"divergence must be 'kl', 'l1' or 'l2', got {divergence!r}")
+    logits = (student_plus, student_minus, teacher_plus.detach(), teacher_minus.detach())
+    if any(t.dtype != student_plus.dtype for t in logits):
+        common = reduce(torch.promote_types, (t.dtype for t in logits))
+        logits = tuple(t.to(common) for t in logits)
+
+    if not _forward.runs_on(logits[0]):
+        return igdm_loss_ref(*logits, divergence=divergence, reduction=reduction)
+    args = (*logits, divergence, reduction)
+    needs_grad = torch.is_grad_enabled() and (logits[0].requires_grad or logits[1].requires_grad)
+    if needs_grad and is_plain_call(*args):
+        return _Eager.apply(*args)
+    return _forward(*args)

@@ -1,13 +1,18 @@
 """Start point and ascent step of projected gradient descent in an L_inf ball (Madry et al. 2018, section 2.1).
 
-    start   x_adv = clip(x + noise)
-    step    x_adv = clip(min(max(x_adv + step_size * sign(grad), x - eps), x + eps))      clip = clamp to [lower, upper]
+    start   x_adv = clip(project(x + noise))
+    step    x_adv = clip(project(x_adv + step_size * sign(grad)))
+    project(v) = min(max(v, x - eps), x + eps),     clip = clamp to [lower, upper],     sign(0) = sign(NaN) = 0
 
-Any shape; every tensor of a call has the same one. Used by every attack and so by every training method.
+Any shape, the same for all tensors of a call. float32, bfloat16 and float16, computed in float32 and rounded once;
+float64 on the CPU. Neither op has a gradient: sign is flat, and an attack is a constant of the outer loss. Used by every
+attack, and so by every training method.
 """
 
 import torch
 from torch import Tensor
+
+from ltat_fast.ops._operator import Operator, check_float, check_like, is_plain_call, triton_why_not
 
 GAUSSIAN_STD = 1e-3  # of the start noise of TRADES, MART and AT-BSL, whatever eps is
 
@@ -22,12 +27,13 @@ def pgd_init_ref(
     upper: float = 1.0,
 ) -> Tensor:
     """Plain-torch :func:`pgd_init`: the same distribution, not the same draws."""
-    draw = torch.empty_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
+    centre = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+    draw = torch.empty_like(centre)
     if noise == "uniform":
         draw.uniform_(-eps, eps, generator=generator)
     else:
-        draw.normal_(0.0, GAUSSIAN_STD, generator=generator).clamp_(-eps, eps)
-    return (x.detach() + draw).clamp_(lower, upper).to(x.dtype)
+        draw.normal_(0.0, GAUSSIAN_STD, generator=generator)
+    return _project(centre + draw, centre, eps, lower, upper).to(x.dtype)
 
 
 def pgd_step_ref(
@@ -39,12 +45,68 @@ def pgd_step_ref(
     lower: float = 0.0,
     upper: float = 1.0,
 ) -> Tensor:
-    """Plain-torch :func:`pgd_step`, in float32 (float64 for float64) and rounded once."""
+    """Plain-torch :func:`pgd_step`."""
     work = torch.promote_types(x_adv.dtype, torch.float32)
-    centre = x.detach().to(work)
     ascended = x_adv.detach().to(work) + step_size * grad.detach().sign().to(work)
-    projected = torch.minimum(torch.maximum(ascended, centre - eps), centre + eps)
-    return projected.clamp_(lower, upper).to(x_adv.dtype)
+    return _project(ascended, x.detach().to(work), eps, lower, upper).to(x_adv.dtype)
+
+
+def _project(v: Tensor, x: Tensor, eps: float, lower: float, upper: float) -> Tensor:
+    return torch.minimum(torch.maximum(v, x - eps), x + eps).clamp(lower, upper)
+
+
+def _pgd_init_cuda(x, seed, eps, std, lower, upper, noise):
+    from ltat_fast.kernels.pgd import launch_init
+
+    out = torch.empty_like(x)
+    launch_init(_in_layout_of(out, x), out, seed, eps, lower, upper, noise, std)
+    return out
+
+
+def _pgd_step_cuda(x_adv, grad, x, step_size, eps, lower, upper):
+    out = torch.empty_like(x_adv)
+    _pgd_step_out_cuda(x_adv, grad, x, step_size, eps, lower, upper, out)
+    return out
+
+
+def _pgd_step_out_cuda(x_adv, grad, x, step_size, eps, lower, upper, out):
+    from ltat_fast.kernels.pgd import launch_step
+
+    dense = torch.empty_like(out)  # has the strides of out, unless out is a slice with no memory order to walk
+    target = out if _same_strides(dense, out) else dense
+    launch_step(*(_in_layout_of(target, t) for t in (x_adv, grad, x)), target, step_size, eps, lower, upper)
+    if target is not out:
+        out.copy_(target)
+
+
+def _same_strides(a: Tensor, b: Tensor) -> bool:
+    """Where it matters: a dimension with one element has no stride."""
+    return a.stride() == b.stride() or all(
+        size == 1 or i == j for size, i, j in zip(a.shape, a.stride(), b.stride(), strict=True)
+    )
+
+
+def _in_layout_of(out: Tensor, tensor: Tensor) -> Tensor:
+    return tensor if _same_strides(out, tensor) else torch.empty_like(out, dtype=tensor.dtype).copy_(tensor)
+
+
+_triton = triton_why_not() == ""
+_pgd_init = Operator(
+    "pgd_init(Tensor x, Tensor seed, float eps, float std, float lower, float upper, str noise) -> Tensor",
+    fake=lambda x, *_: torch.empty_like(x),
+    cuda=_pgd_init_cuda if _triton else None,
+)
+_pgd_step = Operator(
+    "pgd_step(Tensor x_adv, Tensor grad, Tensor x, float step_size, float eps, float lower, float upper) -> Tensor",
+    fake=lambda x_adv, *_: torch.empty_like(x_adv),
+    cuda=_pgd_step_cuda if _triton else None,
+)
+_pgd_step_out = Operator(
+    "pgd_step_out(Tensor x_adv, Tensor grad, Tensor x, float step_size, float eps, float lower, float upper, "
+    "Tensor(a!) out) -> ()",
+    fake=lambda *_: None,
+    cuda=_pgd_step_out_cuda if _triton else None,
+)
 
 
 def pgd_init(
@@ -56,8 +118,28 @@ def pgd_init(
     lower: float = 0.0,
     upper: float = 1.0,
 ) -> Tensor:
-    """Random start point of an attack, inside the ball and inside [lower, upper]; never requires grad."""
-    return pgd_init_ref(x, eps, noise, generator, lower=lower, upper=upper)
+    """Random start of an attack: a new tensor like ``x`` (dtype, layout), in the eps-ball and in [lower, upper].
+
+    x: any shape, float32, bfloat16 or float16 (float64 on the CPU).
+    eps: radius of the ball, in the units of ``x`` (8/255 for images in [0, 1]), >= 0.
+    noise: "uniform", U(-eps, eps) (Madry et al. 2018), or "gaussian", N(0, 0.001^2) projected on the ball (TRADES).
+    generator: of the device of ``x``; one number is drawn from it, on the device, without a synchronisation. None is
+        the device's default generator, which a captured CUDA graph advances by itself. torch.compile takes only None.
+
+    The result does not require grad. The noise is a function of that one number and of the position in memory: it does
+    not depend on the number of threads, and channels_last images get other noise than contiguous ones.
+
+    Raises TypeError for another dtype, ValueError for a negative eps, an empty range or an unknown noise.
+    """
+    check_float("x", x)
+    _check_ball(eps, lower, upper)
+    if noise not in ("uniform", "gaussian"):
+        raise ValueError(f"noise must be 'uniform' or 'gaussian', got {noise!r}")
+    x = x.detach()
+    if not _pgd_init.runs_on(x):
+        return pgd_init_ref(x, eps, noise, generator, lower=lower, upper=upper)
+    seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=x.device, generator=generator)
+    return _pgd_init(x, seed, eps, GAUSSIAN_STD, lower, upper, noise)
 
 
 def pgd_step(
@@ -70,6 +152,65 @@ def pgd_step(
     upper: float = 1.0,
     out: Tensor | None = None,
 ) -> Tensor:
-    """One ascent step, projection and clamp; never requires grad. ``out`` may be ``x_adv`` itself."""
-    stepped = pgd_step_ref(x_adv, grad, x, step_size, eps, lower, upper)
-    return stepped if out is None else out.copy_(stepped)
+    """One step of an attack: sign ascent, projection on the eps-ball around ``x`` and clamp, in one pass over memory.
+
+    x_adv, x: current point and ball centre, one shape and dtype: float32, bfloat16 or float16 (float64 on the CPU).
+    grad: gradient of what the attack ascends; same shape, any of these dtypes.
+    step_size, eps: in the units of ``x``. A negative step descends, as a targeted attack does.
+    out: written and returned if given; may be ``x_adv``, which is the cheapest. May require grad: its data are set, as
+        by ``out.data.copy_``, and autograd will refuse to use an older version of it.
+
+    Returns a tensor like ``x_adv`` (dtype, layout) that does not require grad. All layouts are taken; no copy is made
+    where the tensors share one, contiguous or channels_last. In half precision the ball holds up to the rounding of the
+    stored value.
+
+    Raises ValueError for different shapes or devices, a negative eps, an empty range or an ``out`` that partly overlaps
+    an input; TypeError for another or mixed dtype.
+    """
+    check_float("x_adv", x_adv)
+    check_like("grad", grad, "x_adv", x_adv)
+    check_like("x", x, "x_adv", x_adv)
+    if x.dtype != x_adv.dtype:
+        raise TypeError(f"x is {x.dtype}, but x_adv is {x_adv.dtype}")
+    _check_ball(eps, lower, upper)
+    if isinstance(step_size, Tensor) or step_size != step_size:
+        raise ValueError(f"step_size must be a number, got {step_size}")
+    x_adv, grad, x = x_adv.detach(), grad.detach(), x.detach()
+    if out is None:
+        if not _pgd_step.runs_on(x_adv):
+            return pgd_step_ref(x_adv, grad, x, step_size, eps, lower, upper)
+        return _pgd_step(x_adv, grad, x, step_size, eps, lower, upper)
+
+    check_like("out", out, "x_adv", x_adv)
+    if out.dtype != x_adv.dtype:
+        raise TypeError(f"out is {out.dtype}, but x_adv is {x_adv.dtype}")
+    target = out.detach()
+    if not _pgd_step_out.runs_on(out):
+        target.copy_(pgd_step_ref(x_adv, grad, x, step_size, eps, lower, upper))
+        return out
+    if is_plain_call(x_adv, grad, x, out):
+        _check_overlap(target, x_adv, grad, x)
+        torch.autograd.graph.increment_version(target)
+    _pgd_step_out(x_adv, grad, x, step_size, eps, lower, upper, target)
+    return out
+
+
+def _check_ball(eps: float, lower: float, upper: float) -> None:
+    if isinstance(eps, Tensor) or not eps >= 0:
+        raise ValueError(f"eps must be a number >= 0, got {eps}")
+    if isinstance(lower, Tensor) or isinstance(upper, Tensor) or not lower <= upper:
+        raise ValueError(f"lower must not exceed upper, got [{lower}, {upper}]")
+
+
+def _check_overlap(out: Tensor, *inputs: Tensor) -> None:
+    """An input may be ``out`` itself, element for element; any other overlap would be read after it was written."""
+
+    def span(t: Tensor) -> tuple[int, int]:
+        reach = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+        return t.data_ptr(), t.data_ptr() + (reach + 1) * t.element_size()
+
+    first, last = span(out)
+    for t in inputs:
+        start, stop = span(t)
+        if start < last and first < stop and not (start == first and _same_strides(out, t) and t.dtype == out.dtype):
+            raise ValueError("out overlaps an input without being it")

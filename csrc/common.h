@@ -1,0 +1,84 @@
+// What the glue between torch and the CPU kernels shares.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/empty_strided.h>
+#include <ATen/ops/full.h>
+#include <torch/csrc/stable/c/shim.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <string>
+#include <string_view>
+#include <tuple>
+
+#include "cpu/kernels.h"
+
+namespace ltat {
+
+using at::Tensor;
+
+const Kernels& kernels();  // the widest build that this CPU (and torch's ATEN_CPU_CAPABILITY) allows; module.cpp
+
+inline Dtype dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case at::kFloat: return Dtype::f32;
+    case at::kBFloat16: return Dtype::bf16;
+    case at::kHalf: return Dtype::f16;
+    case at::kDouble: return Dtype::f64;
+    default: TORCH_CHECK_TYPE(false, "expected a floating-point tensor, got ", t.scalar_type());
+  }
+}
+
+// The type that losses and statistics have, and that arithmetic is done in.
+inline at::ScalarType work_type(const Tensor& t) { return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+
+// f(begin, end) over [0, size), on torch's own threads: a copy of OpenMP linked here would keep a second pool.
+template <typename F>
+void parallel(int64_t size, int64_t grain, const F& f) {
+  if (size <= grain) return f(int64_t{0}, size);
+  const auto call = [](int64_t begin, int64_t end, void* context) { (*static_cast<const F*>(context))(begin, end); };
+  TORCH_CHECK(torch_parallel_for(0, size, grain, call, const_cast<F*>(&f)) == 0, "parallel_for failed");
+}
+
+constexpr int64_t kElementGrain = 32768;  // elements a thread should have at least, pointwise
+constexpr int64_t kExpGrain = 16384;      // the same where each element costs several exponentials
+inline int64_t row_grain(int64_t classes) { return std::max<int64_t>(1, kExpGrain / std::max<int64_t>(1, classes)); }
+
+enum class Reduction { none, mean, sum };
+
+inline Reduction reduction_of(std::string_view name) {
+  if (name == "none") return Reduction::none;
+  if (name == "mean") return Reduction::mean;
+  TORCH_CHECK_VALUE(name == "sum", "reduction must be 'none', 'mean' or 'sum', got '", std::string(name), "'");
+  return Reduction::sum;
+}
+
+// Row losses to the result; in float64 and in order, so that it does not depend on the number of threads.
+template <typename W>
+Tensor reduce_rows(const Tensor& rows, Reduction reduction) {
+  const W* loss = rows.const_data_ptr<W>();
+  double sum = 0;
+  for (int64_t i = 0; i < rows.numel(); ++i) sum += loss[i];
+  if (reduction == Reduction::mean) sum /= rows.numel();
+  return at::full({}, sum, rows.options());
+}
+
+inline Tensor reduce(const Tensor& rows, Reduction reduction) {
+  if (reduction == Reduction::none) return rows;
+  return rows.scalar_type() == at::kDouble ? reduce_rows<double>(rows, reduction) : reduce_rows<float>(rows, reduction);
+}
+
+// `grad_loss` must be in the working type and outlive the result.
+inline GradLoss grad_of(const Tensor& grad_loss, int64_t rows, Reduction reduction) {
+  if (reduction == Reduction::none) {
+    TORCH_CHECK_VALUE(grad_loss.dim() == 1 && grad_loss.size(0) == rows, "grad_loss must have shape (", rows, ",)");
+    return {grad_loss.const_data_ptr(), grad_loss.stride(0), 1.0};
+  }
+  TORCH_CHECK_VALUE(grad_loss.numel() == 1, "grad_loss must have one element");
+  return {grad_loss.const_data_ptr(), 0, reduction == Reduction::mean ? 1.0 / rows : 1.0};
+}
+
+}  // namespace ltat

@@ -1,0 +1,7 @@
+#include "kernels.h"
+
+#if LTAT_MULTIVERSION
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+#define LTAT_ISA avx512
+#include "table.h"
+#endif

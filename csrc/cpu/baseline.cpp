@@ -1,0 +1,4 @@
+#include "kernels.h"
+
+#define LTAT_ISA baseline
+#include "table.h"

@@ -1,0 +1,105 @@
+// Element types and the few transcendental functions of the kernels, written so that the compiler vectorises any loop
+// over them on any instruction set. Included once per instruction set, inside its namespace.
+//
+// NaN and infinity behave as in torch. exp's result below the normal range is 0, an absolute error of 1e-38.
+
+#define LTAT_INLINE [[gnu::always_inline]] inline
+
+struct bf16 { uint16_t bits; };
+struct f16 { uint16_t bits; };
+
+template <typename To, typename From>
+LTAT_INLINE To bits_to(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+template <typename T> struct Work { using type = float; };
+template <> struct Work<double> { using type = double; };
+template <typename T> using work_t = typename Work<T>::type;
+
+LTAT_INLINE float load(float v) { return v; }
+LTAT_INLINE double load(double v) { return v; }
+LTAT_INLINE float load(bf16 v) { return bits_to<float>(uint32_t{v.bits} << 16); }
+LTAT_INLINE float load(f16 v) {
+  const uint32_t magnitude = (v.bits & 0x7fffu) << 13;
+  const float scaled = bits_to<float>(magnitude) * 0x1p112f;  // rebias the exponent; right for subnormals too
+  const uint32_t special = magnitude >= 0x0f800000u ? 0x7f800000u : 0u;  // inf and NaN keep an all-ones exponent
+  return bits_to<float>(bits_to<uint32_t>(scaled) | special | (v.bits & 0x8000u) << 16);
+}
+
+template <typename T> LTAT_INLINE T store(work_t<T> v) { return v; }
+template <> LTAT_INLINE bf16 store<bf16>(float v) {
+  const uint32_t u = bits_to<uint32_t>(v);
+  const uint32_t rounded = (u + 0x7fffu + (u >> 16 & 1u)) >> 16;  // to nearest even
+  return {static_cast<uint16_t>(v == v ? rounded : 0x7fc0u)};
+}
+template <> LTAT_INLINE f16 store<f16>(float v) {
+  const uint32_t u = bits_to<uint32_t>(v), magnitude = u & 0x7fffffffu;
+  // normal results: drop 13 bits, to nearest even, and rebias; a carry may reach infinity, as it should
+  const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
+  // subnormal results: adding 0.5 lines the bits up and lets the adder round
+  const uint32_t subnormal = bits_to<uint32_t>(bits_to<float>(magnitude) + 0.5f) - 0x3f000000u;
+  uint32_t h = magnitude < 0x38800000u ? subnormal : normal;
+  h = magnitude >= 0x477ff000u ? 0x7c00u : h;
+  h = magnitude > 0x7f800000u ? 0x7e00u : h;
+  return {static_cast<uint16_t>(h | (u >> 16 & 0x8000u))};
+}
+
+// e^x for x <= 88: x = n ln 2 + r, |r| <= ln 2 / 2, and the Taylor series of e^r (remainder 5e-9)
+LTAT_INLINE float exp(float x) {
+  const float shifted = x * 1.44269504f + 0x1.8p23f;  // the low mantissa bits now hold n, rounded to nearest
+  const float n = shifted - 0x1.8p23f;
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts: the first product is exact
+  float p = 1.f / 5040;
+  p = p * r + 1.f / 720;
+  p = p * r + 1.f / 120;
+  p = p * r + 1.f / 24;
+  p = p * r + 1.f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1.f;
+  p = p * r + 1.f;
+  const float power = bits_to<float>((bits_to<uint32_t>(shifted) + 127u) << 23);  // 2^n
+  return x < -87.3f ? 0.f : p * power;
+}
+LTAT_INLINE double exp(double x) { return std::exp(x); }
+
+// ln x for normal x > 0: x = 2^n m, m in [sqrt(1/2), sqrt(2)), and ln m = 2 atanh((m - 1) / (m + 1)) (remainder 4e-9)
+LTAT_INLINE float log(float x) {
+  const uint32_t u = bits_to<uint32_t>(x) - 0x3f3504f3u;
+  const float n = static_cast<float>(static_cast<int32_t>(u) >> 23);
+  const float m = bits_to<float>((u & 0x007fffffu) + 0x3f3504f3u);
+  const float s = (m - 1.f) / (m + 1.f), s2 = s * s;
+  const float series = 1.f + s2 * (1.f / 3 + s2 * (1.f / 5 + s2 * (1.f / 7 + s2 * (1.f / 9))));
+  return n * 0.693359375f + (2.f * s * series - n * 2.12194440e-4f);
+}
+
+// sine and cosine of `turn` full turns, 0 <= turn <= 1: nearest quarter turn, and Taylor series of the rest (1e-9)
+LTAT_INLINE void sincos_turns(float turn, float& sine, float& cosine) {
+  const float quarters = (turn * 4.f + 0x1.8p23f) - 0x1.8p23f;
+  const int32_t k = static_cast<int32_t>(quarters);
+  const float a = (turn - quarters * 0.25f) * 6.28318531f, a2 = a * a;
+  const float s = a * (1.f + a2 * (-1.f / 6 + a2 * (1.f / 120 + a2 * (-1.f / 5040 + a2 * (1.f / 362880)))));
+  const float c = 1.f + a2 * (-0.5f + a2 * (1.f / 24 + a2 * (-1.f / 720 + a2 * (1.f / 40320))));
+  const float sine_size = k & 1 ? c : s, cosine_size = k & 1 ? s : c;
+  sine = k & 2 ? -sine_size : sine_size;
+  cosine = (k + 1) & 2 ? -cosine_size : cosine_size;
+}
+
+template <typename W>
+LTAT_INLINE W row_gradient(const GradLoss& grad, int64_t i) {
+  return static_cast<const W*>(grad.data)[i * grad.stride] * static_cast<W>(grad.scale);
+}
+
+// call f(T{}) with the element type that `dtype` names
+template <typename F>
+void with_dtype(Dtype dtype, F f) {
+  switch (dtype) {
+    case Dtype::f32: return f(float{});
+    case Dtype::bf16: return f(bf16{});
+    case Dtype::f16: return f(f16{});
+    case Dtype::f64: return f(double{});
+  }
+}

@@ -1,0 +1,100 @@
+// Start noise and ascent step of PGD. See ltat_fast/ops/pgd.py for the formulas.
+
+template <typename T, typename G>
+void pgd_step_loop(const PgdStep& a, int64_t begin, int64_t end) {
+  using W = work_t<T>;
+  // no __restrict__: out may be x_adv. Same-index reads come before the write, so the loop is free of dependences.
+  const T* x_adv = static_cast<const T*>(a.x_adv);
+  const G* grad = static_cast<const G*>(a.grad);
+  const T* x = static_cast<const T*>(a.x);
+  T* out = static_cast<T*>(a.out);
+  const W step = a.step_size, eps = a.eps, lower = a.lower, upper = a.upper;
+#pragma omp simd
+  for (int64_t i = begin; i < end; ++i) {
+    const W centre = load(x[i]), low = centre - eps, high = centre + eps;
+    const auto g = load(grad[i]);
+    W v = load(x_adv[i]);
+    v += (g > 0 ? step : W{0}) - (g < 0 ? step : W{0});  // sign(0) = sign(NaN) = 0, as torch.sign
+    v = v < low ? low : v;                               // comparisons are false on NaN: a NaN in v stays
+    v = v > high ? high : v;
+    v = v < lower ? lower : v;
+    v = v > upper ? upper : v;
+    out[i] = store<T>(centre == centre ? v : centre);  // and a NaN in x shows
+  }
+}
+
+void pgd_step(const PgdStep& a, int64_t begin, int64_t end) {
+  with_dtype(a.dtype, [&](auto t) {
+    with_dtype(a.grad_dtype, [&](auto g) { pgd_step_loop<decltype(t), decltype(g)>(a, begin, end); });
+  });
+}
+
+// Philox4x32-10 (Salmon et al. 2011): the four words of block `counter` under `key`. Same counters as kernels/pgd.py.
+LTAT_INLINE void philox(uint64_t counter, uint64_t key, uint32_t& w0, uint32_t& w1, uint32_t& w2, uint32_t& w3) {
+  uint32_t c0 = counter, c1 = counter >> 32, c2 = 0, c3 = 0, k0 = key, k1 = key >> 32;
+  const auto round = [&] {
+    const uint64_t p0 = uint64_t{0xD2511F53u} * c0, p1 = uint64_t{0xCD9E8D57u} * c2;
+    c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;
+    c1 = static_cast<uint32_t>(p1);
+    c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
+    c3 = static_cast<uint32_t>(p0);
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  };
+  round(), round(), round(), round(), round(), round(), round(), round(), round(), round();
+  w0 = c0, w1 = c1, w2 = c2, w3 = c3;
+}
+
+LTAT_INLINE float uniform01(uint32_t w) {  // 31 bits; rounds up to 1 once in 2^25 draws
+  const int32_t k = static_cast<int32_t>(w);
+  return static_cast<float>(k < 0 ? -k - 1 : k) * 0x1p-31f;
+}
+
+LTAT_INLINE void normal_pair(float& u, float& v) {  // Box and Muller 1958, from two uniforms
+  const float radius = std::sqrt(-2.f * log(u > 1e-7f ? u : 1e-7f));
+  float sine, cosine;
+  sincos_turns(v, sine, cosine);
+  u = radius * cosine;
+  v = radius * sine;
+}
+
+template <typename T>
+void pgd_init_loop(const PgdInit& a, int64_t begin, int64_t end) {
+  using W = work_t<T>;
+  constexpr int64_t kQuads = 64;  // quads at a time: full vectors, and the draws stay in the first-level cache
+  const T* x = static_cast<const T*>(a.x);
+  T* out = static_cast<T*>(a.out);
+  const W eps = a.eps, lower = a.lower, upper = a.upper;
+  const W scale = a.noise == Noise::uniform ? a.eps : a.std;
+  const uint64_t seed = a.seed;
+  uint32_t w0[kQuads], w1[kQuads], w2[kQuads], w3[kQuads];
+  float draws[4 * kQuads];
+  for (int64_t q = begin; q < end; q += kQuads) {
+    for (int64_t l = 0; l < kQuads; ++l) philox(q + l, seed, w0[l], w1[l], w2[l], w3[l]);
+    for (int64_t l = 0; l < kQuads; ++l) {
+      float u0 = uniform01(w0[l]), u1 = uniform01(w1[l]), u2 = uniform01(w2[l]), u3 = uniform01(w3[l]);
+      draws[4 * l + 0] = u0, draws[4 * l + 1] = u1, draws[4 * l + 2] = u2, draws[4 * l + 3] = u3;
+    }
+    if (a.noise == Noise::uniform) {
+      for (int64_t i = 0; i < 4 * kQuads; ++i) draws[i] = 2.f * draws[i] - 1.f;
+    } else {
+      for (int64_t i = 0; i < 4 * kQuads; i += 2) normal_pair(draws[i], draws[i + 1]);
+    }
+    const int64_t first = 4 * q, last = 4 * (q + kQuads < end ? q + kQuads : end);
+    const int64_t stop = last < a.numel ? last : a.numel;
+#pragma omp simd
+    for (int64_t i = first; i < stop; ++i) {
+      const W centre = load(x[i]), low = centre - eps, high = centre + eps;
+      W v = centre + scale * draws[i - first];  // NaN in x stays: every comparison below is false
+      v = v < low ? low : v;
+      v = v > high ? high : v;
+      v = v < lower ? lower : v;
+      v = v > upper ? upper : v;
+      out[i] = store<T>(v);
+    }
+  }
+}
+
+void pgd_init(const PgdInit& a, int64_t begin, int64_t end) {
+  with_dtype(a.dtype, [&](auto t) { pgd_init_loop<decltype(t)>(a, begin, end); });
+}

@@ -1,0 +1,44 @@
+// What the CPU and the CUDA glue of igdm share: argument checks and the kernel's view of the tensors.
+#pragma once
+
+#include "common.h"
+
+namespace ltat {
+
+inline Divergence divergence_of(std::string_view name) {
+  if (name == "kl") return Divergence::kl;
+  if (name == "l1") return Divergence::l1;
+  TORCH_CHECK_VALUE(name == "l2", "divergence must be 'kl', 'l1' or 'l2', got '", std::string(name), "'");
+  return Divergence::l2;
+}
+
+struct IgdmCall {
+  Tensor student_plus, student_minus, teacher_plus, teacher_minus;  // keep what args points to alive
+  Igdm args{};
+
+  IgdmCall(const Tensor& sp, const Tensor& sm, const Tensor& tp, const Tensor& tm, std::string_view divergence)
+      : student_plus(sp.contiguous()), student_minus(sm.contiguous()), teacher_plus(tp.contiguous()),
+        teacher_minus(tm.contiguous()) {
+    TORCH_CHECK_VALUE(sp.dim() == 2, "student_plus must have shape (B, C), got ", sp.sizes());
+    for (const Tensor* t : {&student_minus, &teacher_plus, &teacher_minus}) {
+      TORCH_CHECK_VALUE(t->sizes() == sp.sizes(), "the four logit tensors must have one shape");
+      TORCH_CHECK_VALUE(t->device() == sp.device(), "the four logit tensors must be on one device");
+      TORCH_CHECK_TYPE(t->scalar_type() == sp.scalar_type(), "the four logit tensors must have one dtype");
+    }
+    args.student_plus = student_plus.const_data_ptr();
+    args.student_minus = student_minus.const_data_ptr();
+    args.teacher_plus = teacher_plus.const_data_ptr();
+    args.teacher_minus = teacher_minus.const_data_ptr();
+    args.rows = sp.size(0);
+    args.classes = sp.size(1);
+    args.divergence = divergence_of(divergence);
+    args.dtype = dtype_of(sp);
+  }
+
+  Tensor new_logits() const { return at::empty(student_plus.sizes(), student_plus.options()); }
+  Tensor new_loss(at::IntArrayRef shape) const {
+    return at::empty(shape, student_plus.options().dtype(work_type(student_plus)));
+  }
+};
+
+}  // namespace ltat

@@ -1,0 +1,112 @@
+"""A registered operator ``ltat::<name>``: one schema, a kernel for each device, a shortcut past the dispatcher.
+
+The dispatcher brings torch.compile, torch.export, autograd, functorch and tensor subclasses, and costs tens of
+microseconds a call once autograd is registered from Python: more than the loss kernels take. So an eager call on plain
+tensors goes straight to the kernel, and every other call through ``torch.ops.ltat``. Both run the same kernel.
+"""
+
+from collections.abc import Callable
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from ltat_fast import _ext
+
+try:  # private in torch: where they are missing, every call goes through the dispatcher
+    from torch._C import _are_functorch_transforms_active, _len_torch_dispatch_stack, _len_torch_function_stack
+except ImportError:
+
+    def _are_functorch_transforms_active() -> bool:
+        return True
+
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_LIBRARY = torch.library.Library("ltat", "FRAGMENT")
+
+
+class Operator:
+    """``ltat::<name>``, callable. ``kernels`` maps a device type to the function that runs on it."""
+
+    def __init__(self, schema: str, *, fake: Callable, cuda: Callable | None):
+        """
+        schema: the text that csrc/ gives to TORCH_LIBRARY; defined here instead where the extension is absent.
+        fake: allocates outputs of the true shapes, dtypes and strides.
+        cuda: the CUDA kernel; None where csrc/ registers it or there is none.
+        """
+        name = schema[: schema.index("(")]
+        self.schema = f"ltat::{schema}"
+        self.kernels = {}
+        if _ext.HAS_EXT:
+            self.kernels["cpu"] = getattr(_ext.C, name)
+            if hasattr(_ext.C, f"{name}_cuda"):
+                self.kernels["cuda"] = getattr(_ext.C, f"{name}_cuda")
+        else:
+            _LIBRARY.define(schema)
+        if cuda is not None:
+            self.kernels["cuda"] = cuda
+            torch.library.impl(f"ltat::{name}", "CUDA", cuda, lib=_LIBRARY)
+        torch.library.register_fake(f"ltat::{name}", fake, lib=_LIBRARY)
+        self.dispatched = getattr(torch.ops.ltat, name).default
+
+    def runs_on(self, tensor: Tensor) -> bool:
+        """Whether a kernel takes tensors like this one. float64 is for checking gradients, on the CPU."""
+        device = tensor.device.type
+        return device in self.kernels and (device == "cpu" or tensor.dtype != torch.float64)
+
+    def __call__(self, *args):
+        if is_plain_call(*args):
+            return self.kernels[args[0].device.type](*args)
+        return self.dispatched(*args)
+
+
+def is_plain_call(*args) -> bool:
+    """Whether nothing but the kernel has to see this call: eager, ordinary tensors, no mode or transform active."""
+    return not (
+        torch.compiler.is_compiling()
+        or _are_functorch_transforms_active()
+        or _len_torch_dispatch_stack()
+        or _len_torch_function_stack()
+        or torch.jit.is_tracing()
+        or any(isinstance(arg, Tensor) and type(arg) not in (Tensor, torch.nn.Parameter) for arg in args)
+    )
+
+
+def no_double_backward(name: str) -> Callable:
+    """The autograd formula of a backward operator: a clear error."""
+
+    def raise_error(ctx, *grads):
+        raise RuntimeError(f"{name} cannot be differentiated twice; use {name}_ref, which can")
+
+    return raise_error
+
+
+def triton_why_not() -> str:
+    """Why no Triton kernel can run here, or ''."""
+    if torch.version.cuda is None and torch.version.hip is None:
+        return "this torch is a CPU build"
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    if find_spec("ltat_fast.kernels") is None:
+        return "ltat_fast.kernels is not installed: pip install, rather than a path on PYTHONPATH, puts it there"
+    return ""
+
+
+def check_float(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in FLOATS:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
+
+
+def check_like(name: str, tensor: Tensor, reference_name: str, reference: Tensor) -> None:
+    """``tensor`` must be floating point and have the shape and device of ``reference``."""
+    check_float(name, tensor)
+    if tensor.shape != reference.shape:
+        shape, expected = tuple(tensor.shape), tuple(reference.shape)
+        raise ValueError(f"{name} has shape {shape}, but {reference_name} has shape {expected}")
+    if tensor.device != reference.device:
+        raise ValueError(f"{name} is on {tensor.device}, but {reference_name} is on {reference.device}")
+
+
+def check_reduction(reduction: str) -> None:
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")

@@ -4,12 +4,13 @@ Flags are generated from :class:`Config` and from the fields of the chosen metho
 paper's settings; a flag wins over the preset; on ``--resume`` the run's own settings take the preset's place.
 """
 
+import contextlib
 import dataclasses
+import io
 import json
 import math
 import sys
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Literal
 
@@ -117,14 +118,16 @@ PRESETS: dict[str, dict] = {
 METHOD_PRESETS: dict[tuple[str, str], dict] = {
     ("digits-lt", "ltat"): {"alpha": 10.0},
 }
-# What may differ between a run and its resumption: none of these changes the result.
+# What may differ between a run and its resumption: where and how it runs, not what is trained. Another device or
+# evaluation batch moves results by rounding and by the start noise of PGD-20 alone.
 FREE_ON_RESUME = {"resume", "out", "data_dir", "device", "save_minutes", "eval_batch_size"}
 
 
 def ratio(text: str, name: str = "value") -> float:
     """A positive number from "8/255" or "0.031". Raises UserError otherwise."""
+    numerator, slash, denominator = text.partition("/")
     try:
-        value = float(Fraction(text))
+        value = float(numerator) / float(denominator if slash else 1)
     except (ValueError, ZeroDivisionError):
         raise UserError(f"--{name} takes a fraction such as 8/255 or a decimal such as 0.031, not {text!r}") from None
     if not 0 < value <= 1:
@@ -137,7 +140,7 @@ def _choose(kind: str, value: str, options) -> None:
         raise UserError(f"unknown {kind} {value!r}: choose one of {', '.join(sorted(options))}")
 
 
-def validate(config: Config) -> None:
+def validate(config: Config, method: Method) -> None:
     """Refuse, with one sentence, what cannot work. Cheap: nothing is loaded."""
     from ltat_fast.attacks.evaluation import parse_attacks
     from ltat_fast.models import ARCHS
@@ -175,6 +178,7 @@ def validate(config: Config) -> None:
         raise UserError("--compile graph is a CUDA graph and needs a GPU; use step or none with --device cpu")
     if config.teacher is not None and METHODS[config.method].teacher == "none":
         raise UserError(f"--teacher is not used by --method {config.method}")
+    method.check()
 
 
 def to_json(config: Config, method: Method) -> dict:
@@ -184,7 +188,7 @@ def to_json(config: Config, method: Method) -> dict:
 
 
 def from_json(settings: dict) -> tuple[Config, Method]:
-    """The inverse of :func:`to_json`; fields this version does not know are refused."""
+    """The inverse of :func:`to_json`, validated; fields this version does not know are refused."""
     settings = dict(settings)
     options = settings.pop("method_options", {})
     unknown = set(settings) - {field.name for field in dataclasses.fields(Config)}
@@ -193,8 +197,11 @@ def from_json(settings: dict) -> tuple[Config, Method]:
     for name in ("data_dir", "out", "teacher"):
         if settings.get(name) is not None:
             settings[name] = Path(settings[name])
-    _choose("method", settings.get("method", "ltat"), METHODS)
-    return Config(**settings), METHODS[settings["method"]](**options)
+    config = Config(**settings)
+    _choose("method", config.method, METHODS)
+    method = METHODS[config.method](**options)
+    validate(config, method)
+    return config, method
 
 
 def load(run_dir: Path) -> tuple[Config, Method]:
@@ -202,9 +209,9 @@ def load(run_dir: Path) -> tuple[Config, Method]:
     path = run_dir / "config.json"
     try:
         return from_json(json.loads(path.read_text()))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{run_dir} is not a run: it has no config.json") from None
-    except (json.JSONDecodeError, TypeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path} cannot be read as a run's configuration: {error}") from None
 
 
@@ -229,7 +236,8 @@ def parse_args(argv: list[str] | None = None) -> tuple[Config, Method]:
     first.add_argument("--out", type=Path)
     first.add_argument("--resume", action="store_true")
     try:
-        seen, _ = first.parse_known_args(argv)
+        with contextlib.redirect_stderr(io.StringIO()):  # what is wrong is for tyro to say, below
+            seen, _ = first.parse_known_args(argv)
     except SystemExit:
         seen = argparse.Namespace(dataset=Config.dataset, method=None, out=None, resume=False)
 
@@ -257,5 +265,5 @@ def parse_args(argv: list[str] | None = None) -> tuple[Config, Method]:
         description="Long-tailed adversarial training: balanced self-teacher, then student.",
         args=argv,
     )
-    validate(parsed.config)
+    validate(parsed.config, parsed.options)
     return parsed.config, parsed.options

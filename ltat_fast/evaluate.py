@@ -43,7 +43,7 @@ class Arguments:
 def main(argv: list[str] | None = None) -> None:
     arguments = tyro.cli(Arguments, prog="python -m ltat_fast.evaluate", args=argv)
     attacks = parse_attacks(arguments.attacks)
-    config, _ = configuration.load(arguments.run)
+    config, method = configuration.load(arguments.run)
     config = dataclasses.replace(
         config,
         out=arguments.run,
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
         limit_autoattack=None,
         eval_batch_size=arguments.batch_size,
     )
-    configuration.validate(config)
+    configuration.validate(config, method)
     which = ["best", "last"] if arguments.checkpoint == "both" else [arguments.checkpoint]
     for name in which:
         runs.weights_in(arguments.run, name)

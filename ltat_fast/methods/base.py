@@ -4,12 +4,15 @@ A method is a dataclass. Its fields are its hyper-parameters and become command-
 METHODS` lists the classes. The engine owns everything else: data, attack loop, frozen twin, precision, compilation.
 """
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
 import torch.nn.functional as F
 from torch import Tensor
+
+from ltat_fast.errors import UserError
 
 Model = Callable[[Tensor], Tensor]
 
@@ -33,6 +36,16 @@ class Method:
     name: ClassVar[str]
     noise: ClassVar[Literal["uniform", "gaussian"]] = "uniform"
     teacher: ClassVar[Literal["none", "balanced"]] = "none"
+
+    def check(self) -> None:
+        """Refuse hyper-parameters that cannot work: here, numbers that are negative or not finite.
+
+        Raises UserError.
+        """
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, int | float) and not 0 <= value < math.inf:
+                raise UserError(f"--{field.name.replace('_', '-')} must be 0 or more, not {value:g}")
 
     def setup(self, setting: Setting) -> None:
         """Called once before training starts."""

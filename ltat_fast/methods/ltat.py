@@ -17,6 +17,7 @@ from typing import ClassVar, Literal
 
 import torch
 
+from ltat_fast.errors import UserError
 from ltat_fast.methods.base import Method
 from ltat_fast.ops import balanced_softmax_kl, igdm_loss
 
@@ -38,6 +39,11 @@ class Ltat(Method):
     """temperature of that KL"""
     tau: float = 1.0
     """strength of the class prior in the balanced softmax"""
+
+    def check(self) -> None:
+        super().check()
+        if self.temperature == 0:
+            raise UserError("--temperature must be above 0")
 
     def loss(self, model, x, x_adv, y, progress):
         teacher, counts = self.setting.teacher, self.setting.class_counts

@@ -7,6 +7,7 @@
 Exit status: 0 done; 2 a flag, a path or the data is at fault; 3 the loss diverged; 75 interrupted, state saved.
 """
 
+import shlex
 import sys
 
 from ltat_fast.config import Config, differences, load, parse_args
@@ -19,29 +20,32 @@ EXIT_DIVERGED, EXIT_INTERRUPTED = 3, 75
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status."""
     config, method = parse_args(argv)
-    prepare_run_dir(config, method)
 
-    from ltat_fast.engine import device, log, pipeline
+    from ltat_fast.engine import device, log, pipeline, run
     from ltat_fast.engine.fit import Diverged, Interrupted
 
     hardware = device.choose(config.device, config.precision)
+    prepare_run_dir(config, method)
     try:
-        pipeline.train(config, method, hardware)
+        with run.claim(config.run_dir):
+            pipeline.train(config, method, hardware)
     except Diverged as error:
         print(f"ltat_fast: {error}", file=sys.stderr)
         return EXIT_DIVERGED
     except Interrupted as error:
-        log.say(f"{error}; go on with: python -m ltat_fast.train --out {config.run_dir} --resume")
+        log.say(f"{error}; go on with: python -m ltat_fast.train --out {shlex.quote(str(config.run_dir))} --resume")
         return EXIT_INTERRUPTED
     return 0
 
 
 def prepare_run_dir(config: Config, method) -> None:
     """Make sure that this run may write into its folder. Raises UserError where it would overwrite another run."""
+    from ltat_fast.engine.run import LOCK
+
     run_dir = config.run_dir
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"--out {run_dir} is a file, not a folder")
-    used = run_dir.is_dir() and any(run_dir.iterdir())
+    used = run_dir.is_dir() and any(path.name != LOCK for path in run_dir.iterdir())
     if config.resume:
         if not (run_dir / "config.json").exists():
             raise UserError(f"nothing to resume: {run_dir} holds no run")

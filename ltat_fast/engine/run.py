@@ -1,25 +1,30 @@
 """What a run is made of: its images, its network, its folder. Shared by train, evaluate and report."""
 
+import contextlib
 import platform
+import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ltat_fast import __version__
 from ltat_fast.config import Config
-from ltat_fast.data import load_dataset, longtail
+from ltat_fast.data import load_dataset, longtail, resident
 from ltat_fast.engine import checkpoint, log
 from ltat_fast.engine.device import Hardware
 from ltat_fast.errors import UserError
 from ltat_fast.models import build_model
 from ltat_fast.ops import backend_info
+
+LOCK = ".lock"
 
 
 @dataclass
@@ -56,18 +61,36 @@ class RunData:
         return self.train.images.shape[1]
 
 
+@contextlib.contextmanager
+def claim(run_dir: Path) -> Iterator[None]:
+    """Keep other processes from training into ``run_dir``; the system lets go of it however this one ends.
+
+    Raises UserError if another has it. Where there are no file locks it claims nothing.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl
+
+            file = stack.enter_context((run_dir / LOCK).open("a"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"{run_dir} is being trained by another process") from None
+        yield
+
+
 def load_data(config: Config, device: torch.device) -> RunData:
     """Read, cut to the long tail, put on the device, and say what was found."""
     dataset = load_dataset(config.dataset, config.data_dir, image_size=config.image_size, report=log.say)
     tailed = longtail.make_long_tailed(dataset, config.imbalance_ratio)
-    test = Images(_to(dataset.test.images, device), _to(dataset.test.labels, device))
+    test = Images(resident(dataset.test.images, device), resident(dataset.test.labels, device))
     images, labels = tailed.images, tailed.labels
     select = test
     if config.select_on == "heldout":
         kept, held = longtail.holdout_split(labels, np.arange(len(labels)), config.heldout)
         if len(held) == 0:
             raise UserError(f"--select-on heldout: {config.heldout:g} of each class holds out no image at all")
-        select = Images(_to(images[held], device), _to(labels[held], device))
+        select = Images(resident(images[held], device), resident(labels[held], device))
         images, labels = images[kept], labels[kept]
     counts = np.bincount(labels, minlength=len(tailed.class_names)).tolist()
     log.say(
@@ -76,7 +99,7 @@ def load_data(config: Config, device: torch.device) -> RunData:
         + (f"; {len(select):,} held out to select on" if select is not test else "")
     )
     return RunData(
-        Images(_to(images, device), _to(labels, device)),
+        Images(resident(images, device), resident(labels, device)),
         test,
         select,
         counts,
@@ -86,10 +109,6 @@ def load_data(config: Config, device: torch.device) -> RunData:
         dataset.pad,
         dataset.flip,
     )
-
-
-def _to(array: np.ndarray, device: torch.device) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
 
 def balanced_indices(config: Config, data: RunData) -> np.ndarray:
@@ -133,6 +152,9 @@ def load_model(path: Path, device: torch.device, arch: str, data: RunData) -> nn
         raise UserError(f"{path} knows {card['num_classes']} classes, the data has {data.num_classes}")
     if card.get("in_channels", data.in_channels) != data.in_channels:
         raise UserError(f"{path} takes {card['in_channels']} channels, the images have {data.in_channels}")
+    names = list(zip(card.get("class_names", data.class_names), data.class_names, strict=True))
+    if other := [pair for pair in names if pair[0] != pair[1]]:
+        raise UserError(f"{path} knows other classes than the data: {other[0][0]!r} where the data has {other[0][1]!r}")
     model = build_model(arch, data.num_classes, in_channels=data.in_channels)
     checkpoint.load_weights(model, tensors, path, arch)
     return model.to(device, memory_format=torch.channels_last)
@@ -148,8 +170,11 @@ def weights_in(path: Path, which: str = "last") -> Path:
 
 def weights_digest(path: Path) -> str:
     """The checksum a weights file carries, to tell whether a result belongs to it."""
-    with safe_open(path, framework="pt") as file:
-        return (file.metadata() or {}).get("sha256", "")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get("sha256", "")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged and cannot be read ({error})") from None
 
 
 def counts_tensor(data: RunData, device: torch.device) -> Tensor:
@@ -160,7 +185,7 @@ def environment(hardware: Hardware, data: RunData) -> dict:
     """The content of RUN/env.json: what it would take to see the same numbers again."""
     gpu = torch.cuda.get_device_name() if hardware.device.type == "cuda" else None
     return {
-        "command": " ".join(sys.argv),
+        "command": shlex.join(sys.argv),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in ("ltat-fast", "torch", "torchvision", "triton", "numpy")},
         "cuda": torch.version.cuda,

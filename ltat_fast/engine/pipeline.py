@@ -1,7 +1,6 @@
 """The whole run in order: data, teacher, student, evaluation, table."""
 
 import functools
-import json
 
 import numpy as np
 from torch import nn
@@ -12,7 +11,7 @@ from ltat_fast.attacks import AttackConfig
 from ltat_fast.attacks.evaluation import parse_attacks
 from ltat_fast.config import Config, ratio
 from ltat_fast.data import DeviceLoader
-from ltat_fast.engine import log, run, tables
+from ltat_fast.engine import checkpoint, log, run, tables
 from ltat_fast.engine.device import Hardware, make_deterministic
 from ltat_fast.engine.evaluation import evaluate
 from ltat_fast.engine.fit import Stage, fit
@@ -28,32 +27,39 @@ def train(config: Config, method: Method, hardware: Hardware) -> None:
         make_deterministic()
     run_dir = config.run_dir
     if config.teacher is not None:
-        run.weights_in(config.teacher)  # before any long work
+        checkpoint.read(run.weights_in(config.teacher))  # before any long work
     data = run.load_data(config, hardware.device)
+    # What can be refused is, before anything is written: a refused start leaves no half-made run in the way.
+    student = student_stage(config, method, data, hardware)
+    teacher = teacher_or_stage(config, data, hardware) if method.teacher == "balanced" else None
     environment = run.environment(hardware, data)
     log.write_json(run_dir / "config.json", configuration.to_json(config, method))
     log.write_json(run_dir / "env.json", environment)
     log.say(f"{hardware.device.type}, {environment['precision']} ({hardware.why}); seed {config.seed}; run {run_dir}")
     log.say("ops: " + ", ".join(f"{op}: {backend}" for op, backend in environment["ops"].items()))
 
-    teacher = None
-    if method.teacher == "balanced":
-        teacher = frozen_twin(get_teacher(config, data, hardware), hardware)
+    if isinstance(teacher, Stage):
+        teacher = train_teacher(config, teacher, data, hardware)
+    if teacher is not None:
+        teacher = frozen_twin(teacher, hardware)
     method.setup(Setting(class_counts=run.counts_tensor(data, hardware.device), teacher=teacher))
-    train_student(config, method, data, hardware)
+    fit(student, hardware)
     final_evaluation(config, data, hardware)
     log.say(tables.render([run_dir]))
 
 
-def get_teacher(config: Config, data: RunData, hardware: Hardware) -> nn.Module:
-    """The balanced self-teacher: the one given, the one this run has already trained, or a new one."""
+def teacher_or_stage(config: Config, data: RunData, hardware: Hardware) -> nn.Module | Stage:
+    """The balanced self-teacher that was given, or the stage that trains one."""
     if config.teacher is not None:
         path = run.weights_in(config.teacher)
         log.say(f"teacher: {path}")
         return run.load_model(path, hardware.device, config.arch, data)
-
     method = METHODS["pgd-at"]()
-    stage = _stage(config, "teacher", method, data, hardware, indices=run.balanced_indices(config, data))
+    return _stage(config, "teacher", method, data, hardware, indices=run.balanced_indices(config, data))
+
+
+def train_teacher(config: Config, stage: Stage, data: RunData, hardware: Hardware) -> nn.Module:
+    """The self-teacher, trained from wherever its folder says it is, and its scores."""
     fit(stage, hardware)
     scores = stage.folder / "eval.json"
     if not scores.exists():
@@ -62,7 +68,7 @@ def get_teacher(config: Config, data: RunData, hardware: Hardware) -> nn.Module:
     return stage.model
 
 
-def train_student(config: Config, method: Method, data: RunData, hardware: Hardware) -> None:
+def student_stage(config: Config, method: Method, data: RunData, hardware: Hardware) -> Stage:
     stage = _stage(config, "student", method, data, hardware)
     name = "test" if config.select_on == "test" else "heldout"
 
@@ -75,7 +81,7 @@ def train_student(config: Config, method: Method, data: RunData, hardware: Hardw
     dropped = first_drop(config.epochs)
     stage.evaluate, stage.select_by = scores, f"{name}_pgd20"
     stage.evaluate_when = lambda epoch: epoch >= dropped or (epoch + 1) % config.eval_every == 0
-    fit(stage, hardware)
+    return stage
 
 
 def final_evaluation(config: Config, data: RunData, hardware: Hardware) -> None:
@@ -89,19 +95,20 @@ def evaluate_checkpoint(
 ) -> None:
     """Evaluate weights ``which`` ("best" or "last") and merge the result into RUN/eval.json, attack by attack.
 
-    An attack that is there for these very weights and as many images is not run again, unless ``again``.
+    An attack that is there for these very weights and at least as many images is not run again, unless ``again``.
     """
     file = config.run_dir / "eval.json"
     weights = run.weights_in(config.run_dir, which)
     digest = run.weights_digest(weights)
-    results = json.loads(file.read_text()) if file.exists() else {}
+    results = tables.read_json(file) if file.exists() else {}
     model = None
     for attack in attacks:
-        limit = _limits(config).get(attack, config.limit_eval) or len(data.test)
-        asked = {"weights": digest, "images": min(limit, len(data.test)), "eps": config.eps}
+        images = min(_limits(config).get(attack, config.limit_eval) or len(data.test), len(data.test))
+        asked = {"weights": digest, "eps": config.eps}
         # "best" is often "last": the same weights are not attacked twice.
         known = [results.get(which, {}).get(attack), *(entry.get(attack) for entry in results.values())]
-        result = next((r for r in known if r and not again and asked.items() <= r.items()), None)
+        known = [r for r in known if r and asked.items() <= r.items() and r["images"] >= images]
+        result = known[0] if known and not again else None
         if result is None:
             if model is None:
                 model = run.load_model(weights, hardware.device, config.arch, data)

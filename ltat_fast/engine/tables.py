@@ -24,12 +24,20 @@ NOT_THE_EXPERIMENT = {"seed", "out", "data_dir", "teacher", "device", "resume", 
 
 def load_results(run_dir: Path) -> tuple[dict, dict]:
     """config.json and eval.json of a run. Raises UserError if it has none yet."""
+    return read_json(run_dir / "config.json"), read_json(run_dir / "eval.json")
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file of a run. Raises UserError if it is not there or damaged."""
     try:
-        return tuple(json.loads((run_dir / name).read_text()) for name in ("config.json", "eval.json"))
-    except FileNotFoundError as error:
-        raise UserError(f"{run_dir} has no results: {Path(error.filename).name} is not there") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"a result of {run_dir} cannot be read: {error}") from None
+        content = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{path.parent} has no results: {path.name} is not there") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged and cannot be read ({error})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged: it does not hold a JSON object")
+    return content
 
 
 def rows(run_dirs: list[Path]) -> list[dict]:

@@ -39,9 +39,10 @@ class FrozenTwin(nn.Module):
         gradient comes back in the image's dtype; logits come back in float32. Call it outside autocast.
     channels_last: convert image and weights to the NHWC layout.
 
-    Call :meth:`refresh` after the live weights or batch norm statistics change. What needs no conversion shares the
-    live storage; with ``fold_bn=False`` and nothing to convert that is everything, and :meth:`refresh` does nothing.
-    The live model is only ever read, and must keep its tensors: move it to its device first, then build the twin.
+    Where nothing needs converting (``fold_bn=False``, the live dtype and layout) the twin shares all live storage, is
+    always up to date, and :meth:`refresh` does nothing. Otherwise it computes with the weights and statistics of the
+    last :meth:`refresh`; call that after every optimiser step. The live model is only ever read, and must keep its
+    tensors: move it to its device first, then build the twin.
 
     ``folded`` names the (convolution, batch norm) pairs that were folded.
     """
@@ -57,38 +58,37 @@ class FrozenTwin(nn.Module):
         super().__init__()
         self.dtype, self.fold_bn = dtype, fold_bn
         self.memory_format = torch.channels_last if channels_last else torch.preserve_format
-        self.__dict__["live"] = (
-            model  # a plain attribute: as a submodule it would be trained, moved and saved with the twin
-        )
+        self.__dict__["live"] = model  # past nn.Module's registration: not a submodule
 
-        # Deep-copying with these substitutes in the memo copies the module tree and no tensor.
         live = dict(named_tensors(model))
-        memo = {id(t): self._substitute(t) for t in live.values()}
+        shares = not fold_bn and all(self._convert(t).data_ptr() == t.data_ptr() for t in live.values())
+        # Deep-copying with these stand-ins in the memo copies the module tree and no tensor.
+        memo = {id(t): self._convert(t, copy=not shares) for t in live.values()}
+        for p in model.parameters():
+            memo[id(p)] = nn.Parameter(memo[id(p)], requires_grad=False)
         self.net = copy.deepcopy(model, memo).eval()
 
-        self._norms: list[
-            tuple[nn.Module, Tensor, Tensor]
-        ] = []  # live batch norm, its scale and shift in full precision
-        self._biased: list[tuple[Tensor, Tensor, Tensor]] = []  # live convolution bias, scale, shift
-        self._scaled: list[tuple[Tensor, Tensor, Tensor]] = []  # live weight, scale over it, folded weight
+        # What refresh() reads and writes. Scales and shifts are in the live precision.
+        self._norms: list[tuple[nn.Module, Tensor, Tensor]] = []  # live batch norm, its scale, its shift
+        self._biased: list[tuple[Tensor, Tensor, Tensor]] = []  # live bias of a folded convolution, scale, shift
+        self._scaled: list[
+            tuple[Tensor, Tensor, Tensor]
+        ] = []  # live weight, scale shaped to multiply it, folded weight
         self._copied: list[tuple[Tensor, Tensor]] = []  # source, destination
         self.folded = tuple(foldable_pairs(self.net)) if fold_bn else ()
         if fold_bn:
             self._fold()
-        written = {id(folded) for _, _, folded in self._scaled} | {id(t) for _, t in self._copied}
-        for name, t in named_tensors(self.net):
-            if name in live and id(t) not in written and t.data_ptr() != live[name].data_ptr():
-                self._copied.append((live[name], t))
-                written.add(id(t))
+        if not shares:
+            written = {id(folded) for _, _, folded in self._scaled} | {id(t) for _, t in self._copied}
+            rest = {id(t): (live[name], t) for name, t in named_tensors(self.net) if name in live}
+            self._copied += [pair for key, pair in rest.items() if key not in written]
         self.refresh()
 
-    def _substitute(self, t: Tensor) -> Tensor:
-        """What stands for the live parameter or buffer ``t``: the same storage where it needs no conversion."""
+    def _convert(self, t: Tensor, copy: bool = False) -> Tensor:
+        """``t`` in the twin's dtype and layout; ``t``'s own storage where it has them already, unless ``copy``."""
         dtype = self.dtype if self.dtype is not None and t.is_floating_point() else t.dtype
         layout = self.memory_format if t.dim() == 4 else torch.preserve_format
-        same = dtype == t.dtype and (layout is torch.preserve_format or t.is_contiguous(memory_format=layout))
-        data = t.detach() if same else torch.empty_like(t, dtype=dtype, memory_format=layout)
-        return nn.Parameter(data, requires_grad=False) if isinstance(t, nn.Parameter) else data
+        return t.detach().to(dtype=dtype, memory_format=layout, copy=copy)
 
     @torch.no_grad()
     def _fold(self) -> None:
@@ -101,7 +101,6 @@ class FrozenTwin(nn.Module):
             if bn_name in conv_before:
                 conv = self.net.get_submodule(conv_before[bn_name])
                 live_conv = self.live.get_submodule(conv_before[bn_name])
-                conv.weight = nn.Parameter(torch.empty_like(conv.weight), requires_grad=False)
                 conv.bias = nn.Parameter(torch.empty_like(scale, dtype=conv.weight.dtype), requires_grad=False)
                 self._scaled.append((live_conv.weight, scale.view(-1, 1, 1, 1), conv.weight))
                 self._copied.append((shift, conv.bias))

@@ -54,6 +54,7 @@ class TrainStep:
     attack: the threat model of training.
     backend: one of :data:`BACKENDS`.
     train_model: what the loss calls in place of ``model``, e.g. its DistributedDataParallel wrapper.
+    twin: what the attack runs on, if not :func:`frozen_twin`; to measure what each part of that one brings.
     """
 
     def __init__(
@@ -65,10 +66,11 @@ class TrainStep:
         hardware: Hardware,
         backend: str = "eager",
         train_model: nn.Module | None = None,
+        twin: FrozenTwin | None = None,
     ):
         self.model, self.method, self.optimizer, self.attack = model, method, optimizer, attack
         self.device, self.dtype, self.backend = hardware.device, hardware.dtype, backend
-        self.frozen = frozen_twin(model, hardware)
+        self.frozen = twin or frozen_twin(model, hardware)
         self.generator = torch.Generator(device=self.device)
         self.lr = optimizer.param_groups[0]["lr"]
         self.progress = torch.zeros((), device=self.device)

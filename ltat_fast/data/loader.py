@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ltat_fast.data.augment import Crops, apply_crops, draw_crops
+from ltat_fast.data.augment import POLICIES, Crops, apply_crops, draw_crops
 from ltat_fast.errors import UserError
 from ltat_fast.seeding import stream
 
@@ -34,7 +34,8 @@ class DeviceLoader:
             different parts of one resident tensor share it.
 
     Raises:
-        UserError: fewer images than a batch with ``drop_last``, no images, or a batch that does not split evenly.
+        UserError: fewer images than a batch with ``drop_last``, no images, a batch that does not split evenly, an
+            unknown augmentation, or one of colours for grey images.
         ValueError: arguments that contradict each other.
     """
 
@@ -63,8 +64,10 @@ class DeviceLoader:
                 "images must be uint8 (N, C, H, W) with N labels, "
                 f"got {self.images.dtype} {tuple(images.shape)} and {len(labels)} labels"
             )
-        if augment != "none":
-            raise ValueError(f"augment must be none, got {augment!r}")
+        if augment != "none" and augment not in POLICIES:
+            raise UserError(f"unknown augmentation {augment!r}; choose from none, {', '.join(POLICIES)}")
+        if augment != "none" and images.shape[1] != 3:
+            raise UserError(f"{augment} needs colour images, these have {images.shape[1]} channel(s)")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} does not exist in a world of {world_size}")
         if batch_size < 1 or batch_size % world_size:
@@ -73,6 +76,7 @@ class DeviceLoader:
             raise UserError(f"{len(self.indices)} images do not fill one batch of {batch_size}; use a smaller batch")
         self.batch_size, self.drop_last = batch_size, drop_last
         self.seed, self.pad, self.flip = seed, pad, flip
+        self.policy = None if augment == "none" else POLICIES[augment](*images.shape[2:], self.images.device)
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.rank, self.world_size = rank, world_size
 
@@ -89,12 +93,16 @@ class DeviceLoader:
         device = self.images.device
         order = torch.randperm(len(self.indices), generator=stream("cpu", self.seed, "permutation", epoch))
         order = self.indices[order].to(device)
-        crops = draw_crops((len(order),), self.pad, self.flip, stream("cpu", self.seed, "crop", epoch))
+        crops = draw_crops(len(order), self.pad, self.flip, stream("cpu", self.seed, "crop", epoch))
         crops = Crops(*(draw.to(device) for draw in crops))
+        if self.policy:
+            draws = self.policy.draw(len(order), stream("cpu", self.seed, "augment", epoch))
         for step in range(start, len(self)):
             share = self._share(step)
             index = order[share]
             x = self.images[index]
+            if self.policy:
+                x = self.policy.apply(x, draws[share])
             x = apply_crops(x, self.pad, Crops(*(draw[share] for draw in crops)))
             yield to_unit(x, self.memory_format), self.labels[index]
 

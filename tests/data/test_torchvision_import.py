@@ -1,0 +1,58 @@
+"""torchvision imports beside a CPU-only torch, and a torchvision that imports by itself is left as it is."""
+
+import subprocess
+import sys
+import textwrap
+
+
+def run(script):
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_transforms_and_datasets_work():
+    out = run("""
+        import torch
+        from ltat_fast._torchvision import torchvision
+        from ltat_fast._torchvision import torchvision as again
+        from torchvision.transforms.v2 import functional
+
+        assert again is torchvision
+        print(functional.invert(torch.tensor([[[0, 255]]], dtype=torch.uint8)).tolist())
+        print(torchvision.datasets.CIFAR10.__name__)
+    """)
+    assert out.split("\n")[:2] == ["[[[255, 0]]]", "CIFAR10"]
+
+
+def test_a_torchvision_that_works_is_left_alone():
+    """A stand-in that imports by itself: nothing is declared, and it is the module that comes back."""
+    out = run("""
+        import sys, types
+        import torch
+
+        sys.modules["torchvision"] = stand_in = types.ModuleType("torchvision")
+        from ltat_fast._torchvision import torchvision
+
+        assert torchvision is stand_in
+        print(hasattr(torch.ops.torchvision, "nms"))
+    """)
+    assert out.strip() == "False"
+
+
+def test_another_failure_is_not_hidden():
+    out = run("""
+        import importlib.abc, sys
+
+        class Broken(importlib.abc.MetaPathFinder):
+            def find_spec(self, name, path, target=None):
+                if name == "torchvision":
+                    raise RuntimeError("a different fault")
+
+        sys.meta_path.insert(0, Broken())
+        try:
+            import ltat_fast._torchvision
+        except RuntimeError as error:
+            print(error)
+    """)
+    assert out.strip() == "a different fault"

@@ -205,7 +205,8 @@ def launch_forward(
         row_loss = loss if reduction == "none" else torch.empty(B, dtype=torch.float32, device=logits.device)
         if B > 0:
             _forward_kernel[(triton.cdiv(B, rows),)](
-                logits, labels, class_counts, teacher, row_loss, stats, tau, kl_weight, 1 / temperature, B,
+                logits, labels, class_counts, teacher, row_loss, stats,
+                float(tau), float(kl_weight), 1 / temperature, B,
                 C, logits.stride(0), teacher.stride(0), teacher_logits is not None, rows, columns, num_warps=warps,
             )  # fmt: skip
         if reduction != "none":
@@ -237,7 +238,7 @@ def launch_backward(
     with torch.cuda.device_of(logits):
         _backward_kernel[(triton.cdiv(B, rows), triton.cdiv(C, columns))](
             grad_loss, logits, labels, class_counts, teacher, stats, grad_logits,
-            tau, kl_weight, 1 / temperature, 1 / B if reduction == "mean" else 1.0, B,
+            float(tau), float(kl_weight), 1 / temperature, 1 / B if reduction == "mean" else 1.0, B,
             C, grad_loss.stride(0) if reduction == "none" else 0,
             logits.stride(0), teacher.stride(0), grad_logits.stride(0),
             teacher_logits is not None, rows, columns, num_warps=warps,

@@ -120,10 +120,10 @@ def launch_init(
     if n == 0:
         return
     gaussian = noise == "gaussian"
+    # An int would be another type, and 1 a constant, to the compiler: a kernel for each.
+    scalars = map(float, (eps, std if gaussian else eps, lower, upper))
     with torch.cuda.device_of(x):
-        _init_kernel[(triton.cdiv(n, BLOCK),)](
-            x, out, seed, eps, std if gaussian else eps, lower, upper, n, gaussian, BLOCK, num_warps=NUM_WARPS
-        )
+        _init_kernel[(triton.cdiv(n, BLOCK),)](x, out, seed, *scalars, n, gaussian, BLOCK, num_warps=NUM_WARPS)
 
 
 def launch_step(
@@ -141,7 +141,6 @@ def launch_step(
     assert x_adv.numel() == grad.numel() == out.numel() == n
     if n == 0:
         return
+    scalars = map(float, (step_size, eps, lower, upper))
     with torch.cuda.device_of(x):
-        _step_kernel[(triton.cdiv(n, BLOCK),)](
-            x_adv, grad, x, out, step_size, eps, lower, upper, n, BLOCK, num_warps=NUM_WARPS
-        )
+        _step_kernel[(triton.cdiv(n, BLOCK),)](x_adv, grad, x, out, *scalars, n, BLOCK, num_warps=NUM_WARPS)

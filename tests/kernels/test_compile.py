@@ -145,12 +145,25 @@ def test_float64_scalars_are_narrowed_at_once(monkeypatch):
     assert not {use for use in uses if re.match(r"@?\w*\s*(add|sub|mul|fma|min|max|setp|div)\.", use)}
 
 
-def loss_launches(monkeypatch, B, C, dtype, distilled):
+def test_integer_scalars_make_no_other_kernel(monkeypatch):
+    x, seed = torch.empty(64), torch.zeros(1, dtype=torch.int64)
+
+    def launch():
+        pgd.launch_step(x, x, x, x, 1, 1, 0, 1)
+        pgd.launch_init(x, x, seed, 1, 0, 1, "uniform")
+
+    recorded = launches(monkeypatch, pgd, launch)
+    recorded += loss_launches(monkeypatch, 8, 16, torch.float32, True, settings=(1, 1, 1, "sum"))
+    for kernel, args, _ in recorded:
+        for param, value in zip(kernel.params, args, strict=True):
+            assert type(value) is not int or param.is_constexpr or param.name in ("n", "B"), param.name
+
+
+def loss_launches(monkeypatch, B, C, dtype, distilled, settings=(1.0, 0.5, 2.0, "mean")):
     logits = torch.empty(B, C, dtype=dtype)
     teacher = torch.empty_like(logits) if distilled else None
     labels, counts = torch.zeros(B, dtype=torch.int64), torch.ones(C)
     loss, stats = torch.empty(()), torch.empty(balanced_softmax_kl.stats_rows(teacher), B)
-    settings = (1.0, 0.5, 2.0, "mean")
 
     def launch():
         balanced_softmax_kl.launch_forward(logits, labels, counts, teacher, loss, stats, *settings)

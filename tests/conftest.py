@@ -1,0 +1,28 @@
+"""What every test shares: one thread a process, and GPU tests that say aloud that they did not run."""
+
+import os
+
+import pytest
+
+# Before torch is imported: the workers are as many as the cores, and idle threads of one would spin on another's core.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+NO_GPU = "no CUDA device: this GPU test did not run"
+
+
+def pytest_collection_modifyitems(items):
+    gpu_items = [item for item in items if item.get_closest_marker("gpu")]
+    if not gpu_items:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in gpu_items:
+            item.add_marker(pytest.mark.skip(reason=NO_GPU))
+
+
+def pytest_terminal_summary(terminalreporter):
+    skipped = [report for report in terminalreporter.stats.get("skipped", []) if NO_GPU in str(report.longrepr)]
+    if skipped:
+        terminalreporter.section("GPU", yellow=True)
+        terminalreporter.write_line(f"{len(skipped)} GPU tests did NOT run: there is no CUDA device here", yellow=True)

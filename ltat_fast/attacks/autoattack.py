@@ -31,5 +31,7 @@ def autoattack(
     attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = targets
     if num_classes < 4:
         attack.attacks_to_run = [name for name in attack.attacks_to_run if name not in ("apgd-t", "apgd-dlr")]
-    x_adv, _ = attack.run_standard_evaluation(x, labels, batch_size=batch_size)
+    # It seeds torch's global generators.
+    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+        x_adv, _ = attack.run_standard_evaluation(x, labels, batch_size=batch_size)
     return x_adv.detach()

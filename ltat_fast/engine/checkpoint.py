@@ -35,6 +35,8 @@ def write(path: Path, tensors: dict[str, Tensor], metadata: dict) -> None:
     card = {"ltat_fast": json.dumps(metadata)}
     card["sha256"] = _digest(tensors, metadata)
     path.parent.mkdir(parents=True, exist_ok=True)
+    for abandoned in path.parent.glob(f".{path.name}.*.partial"):  # by a process that was killed while writing
+        abandoned.unlink(missing_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with open(partial, "wb") as file:
@@ -115,4 +117,7 @@ def load_state(path: Path, model: nn.Module, optimizer: torch.optim.SGD, arch: s
     for name, parameter in model.named_parameters():
         if (buffer := tensors.get(f"momentum.{name}")) is not None:
             optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(buffer)
-    return Progress(**metadata)
+    try:
+        return Progress(**metadata)
+    except TypeError:
+        raise UserError(f"{path} is not the saved state of a run") from None

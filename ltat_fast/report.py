@@ -9,7 +9,7 @@ from pathlib import Path
 import tyro
 
 from ltat_fast.engine import tables
-from ltat_fast.errors import exit_on_user_error
+from ltat_fast.errors import UserError, exit_on_user_error
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,8 @@ class Arguments:
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
     arguments = tyro.cli(Arguments, prog="python -m ltat_fast.report", args=argv)
+    if not arguments.runs:
+        raise UserError("name at least one run folder")
     print(tables.render(list(arguments.runs)))
 
 

@@ -18,7 +18,7 @@ COLUMNS = [
     ("T-Clean", "clean", "tail"),
     ("T-PGD", "pgd20", "tail"),
 ]
-# Runs that differ in nothing but these are repetitions of one experiment.
+# Runs that differ in nothing but these are repetitions of one experiment, if all trained their own teacher or none did.
 NOT_THE_EXPERIMENT = {"seed", "out", "data_dir", "teacher", "device", "resume", "eval_batch_size", "save_minutes"}
 
 
@@ -43,9 +43,10 @@ def read_json(path: Path) -> dict:
 def rows(run_dirs: list[Path]) -> list[dict]:
     """One dict an experiment and checkpoint: its config, "checkpoint", "seeds", and a list of values a column."""
     experiments: dict[str, list[tuple[dict, dict]]] = {}
-    for run_dir in run_dirs:
+    for run_dir in dict.fromkeys(path.resolve() for path in run_dirs):  # a run named twice counts once
         config, results = load_results(run_dir)
-        key = json.dumps({k: v for k, v in config.items() if k not in NOT_THE_EXPERIMENT}, sort_keys=True)
+        settings = {k: v for k, v in config.items() if k not in NOT_THE_EXPERIMENT}
+        key = json.dumps(settings | {"given_teacher": config.get("teacher") is not None}, sort_keys=True)
         experiments.setdefault(key, []).append((config, results))
     table = []
     for runs in experiments.values():
@@ -63,11 +64,12 @@ def rows(run_dirs: list[Path]) -> list[dict]:
     return table
 
 
-def cell(values: list[float]) -> str:
-    """ "38.85", over several seeds "38.85 ± 0.21", nothing measured "-"."""
+def cell(values: list[float], seeds: int) -> str:
+    """ "38.85", over several seeds "38.85 ± 0.21", measured on some of them "38.85 (1 of 3)", on none "-"."""
     if not values:
         return "-"
-    return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
+    spread = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{mean(values):.2f}{spread}" + (f" ({len(values)} of {seeds})" if len(values) < seeds else "")
 
 
 def render(run_dirs: list[Path]) -> str:
@@ -80,9 +82,9 @@ def render(run_dirs: list[Path]) -> str:
         c = row["config"]
         ir = "as found" if c["imbalance_ratio"] is None else f"{c['imbalance_ratio']:g}"
         name = [c["method"], c["dataset"], ir, c["arch"], row["checkpoint"], str(row["seeds"])]
-        table.add_row(*name, *(cell(row["values"][heading]) for heading, _, _ in COLUMNS))
+        table.add_row(*name, *(cell(row["values"][heading], row["seeds"]) for heading, _, _ in COLUMNS))
     out = io.StringIO()
-    Console(file=out, width=140).print(table)
+    Console(file=out, width=250).print(table)  # more than it needs: a narrow console would cut the numbers short
     images = sorted(set().union(*(row["images"] for row in entries)))
     return (
         out.getvalue()

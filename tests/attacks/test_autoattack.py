@@ -59,7 +59,9 @@ def test_the_fewer_classes_the_fewer_targets(monkeypatch):
     seen = {}
 
     def record(self, x, y, *, batch_size):
-        seen.update(attacks=self.attacks_to_run, targets=(self.apgd_targeted.n_target_classes, self.fab.n_target_classes))
+        seen.update(
+            attacks=self.attacks_to_run, targets=(self.apgd_targeted.n_target_classes, self.fab.n_target_classes)
+        )
         return x, y
 
     monkeypatch.setattr(Quick, "run_standard_evaluation", record)

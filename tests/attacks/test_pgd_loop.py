@@ -1,6 +1,7 @@
 """The PGD loop against a float64 twin written from the formula, against closed forms, and for what it leaves alone."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -35,9 +36,7 @@ def ce64(y):
 
 def cw64(y):
     def score(logits):
-        rows = [
-            torch.cat([row[:c], row[c + 1 :]]).max() - row[c] for row, c in zip(logits, y.tolist(), strict=True)
-        ]
+        rows = [torch.cat([row[:c], row[c + 1 :]]).max() - row[c] for row, c in zip(logits, y.tolist(), strict=True)]
         return torch.stack(rows).sum()
 
     return score
@@ -113,7 +112,7 @@ def test_more_steps_never_help_the_defender():
         F.cross_entropy(net(pgd(net, x, cross_entropy(y), AttackConfig(EPS, 0.013, k, "none"))), y, reduction="none")
         for k in range(12)
     ]
-    for weaker, stronger in zip(losses, losses[1:], strict=False):
+    for weaker, stronger in itertools.pairwise(losses):
         assert (stronger >= weaker - 1e-5).all()
     assert (losses[-1] > losses[0] + 0.1).all()
 

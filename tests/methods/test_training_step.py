@@ -1,0 +1,155 @@
+"""Whole training steps of each method against a twin written from the formulas in float64.
+
+The twin shares nothing with ours but the images, the initial weights and the attack's start point.
+"""
+
+import pytest
+import torch
+from toys import double, images, labels, small_net
+
+from ltat_fast.attacks import AttackConfig
+from ltat_fast.engine.device import Hardware
+from ltat_fast.engine.step import TrainStep, frozen_twin, make_optimizer
+from ltat_fast.methods import METHODS, Setting
+from ltat_fast.ops import pgd_init
+
+HARDWARE = Hardware(torch.device("cpu"), torch.float32, "test")
+COUNTS = [40, 11, 3]
+EPS, STEP_SIZE, ATTACK_STEPS = 0.1, 0.03, 4
+LR, MOMENTUM, WEIGHT_DECAY = [0.1, 0.05, 0.02], 0.9, 5e-4
+EPOCHS = 4  # step e of the test runs as if in epoch e
+
+
+def cross_entropy(z, y):
+    return -z.log_softmax(1)[torch.arange(len(y)), y].mean()
+
+
+def balanced_cross_entropy(z, y, tau):
+    return cross_entropy(z + tau * torch.tensor(COUNTS, dtype=torch.float64).log(), y)
+
+
+def kl(target, logits):
+    """KL(softmax target || softmax logits), summed over classes, averaged over the batch."""
+    p = target.softmax(1)
+    return (p * (target.log_softmax(1) - logits.log_softmax(1))).sum(1).mean()
+
+
+class Twin:
+    """PGD on CE in eval mode, the method's loss in train mode, SGD with momentum and weight decay: in float64."""
+
+    def __init__(self, net, teacher):
+        self.net, self.teacher = double(net), double(teacher).eval()
+        self.velocity = [torch.zeros_like(p) for p in self.net.parameters()]
+
+    def attack(self, x, y, start):
+        self.net.eval()
+        x_adv = start.double()
+        for _ in range(ATTACK_STEPS):
+            point = x_adv.clone().requires_grad_()
+            (grad,) = torch.autograd.grad(cross_entropy(self.net(point), y), point)
+            x_adv = x + (x_adv + STEP_SIZE * grad.sign() - x).clamp(-EPS, EPS)
+            x_adv = x_adv.clamp(0, 1)
+        return x_adv
+
+    def loss(self, name, options, x, x_adv, y, epoch):
+        self.net.train()
+        z = self.net(x_adv)
+        if name == "pgd-at":
+            return cross_entropy(z, y)
+        loss = balanced_cross_entropy(z, y, options.get("tau", 1.0))
+        if name == "at-bsl":
+            return loss
+        x_minus = x - (x_adv - x)
+        with torch.no_grad():
+            t, t_minus = self.teacher(x_adv), self.teacher(x_minus)
+        if options.get("kl_weight"):
+            temperature = options.get("temperature", 1.0)
+            loss = loss + options["kl_weight"] * kl(t / temperature, z / temperature)
+        if options["alpha"]:
+            ramp = epoch / EPOCHS if options.get("ramp", "linear") == "linear" else 1.0
+            loss = loss + options["alpha"] * ramp * kl(t - t_minus, z - self.net(x_minus))
+        return loss
+
+    def step(self, name, options, x, y, start, epoch, lr):
+        x = x.double()
+        x_adv = self.attack(x, y, start)
+        loss = self.loss(name, options, x, x_adv, y, epoch)
+        grads = torch.autograd.grad(loss, list(self.net.parameters()))
+        with torch.no_grad():
+            for p, grad, v in zip(self.net.parameters(), grads, self.velocity, strict=True):
+                v.mul_(MOMENTUM).add_(grad + WEIGHT_DECAY * p)
+                p -= lr * v
+        return x_adv, loss.item()
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("pgd-at", {}),
+        ("at-bsl", {}),
+        ("at-bsl", {"tau": 1.7}),
+        ("ltat", {"alpha": 20.0}),
+        ("ltat", {"alpha": 3.0, "ramp": "constant", "tau": 0.5}),
+        ("ltat", {"alpha": 0.0, "kl_weight": 0.7, "temperature": 2.0}),
+        ("ltat", {"alpha": 5.0, "kl_weight": 1.3}),
+        ("ltat", {"alpha": 0.0}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else ",".join(f"{k}={v}" for k, v in value.items()) or "default",
+)
+def test_three_steps_equal_the_formulas(name, options):
+    net, teacher = small_net(seed=1), small_net(seed=2)
+    teacher_before = {k: v.clone() for k, v in teacher.state_dict().items()}
+    twin = Twin(net, teacher)
+    method = METHODS[name](**options)
+    method.setup(Setting(torch.tensor(COUNTS), frozen_twin(teacher.train(), HARDWARE)))
+    attack = AttackConfig(EPS, STEP_SIZE, ATTACK_STEPS, method.noise)
+    step = TrainStep(net, method, make_optimizer(net, 1.0, MOMENTUM, WEIGHT_DECAY), attack, HARDWARE)
+
+    for e in range(3):
+        x, y = images(16, seed=e), labels(16, seed=e)
+        start = pgd_init(x, EPS, method.noise, generator=torch.Generator().manual_seed(50 + e))
+        step.frozen.refresh()
+        step.generator.manual_seed(50 + e)
+        x_adv = step.perturb(x, y)
+        step.restart()
+        step(x, y, lr=LR[e], progress=(e + 1) / EPOCHS, seed=50 + e)
+        expected_x_adv, expected_loss = twin.step(name, options, x, y, start, e + 1, LR[e])
+
+        torch.testing.assert_close(x_adv.double(), expected_x_adv, atol=1e-5, rtol=0)
+        assert step.totals()["loss"] == pytest.approx(expected_loss, rel=1e-5)
+        for (key, ours), theirs in zip(net.state_dict().items(), twin.net.state_dict().values(), strict=True):
+            torch.testing.assert_close(
+                ours.double(), theirs.double(), atol=1e-5, rtol=1e-4, msg=lambda m, k=key: f"{k} {m}"
+            )
+
+    # The teacher was only ever read, and in eval mode though its live module is in train mode.
+    assert all(p.grad is None for p in teacher.parameters())
+    assert all(torch.equal(v, teacher_before[k]) for k, v in teacher.state_dict().items())
+
+
+def test_the_attack_of_at_bsl_starts_from_gaussian_noise_and_the_others_from_uniform():
+    assert {name: method.noise for name, method in METHODS.items()} == {
+        "pgd-at": "uniform",
+        "at-bsl": "gaussian",
+        "ltat": "uniform",
+    }
+    assert {name: method.teacher for name, method in METHODS.items()} == {
+        "pgd-at": "none",
+        "at-bsl": "none",
+        "ltat": "balanced",
+    }
+
+
+def test_the_attack_does_not_know_the_class_prior():
+    """AT-BSL and PGD-AT train on the same examples, were their start noise the same."""
+    net, x, y = small_net(), images(16), labels(16)
+    examples = []
+    for name in METHODS:
+        method = METHODS[name]()
+        method.setup(Setting(torch.tensor([1000, 10, 1]), frozen_twin(small_net(seed=2), HARDWARE)))
+        config = AttackConfig(EPS, STEP_SIZE, ATTACK_STEPS, "uniform")
+        step = TrainStep(net, method, make_optimizer(net, 0.1, 0.9, 0.0), config, HARDWARE)
+        step.generator.manual_seed(0)
+        examples.append(step.perturb(x, y))
+    assert torch.equal(examples[0], examples[1])
+    assert torch.equal(examples[0], examples[2])

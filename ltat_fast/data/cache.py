@@ -3,7 +3,7 @@
 One safetensors file holds the four arrays of a dataset. Its name is a hash of what went in (the names, sizes and
 modification times of the files, the labels, the options), so a changed tree misses the cache. It is written under a
 temporary name, synced and renamed, and a reader checks its key and a CRC-32 over its header and all its data: what is
-half-written or damaged is decoded again.
+half-written or damaged is decoded again. The folder may be deleted at any time.
 """
 
 import contextlib
@@ -128,6 +128,7 @@ def _decode(tree: Tree, image_size: int | None, report: Callable[[str], None]) -
 def _key(tree: Tree, image_size: int | None) -> str:
     """Hash of everything that decides the arrays."""
     digest = hashlib.sha256(json.dumps([FORMAT, image_size, tree.class_names]).encode())
+    root = os.fspath(tree.root)
 
     def add(split: Split) -> None:
         for path, label in zip(split.paths, split.labels, strict=True):
@@ -135,7 +136,7 @@ def _key(tree: Tree, image_size: int | None) -> str:
                 stat = os.stat(path)
             except OSError as error:
                 raise UserError(f"cannot read {path}: {error.strerror}") from error
-            name = os.fspath(path.relative_to(tree.root))
+            name = path.removeprefix(root)
             digest.update(f"{name!r} {label} {stat.st_size} {stat.st_mtime_ns}\n".encode())
 
     add(tree.train)

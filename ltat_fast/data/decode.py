@@ -22,7 +22,7 @@ MAX_PIXELS = 2**26
 
 
 def decode_images(
-    paths: list[Path], image_size: int | None, report: Callable[[str], None] = lambda line: None
+    paths: list[str], image_size: int | None, report: Callable[[str], None] = lambda line: None
 ) -> np.ndarray:
     """Decode files into uint8 (N, 3, H, W).
 
@@ -62,7 +62,7 @@ def decode_images(
     return images
 
 
-def read_image(path: Path, image_size: int | None = None) -> np.ndarray:
+def read_image(path: str | Path, image_size: int | None = None) -> np.ndarray:
     """Decode one file into uint8 (3, H, W) RGB.
 
     The orientation that a camera noted is applied; of an animation the first frame is taken; transparency shows white;

@@ -14,7 +14,7 @@ TINY_CLASSES = 200
 
 @dataclass(frozen=True)
 class Split:
-    paths: list[Path]
+    paths: list[str]  # plain strings: a hundred thousand Path objects would take a second to make
     labels: list[int]
 
 
@@ -80,12 +80,12 @@ def scan_tiny_imagenet(root: Path, report: Callable[[str], None] = lambda line: 
             raise UserError(f"{annotations} gives {file} the class {wnid!r}, which has no folder in train/")
         test[file] = label_of[wnid]
     images, _ = _image_files(root / "val" / "images")
-    if unmatched := sorted({path.name for path in images} ^ test.keys()):
+    if unmatched := sorted({os.path.basename(path) for path in images} ^ test.keys()):
         raise UserError(f"{annotations} and {root / 'val' / 'images'} do not match, first at {unmatched[0]}")
     if missing := set(label_of.values()) - set(test.values()):
         raise UserError(f"{annotations} names no image of class {names[min(missing)]}")
     train = _split(root / "train", [root / "train" / name / "images" for name in names], report)
-    return Tree(root, names, train, Split(images, [test[path.name] for path in images]))
+    return Tree(root, names, train, Split(images, [test[os.path.basename(path)] for path in images]))
 
 
 def _split(root: Path, folders: list[Path], report: Callable[[str], None]) -> Split:
@@ -119,7 +119,7 @@ def _class_folders(root: Path) -> dict[str, Path]:
     return folders
 
 
-def _image_files(folder: Path) -> tuple[list[Path], list[Path]]:
+def _image_files(folder: Path) -> tuple[list[str], list[str]]:
     """(images, other visible files) below ``folder``, each sorted by path."""
     images, others = [], []
     for directory, subfolders, files in os.walk(folder):
@@ -128,7 +128,7 @@ def _image_files(folder: Path) -> tuple[list[Path], list[Path]]:
             if not name.startswith("."):
                 extension = os.path.splitext(name)[1].lower()
                 (images if extension in EXTENSIONS else others).append(os.path.join(directory, name))
-    return [Path(path) for path in sorted(images)], [Path(path) for path in sorted(others)]
+    return sorted(images), sorted(others)
 
 
 def _read_lines(path: Path) -> list[str]:

@@ -1,6 +1,8 @@
 """The cache hits when it may, misses when it must, and never hands out half of a file."""
 
 import os
+import resource
+import signal
 import subprocess
 import sys
 import textwrap
@@ -162,21 +164,14 @@ def test_a_given_cache_folder_is_used(root, tmp_path):
 
 def test_a_full_disk_leaves_no_file(tmp_path):
     """A limit on the size of files stands in for the full disk: the same error path, from the kernel."""
-    script = f"""
-        import resource, signal
-        from pathlib import Path
-        import numpy as np
-        from ltat_fast.data.cache import write_cache
-
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-        try:
-            write_cache(Path({str(tmp_path / "x.safetensors")!r}), "x", {{"train.images": np.zeros(100_000, np.uint8)}})
-        except OSError as error:
-            print(error.strerror)
-    """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True)
-    assert done.stdout.strip() == "File too large", done.stderr
+    handler, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write_cache(tmp_path / "x.safetensors", "x", {"train.images": np.zeros(100_000, np.uint8)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -137,7 +137,7 @@ def test_what_cannot_be_decoded_is_named(tmp_path):
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
 def test_random_damage_gives_an_image_or_our_error(tmp_path):
-    """2,000 files with random bytes overwritten or cut off: never another exception, never another size."""
+    """1,000 files with random bytes overwritten or cut off: never another exception, never another size."""
     rng = np.random.RandomState(0)
     image = Image.fromarray(rng.randint(0, 255, (8, 8, 3), np.uint8))
     originals = []
@@ -145,7 +145,7 @@ def test_random_damage_gives_an_image_or_our_error(tmp_path):
         image.save(tmp_path / name)
         originals.append((tmp_path / name).read_bytes())
     refused = 0
-    for trial in range(2000):
+    for trial in range(1000):
         data = bytearray(originals[trial % len(originals)])
         for _ in range(rng.randint(1, 6)):
             data[rng.randint(len(data))] = rng.randint(256)
@@ -156,7 +156,7 @@ def test_random_damage_gives_an_image_or_our_error(tmp_path):
             assert read_image(tmp_path / "damaged.png", 8).shape == (3, 8, 8)
         except UserError:
             refused += 1
-    assert 500 < refused < 2000
+    assert 250 < refused < 1000
 
 
 def test_many_images_keep_their_order_and_sizes_must_agree(tmp_path):

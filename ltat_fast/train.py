@@ -3,10 +3,12 @@
     python -m ltat_fast.train                                                  # digits, embedded, CPU, a minute
     python -m ltat_fast.train --dataset tinyimagenet-lt --data-dir DIR         # the paper's Tiny-ImageNet-LT run
     python -m ltat_fast.train --out RUN --resume                               # go on after an interruption
+    torchrun --nproc-per-node=8 -m ltat_fast.train ...                         # the same on many GPUs
 
 Exit status: 0 done; 2 a flag, a path or the data is at fault; 3 the loss diverged; 75 interrupted, state saved.
 """
 
+import contextlib
 import shlex
 import sys
 
@@ -21,13 +23,18 @@ def main(argv: list[str] | None = None) -> int:
     """Returns the exit status."""
     config, method = parse_args(argv)
 
-    from ltat_fast.engine import device, log, pipeline, run
+    from ltat_fast.engine import device, distributed, log, pipeline, run
     from ltat_fast.engine.fit import Diverged, Interrupted
 
     hardware = device.choose(config.device, config.precision)
-    prepare_run_dir(config, method)
+    is_main = distributed.launched().is_main
+    if is_main:
+        prepare_run_dir(config, method)
+    else:
+        log.quiet()
     try:
-        with run.claim(config.run_dir):
+        with run.claim(config.run_dir) if is_main else contextlib.nullcontext():
+            distributed.start(hardware.device.type == "cuda")
             pipeline.train(config, method, hardware)
     except Diverged as error:
         print(f"ltat_fast: {error}", file=sys.stderr)
@@ -35,6 +42,8 @@ def main(argv: list[str] | None = None) -> int:
     except Interrupted as error:
         log.say(f"{error}; go on with: python -m ltat_fast.train --out {shlex.quote(str(config.run_dir))} --resume")
         return EXIT_INTERRUPTED
+    finally:
+        distributed.stop()
     return 0
 
 

@@ -39,22 +39,34 @@ def _perturb(name: str, model: FrozenTwin, x: Tensor, y: Tensor, eps: float, gen
 
 
 def correct_under(
-    name: str, model: FrozenTwin, images: Tensor, labels: Tensor, eps: float, *, seed: int = 0, batch_size: int = 256
+    name: str,
+    model: FrozenTwin,
+    images: Tensor,
+    labels: Tensor,
+    eps: float,
+    *,
+    seed: int = 0,
+    batch_size: int = 256,
+    part: tuple[int, int] = (0, 1),
 ) -> Tensor:
     """Whether each image is classified correctly under the attack ``name``: bool ``(N,)`` on the CPU.
 
     images: uint8 ``(N, C, H, W)`` and labels: int64 ``(N,)``, on the model's device. PGD-k and CW-k take steps of
     eps / 4 from a uniform start, which for eps 8/255 is the 2/255 of the published evaluations; the start noise is a
-    function of the seed, the attack and the place of the batch.
+    function of the seed, the attack and the place of the batch. part: (r, n) takes batches r, r + n, r + 2 n, ... only.
     """
+    starts = range(0, len(images), batch_size)[part[0] :: part[1]]
     if name == "autoattack":
-        # Whole, not in our batches: pyautoattack re-batches what is left after each of its attacks.
-        images = autoattack(model, images.float() / 255, labels, eps, seed=seed, batch_size=batch_size)
-    correct = []
-    for start in range(0, len(images), batch_size):
+        # All batches at once: pyautoattack re-batches what is left after each of its attacks.
+        places = torch.arange(len(images), device=images.device)
+        images, mine = images.float() / 255, places[places // batch_size % part[1] == part[0]]
+        if len(mine):
+            images[mine] = autoattack(model, images[mine], labels[mine], eps, seed=seed, batch_size=batch_size)
+    correct = [torch.empty(0, dtype=torch.bool)]
+    for start in starts:
         x, y = images[start : start + batch_size], labels[start : start + batch_size]
         if name != "autoattack":
             x = _perturb(name, model, x.float() / 255, y, eps, seeding.stream(x.device, seed, name, start))
         with torch.no_grad():
-            correct.append(model(x).argmax(1) == y)
-    return torch.cat(correct).cpu()
+            correct.append((model(x).argmax(1) == y).cpu())
+    return torch.cat(correct)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from ltat_fast.engine import log
+from ltat_fast.engine import distributed, log
 from ltat_fast.engine.step import TrainStep
 
 # Relative difference of the loss, and share of pixels moved by more than a thousandth of eps, that still count as the
@@ -23,7 +23,9 @@ def choose_backend(asked: str, build: Callable[[str], TrainStep], x: Tensor, y: 
 
     build: makes a step for a backend over the run's model and optimizer. x, y: a batch of the run.
     """
-    wanted = {"auto": "graph" if x.is_cuda else "eager", "none": "eager"}.get(asked, asked)
+    # Collectives of several processes are left out of a capture.
+    fastest = ("graph" if distributed.current().size == 1 else "step") if x.is_cuda else "eager"
+    wanted = {"auto": fastest, "none": "eager"}.get(asked, asked)
     ladder = {"graph": ["graph", "step"], "step": ["step"], "eager": []}[wanted]
     reference = None
     for backend in ladder:
@@ -38,10 +40,10 @@ def choose_backend(asked: str, build: Callable[[str], TrainStep], x: Tensor, y: 
         frames = compiled_frames() - before
         if not problem and frames == 0:
             problem = "torch.compile compiled nothing"
-        if not problem:
+        if not distributed.any_process(bool(problem), x.device):
             log.say(f"step: backend {backend}, checked against eager on one batch; {frames} compiled frames")
             return step
-        log.say(f"WARNING: backend {backend} is not used: {problem}")
+        log.say(f"WARNING: backend {backend} is not used: {problem or 'it fails in another process'}")
     log.say("step: backend eager")
     return build("eager")
 

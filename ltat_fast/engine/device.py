@@ -30,7 +30,6 @@ def choose(device: str = "auto", precision: str = "auto") -> Hardware:
         device = "cuda" if torch.cuda.is_available() else "cpu"
 
     if device == "cuda":
-        torch.cuda.set_device(torch.cuda.current_device())
         has_bf16, name = torch.cuda.get_device_capability() >= (8, 0), torch.cuda.get_device_name()
     else:
         has_bf16, name = cpu_has_bf16(), f"{torch.get_num_threads()} threads"

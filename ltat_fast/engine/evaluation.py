@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ltat_fast.attacks.evaluation import correct_under
+from ltat_fast.engine import distributed
 from ltat_fast.models.frozen import FrozenTwin
 
 
@@ -49,16 +50,19 @@ def evaluate(
     """Accuracies of ``model`` in eval mode and float32 under each attack.
 
     images: uint8 ``(N, C, H, W)``, labels: int64 ``(N,)``, on the model's device. limits: the most images to use, by
-    attack, "default" for the others.
+    attack, "default" for the others. Several processes share the batches; each gets the whole result.
     """
     frozen = FrozenTwin(model, fold_bn=True)
     limits = limits or {}
+    world = distributed.current()
     results = {}
     for name in attacks:
         chosen = spread(labels.cpu().numpy(), limits.get(name, limits.get("default")))
         index = torch.from_numpy(chosen).to(images.device)
         y = labels[index]
-        correct = correct_under(name, frozen, images[index], y, eps, batch_size=batch_size)
+        part = (world.rank, world.size)
+        mine = correct_under(name, frozen, images[index], y, eps, batch_size=batch_size, part=part)
+        correct = torch.cat(distributed.gather_in_turn(list(mine.split(batch_size))))
         results[name] = accuracies(correct, y, groups, num_classes)
         say(f"  {name}: {results[name]['all']:.2f} % of {len(y)} images")
     return results

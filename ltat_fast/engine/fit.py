@@ -1,24 +1,27 @@
 """One stage of training, the teacher's or the student's: epochs of steps, evaluated, recorded, saved, resumable."""
 
-import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from ltat_fast import seeding
 from ltat_fast.attacks.pgd import AttackConfig
 from ltat_fast.data import DeviceLoader
-from ltat_fast.engine import checkpoint, log
+from ltat_fast.engine import checkpoint, distributed, log
 from ltat_fast.engine.backend import choose_backend
 from ltat_fast.engine.checkpoint import Progress
 from ltat_fast.engine.device import Hardware
 from ltat_fast.engine.schedule import learning_rate
+from ltat_fast.engine.signals import StopOnSignal
 from ltat_fast.engine.step import TrainStep, make_optimizer
 from ltat_fast.methods import Method
+from ltat_fast.models.sync_batch_norm import synchronise_batch_norm
 
+AGREE_EVERY = 10  # steps between the moments at which several processes agree to save or to stop
 CHECK_EVERY = 50  # steps between looks at the device: for a loss that is not finite, and for the progress bar
 
 # Evaluates the model as it stands: flat names to numbers.
@@ -65,130 +68,149 @@ class Stage:
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
 
+    @property
+    def state_file(self) -> Path:
+        return self.checkpoints / "resume.safetensors"
+
 
 def fit(stage: Stage, hardware: Hardware) -> Progress:
     """Train ``stage`` to its end, from wherever its folder says it is.
 
     Raises :class:`Diverged` and :class:`Interrupted`.
     """
+    synchronise_batch_norm(stage.model)
     optimizer = make_optimizer(stage.model, stage.lr, stage.momentum, stage.weight_decay)
-    state_file = stage.checkpoints / "resume.safetensors"
     progress = Progress()
-    if state_file.exists():
-        progress = checkpoint.load_state(state_file, stage.model, optimizer, stage.arch)
+    if stage.state_file.exists():
+        progress = checkpoint.load_state(stage.state_file, stage.model, optimizer, stage.arch)
         if progress.finished:
             log.say(f"{stage.name}: already trained, {progress.epoch} epochs")
             return progress
         log.say(f"{stage.name}: goes on after epoch {progress.epoch}, step {progress.step}")
+    wrapped = distributed.wrap(stage.model)
     step = choose_backend(
         stage.backend,
-        lambda backend: TrainStep(stage.model, stage.method, optimizer, stage.attack, hardware, backend),
+        lambda backend: TrainStep(stage.model, stage.method, optimizer, stage.attack, hardware, backend, wrapped),
         *next(stage.loader.batches(progress.epoch)),
     )
-    record = log.StageLog(stage.folder, progress.epoch)
+    record = log.StageLog(stage.folder, progress.epoch) if distributed.current().is_main else log.NoLog()
     try:
         with StopOnSignal() as stop:
-            _train(stage, step, optimizer, progress, record, stop)
+            _Fit(stage, step, progress, record, stop).run()
     finally:
         record.close()
     return progress
 
 
-def _train(stage: Stage, step: TrainStep, optimizer, progress: Progress, record: log.StageLog, stop) -> None:
-    state_file = stage.checkpoints / "resume.safetensors"
-    per_epoch = len(stage.loader)
-    last_save = time.monotonic()
+class _Fit:
+    """The loop of :func:`fit`. In several processes each runs it; what is decided here is decided alike in all."""
 
-    def out_of_steps(done: int) -> bool:
-        return stage.max_steps is not None and progress.epoch * per_epoch + done >= stage.max_steps
+    def __init__(self, stage: Stage, step: TrainStep, progress: Progress, record: log.StageLog, stop: StopOnSignal):
+        self.stage, self.step, self.progress, self.record, self.stop = stage, step, progress, record, stop
+        self.per_epoch = len(stage.loader)
+        self.last_save = time.monotonic()
+        self.world = distributed.current()
+        # Noise is drawn for a process's share of the batch: each needs draws of its own.
+        self.noise = (stage.seed, stage.name, "attack", *([self.world.rank] if self.world.size > 1 else []))
 
-    while not progress.finished:
-        epoch, started = progress.epoch, time.monotonic()
-        step.restart(progress.sums)
-        done = progress.step
-        with log.progress_bar(f"{stage.name} epoch {epoch + 1}/{stage.epochs}", per_epoch, done) as bar:
+    def run(self) -> None:
+        while not self.progress.finished:
+            started = time.monotonic() - self.progress.seconds
+            self.step.restart(self.progress.sums)
+            done = self._steps(started)
+            self._end_epoch(done, time.monotonic() - started)
+
+    def _steps(self, started: float) -> int:
+        """The steps of an epoch, from where it was left; how many of them are done."""
+        stage, step, epoch, done = self.stage, self.step, self.progress.epoch, self.progress.step
+        with log.progress_bar(f"{stage.name} epoch {epoch + 1}/{stage.epochs}", self.per_epoch, done) as bar:
             for x, y in stage.loader.batches(epoch, start=done):
-                if out_of_steps(done):
+                if self._out_of_steps(done):
                     break
-                step(
-                    x,
-                    y,
-                    lr=learning_rate(stage.lr_schedule, stage.lr, epoch, done, stage.epochs, per_epoch),
-                    progress=(epoch + 1) / stage.epochs,
-                    seed=seeding.stream_seed(stage.seed, stage.name, "attack", epoch, done),
-                )
+                seed = seeding.stream_seed(*self.noise, epoch, done)
+                step(x, y, lr=self._rate(done), progress=(epoch + 1) / stage.epochs, seed=seed)
                 done += 1
                 if done % CHECK_EVERY == 0:
-                    totals = _finite(step.totals(), stage, epoch)
+                    totals = self._totals()
                     bar.update(0, completed=done, rate=f"loss {totals['loss'] / totals['steps']:.3f}")
-                if stop.asked or time.monotonic() - last_save > 60 * stage.save_minutes:
-                    progress.step, progress.sums = done, _finite(step.totals(), stage, epoch)
-                    seconds = progress.seconds
-                    progress.seconds += time.monotonic() - started
-                    checkpoint.save_state(state_file, stage.model, optimizer, progress)
-                    progress.seconds, last_save = seconds, time.monotonic()
-                    if stop.asked:
-                        raise Interrupted(f"stopped by {stop.asked} in epoch {epoch + 1}, step {done}; state saved")
+                if self._time_to_save(done):
+                    self.progress.step, self.progress.sums = done, self._totals()
+                    self.progress.seconds = time.monotonic() - started
+                    self._save()
+                    self._stop_if_asked(f"in epoch {epoch + 1}, step {done}")
+        return done
 
-        totals = _finite(step.totals(), stage, epoch)
-        steps = totals.pop("steps")
-        seconds = progress.seconds + time.monotonic() - started
-        entry = {"epoch": epoch + 1, "steps": int(steps), "lr": float(step.lr)}
+    def _end_epoch(self, done: int, seconds: float) -> None:
+        """Record and evaluate the epoch; save, so that a resumed run begins with the next."""
+        stage, progress, epoch = self.stage, self.progress, self.progress.epoch + 1
+        totals = self._totals()
+        steps = int(totals.pop("steps"))
+        entry = {"epoch": epoch, "steps": steps, "lr": self._rate(done - 1)}
         entry |= {name: total / max(steps, 1) for name, total in totals.items() if name != "first_bad"}
-        entry |= {
-            "seconds": round(seconds, 3),
-            "images_per_second": round(steps * stage.loader.batch_size / seconds, 1),
-        }
+        entry["seconds"] = round(seconds, 3)
+        entry["images_per_second"] = round(steps * stage.loader.batch_size / seconds, 1)
 
-        progress.finished = epoch + 1 == stage.epochs or out_of_steps(done)
-        progress.epoch, progress.step, progress.sums, progress.seconds = epoch + 1, 0, {}, 0.0
-        if stage.evaluate and (stage.evaluate_when(epoch) or progress.finished):
+        finished = epoch == stage.epochs or self._out_of_steps(done)
+        if stage.evaluate and (stage.evaluate_when(epoch - 1) or finished):
             scores = stage.evaluate(stage.model)
             entry |= scores
             if scores[stage.select_by] > progress.best.get(stage.select_by, -1.0):
-                progress.best = {"epoch": epoch + 1, **scores}
-                checkpoint.write(
-                    stage.checkpoints / "best.safetensors", stage.model.state_dict(), stage.card(epoch + 1)
-                )
-        record.epoch(entry)
-        if progress.finished:
-            checkpoint.write(stage.checkpoints / "last.safetensors", stage.model.state_dict(), stage.card(epoch + 1))
-        checkpoint.save_state(state_file, stage.model, optimizer, progress)
-        last_save = time.monotonic()
+                progress.best = {"epoch": epoch, **scores}
+                self._save_weights("best", epoch)
+        self.record.epoch(entry)
+        if finished:
+            self._save_weights("last", epoch)
+        # The state goes last: a run that dies before it repeats this epoch, and writes all of the above again.
+        progress.epoch, progress.finished, progress.step, progress.sums, progress.seconds = epoch, finished, 0, {}, 0.0
+        self._save()
         log.say(f"{stage.name} {_line(entry, stage.epochs)}")
+        self._stop_if_asked(f"after epoch {epoch}")
 
+    def _rate(self, done: int) -> float:
+        stage = self.stage
+        return learning_rate(stage.lr_schedule, stage.lr, self.progress.epoch, done, stage.epochs, self.per_epoch)
 
-def _finite(totals: dict[str, float], stage: Stage, epoch: int) -> dict[str, float]:
-    if totals["first_bad"] >= 0:
+    def _out_of_steps(self, done: int) -> bool:
+        most = self.stage.max_steps
+        return most is not None and self.progress.epoch * self.per_epoch + done >= most
+
+    def _time_to_save(self, done: int) -> bool:
+        if done % (AGREE_EVERY if self.world.size > 1 else 1):
+            return False
+        minutes = (time.monotonic() - self.last_save) / 60
+        return distributed.any_process(bool(self.stop.asked) or minutes > self.stage.save_minutes, self.step.device)
+
+    def _save(self) -> None:
+        if self.world.is_main:
+            checkpoint.save_state(self.stage.state_file, self.stage.model, self.step.optimizer, self.progress)
+        self.last_save = time.monotonic()
+
+    def _save_weights(self, which: str, epoch: int) -> None:
+        if self.world.is_main:
+            file = self.stage.checkpoints / f"{which}.safetensors"
+            checkpoint.write(file, self.stage.model.state_dict(), self.stage.card(epoch))
+
+    def _stop_if_asked(self, where: str) -> None:
+        if distributed.any_process(bool(self.stop.asked), self.step.device):
+            raise Interrupted(f"stopped by {self.stop.asked or 'another process'} {where}; state saved")
+
+    def _totals(self) -> dict[str, float]:
+        """The sums of the epoch so far. Raises :class:`Diverged` if loss or weights are not finite numbers."""
+        totals, stage, epoch = self.step.totals(), self.stage, self.progress.epoch + 1
+        if totals["first_bad"] >= 0:
+            what, step = "loss", int(totals["first_bad"]) + 1
+        elif not torch.stack([t.isfinite().all() for t in stage.model.state_dict().values()]).all():
+            what, step = "weights", int(totals["steps"])
+        else:
+            return totals
+        saved = any(stage.checkpoints.glob("*.safetensors"))
+        kept = f"the last good state is in {stage.checkpoints}" if saved else "no state had been saved yet"
         raise Diverged(
-            f"the loss of the {stage.name} is not a finite number at epoch {epoch + 1}, step "
-            f"{int(totals['first_bad']) + 1}; the last good state is in {stage.checkpoints}; "
-            "a lower --lr is the usual remedy"
+            f"{stage.name}: {what} not finite at epoch {epoch}, step {step}; {kept}; a lower --lr is the usual remedy"
         )
-    return totals
 
 
 def _line(entry: dict, epochs: int) -> str:
     skip = {"epoch", "steps", "seconds", "images_per_second", "lr"}
     numbers = "  ".join(f"{name} {value:.4g}" for name, value in entry.items() if name not in skip)
     return f"{entry['epoch']:>3}/{epochs}  lr {entry['lr']:.4g}  {numbers}  {entry['seconds']:.1f} s"
-
-
-class StopOnSignal:
-    """While open, SIGTERM, SIGINT and SIGUSR1 set ``asked`` instead of killing: the step in hand is finished first."""
-
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-
-    def __enter__(self) -> "StopOnSignal":
-        self.asked: str | None = None
-        self._before = {s: signal.signal(s, self._note) for s in self.SIGNALS}
-        return self
-
-    def _note(self, number: int, frame) -> None:
-        if self.asked and number == signal.SIGINT:
-            raise KeyboardInterrupt  # a second Ctrl-C does not want to wait
-        self.asked = signal.Signals(number).name
-
-    def __exit__(self, *exc) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)

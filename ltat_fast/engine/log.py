@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+console = Console(file=sys.stdout, highlight=False, soft_wrap=True, emoji=False)
 
 
 def say(text: str) -> None:
@@ -53,6 +53,21 @@ class StageLog:
         self.tensorboard.close()
 
 
+class NoLog:
+    """Stands for a :class:`StageLog` in the processes that are not the main one."""
+
+    def epoch(self, record: dict) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def quiet() -> None:
+    """No line and no bar from this process any more; warnings and errors on stderr still show."""
+    console.quiet = True
+
+
 def read_metrics(path: Path) -> list[dict]:
     """The records of a metrics.jsonl; a last line cut short by a crash is left out."""
     if not path.exists():
@@ -76,7 +91,7 @@ def progress_bar(description: str, total: int, done: int):
         TimeRemainingColumn(),
         console=console,
         transient=True,
-        disable=not console.is_terminal,
+        disable=console.quiet or not console.is_terminal,
     )
     bar.add_task(description, total=total, completed=done, rate="")
     return bar

@@ -11,7 +11,7 @@ from ltat_fast.attacks import AttackConfig
 from ltat_fast.attacks.evaluation import parse_attacks
 from ltat_fast.config import Config, ratio
 from ltat_fast.data import DeviceLoader
-from ltat_fast.engine import checkpoint, log, run, tables
+from ltat_fast.engine import checkpoint, distributed, log, run, tables
 from ltat_fast.engine.device import Hardware, make_deterministic
 from ltat_fast.engine.evaluation import evaluate
 from ltat_fast.engine.fit import Stage, fit
@@ -28,13 +28,15 @@ def train(config: Config, method: Method, hardware: Hardware) -> None:
     run_dir = config.run_dir
     if config.teacher is not None:
         checkpoint.read(run.weights_in(config.teacher))  # before any long work
-    data = run.load_data(config, hardware.device)
+    with distributed.main_first():  # it decodes; the others read its cache
+        data = run.load_data(config, hardware.device)
     # What can be refused is, before anything is written: a refused start leaves no half-made run in the way.
     student = student_stage(config, method, data, hardware)
     teacher = teacher_or_stage(config, data, hardware) if method.teacher == "balanced" else None
     environment = run.environment(hardware, data)
-    log.write_json(run_dir / "config.json", configuration.to_json(config, method))
-    log.write_json(run_dir / "env.json", environment)
+    if distributed.current().is_main:
+        log.write_json(run_dir / "config.json", configuration.to_json(config, method))
+        log.write_json(run_dir / "env.json", environment)
     log.say(f"{hardware.device.type}, {environment['precision']} ({hardware.why}); seed {config.seed}; run {run_dir}")
     log.say("ops: " + ", ".join(f"{op}: {backend}" for op, backend in environment["ops"].items()))
 
@@ -45,7 +47,8 @@ def train(config: Config, method: Method, hardware: Hardware) -> None:
     method.setup(Setting(class_counts=run.counts_tensor(data, hardware.device), teacher=teacher))
     fit(student, hardware)
     final_evaluation(config, data, hardware)
-    log.say(tables.render([run_dir]))
+    if distributed.current().is_main:
+        log.say(tables.render([run_dir]))
 
 
 def teacher_or_stage(config: Config, data: RunData, hardware: Hardware) -> nn.Module | Stage:
@@ -64,7 +67,10 @@ def train_teacher(config: Config, stage: Stage, data: RunData, hardware: Hardwar
     scores = stage.folder / "eval.json"
     if not scores.exists():
         log.say("teacher on the test set:")
-        log.write_json(scores, {"last": _evaluate(config, data, data.test, stage.model, ["clean", "pgd20"], log.say)})
+        result = _evaluate(config, data, data.test, stage.model, ["clean", "pgd20"], log.say)
+        if distributed.current().is_main:
+            log.write_json(scores, {"last": result})
+    distributed.wait()
     return stage.model
 
 
@@ -115,7 +121,9 @@ def evaluate_checkpoint(
                 log.say(f"{which}, on the test set:")
             result = _evaluate(config, data, data.test, model, [attack], log.say)[attack] | asked
         results.setdefault(which, {})[attack] = result
-        log.write_json(file, results)
+        if distributed.current().is_main:
+            log.write_json(file, results)
+    distributed.wait()  # the next call reads what this one wrote
 
 
 def _limits(config: Config) -> dict[str, int | None]:
@@ -152,6 +160,8 @@ def _stage(
         flip=data.flip,
         augment=config.augment,
         device=hardware.device,
+        rank=distributed.current().rank,
+        world_size=distributed.current().size,
         channels_last=True,
         indices=indices,
     )

@@ -84,18 +84,19 @@ def load_data(config: Config, device: torch.device) -> RunData:
     dataset = load_dataset(config.dataset, config.data_dir, image_size=config.image_size, report=log.say)
     tailed = longtail.make_long_tailed(dataset, config.imbalance_ratio)
     test = Images(resident(dataset.test.images, device), resident(dataset.test.labels, device))
-    images, labels = tailed.images, tailed.labels
+    images, labels, indices = tailed.images, tailed.labels, tailed.indices
     select = test
     if config.select_on == "heldout":
         kept, held = longtail.holdout_split(labels, np.arange(len(labels)), config.heldout)
         if len(held) == 0:
             raise UserError(f"--select-on heldout: {config.heldout:g} of each class holds out no image at all")
         select = Images(resident(images[held], device), resident(labels[held], device))
-        images, labels = images[kept], labels[kept]
+        images, labels, indices = images[kept], labels[kept], indices[kept]
     counts = np.bincount(labels, minlength=len(tailed.class_names)).tolist()
+    index_hash = longtail.index_hash(indices)
     log.say(
         f"{config.dataset}: {len(labels):,} training images in {len(counts)} classes "
-        f"({max(counts)} to {min(counts)} a class), index hash {tailed.index_hash}; {len(test):,} test images"
+        f"({max(counts)} to {min(counts)} a class), index hash {index_hash}; {len(test):,} test images"
         + (f"; {len(select):,} held out to select on" if select is not test else "")
     )
     return RunData(
@@ -105,7 +106,7 @@ def load_data(config: Config, device: torch.device) -> RunData:
         counts,
         tailed.groups,
         tailed.class_names,
-        tailed.index_hash,
+        index_hash,
         dataset.pad,
         dataset.flip,
     )

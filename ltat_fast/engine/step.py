@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ltat_fast.attacks.pgd import AttackConfig, pgd
+from ltat_fast.engine import distributed
 from ltat_fast.engine.device import Hardware
 from ltat_fast.methods import Method
 from ltat_fast.models.frozen import FrozenTwin
@@ -145,10 +146,14 @@ class TrainStep:
             self.sums[name] += value
 
     def totals(self) -> dict[str, float]:
-        """Sums over the steps since :meth:`restart`, ``steps`` among them, and ``first_bad`` (-1 if none). Syncs."""
-        names = ["steps", "first_bad", *self.sums]
-        values = torch.stack([self.count, self.first_bad, *self.sums.values()]).tolist()
-        return dict(zip(names, values, strict=True))
+        """Sums over the steps since :meth:`restart`, ``steps`` among them, and ``first_bad`` (-1 if none).
+
+        Means over all processes, which must all call it. Waits for the device.
+        """
+        sums = distributed.mean_over_processes(torch.stack([self.count, *self.sums.values()]))
+        first_bad = distributed.largest_of_processes(self.first_bad.clone())
+        names = ["first_bad", "steps", *self.sums]
+        return dict(zip(names, torch.cat([first_bad[None], sums]).tolist(), strict=True))
 
     def restart(self, totals: dict[str, float] | None = None) -> None:
         """Begin an epoch: zero the sums, or set them to what an interrupted epoch had reached."""

@@ -16,6 +16,8 @@ from collections import Counter
 import torch
 from torch import Tensor, nn
 
+from ltat_fast.models.sync_batch_norm import CpuSyncBatchNorm
+
 
 class ChannelAffine(nn.Module):
     """x * scale + shift, one value of each a channel, for x (N, C, H, W)."""
@@ -159,14 +161,19 @@ def named_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
     return [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
 
 
+NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, CpuSyncBatchNorm)
+
+
+class _Tracer(torch.fx.Tracer):
+    """Takes every batch norm as one node, those of torch itself and ours."""
+
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return type(module) in NORMS or super().is_leaf_module(module, name)
+
+
 def is_plain_norm(module: nn.Module) -> bool:
     """A batch norm over (N, C, H, W) whose eval mode is a fixed affine map, and that nobody has hooked into."""
-    return (
-        type(module) in (nn.BatchNorm2d, nn.SyncBatchNorm)
-        and module.affine
-        and module.running_var is not None
-        and not has_hooks(module)
-    )
+    return type(module) in NORMS and module.affine and module.running_var is not None and not has_hooks(module)
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -180,7 +187,7 @@ def foldable_pairs(net: nn.Module) -> list[tuple[str, str]]:
     that :mod:`torch.fx` cannot trace (control flow on data) gives a warning and no pairs.
     """
     try:
-        graph = torch.fx.Tracer().trace(net)
+        graph = _Tracer().trace(net)
     except Exception as error:  # tracing runs the network's own Python, which may raise anything
         warnings.warn(f"batch norm is not folded: {type(net).__name__} cannot be traced ({error})", stacklevel=3)
         return []

@@ -1,0 +1,128 @@
+"""Many processes as one run: who this process is, gradients and batch statistics over all of them, agreement.
+
+Started by torchrun, each process takes its share of every global batch; batch norm sees the whole global batch, and
+gradients are averaged by DistributedDataParallel, so that N processes follow the loss curve of one.
+"""
+
+import contextlib
+import inspect
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+# The flag has a new name since torch 2.13, and the old one warns.
+_BUFFERS = "forward_sync_buffers"
+if _BUFFERS not in inspect.signature(DistributedDataParallel.__init__).parameters:
+    _BUFFERS = "broadcast_buffers"
+
+
+@dataclass(frozen=True)
+class World:
+    """rank: of this process among ``size``. local_rank: among those of this machine."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def launched() -> World:
+    """What torchrun says of this process; a world of one without it."""
+    rank, size, local_rank = (int(os.environ.get(*d)) for d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    return World(rank, size, local_rank)
+
+
+def start(use_cuda: bool) -> World:
+    """Join the processes that torchrun started: NCCL between GPUs, gloo between CPUs."""
+    world = launched()
+    if world.size > 1:
+        if use_cuda:
+            torch.cuda.set_device(world.local_rank)
+        dist.init_process_group("nccl" if use_cuda else "gloo")
+    return world
+
+
+def current() -> World:
+    """This process in the group it has joined; a world of one if in none."""
+    return launched() if dist.is_initialized() else World()
+
+
+def stop() -> None:
+    """Leave the group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def wrap(model: nn.Module) -> nn.Module:
+    """``model`` with gradients averaged over all processes; ``model`` itself where there is one.
+
+    Buffers are not broadcast: synchronised batch norm keeps them equal, and LTAT's two forwards before one backward
+    would have the second overwrite what the first needs.
+    """
+    world = current()
+    if world.size == 1:
+        return model
+    on_gpu = next(model.parameters()).is_cuda
+    return DistributedDataParallel(
+        model,
+        device_ids=[world.local_rank] if on_gpu else None,
+        **{_BUFFERS: False},
+        gradient_as_bucket_view=True,
+    )
+
+
+def mean_over_processes(x: Tensor) -> Tensor:
+    """In place. Divided after the sum: NCCL alone knows an average."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+        x /= dist.get_world_size()
+    return x
+
+
+def largest_of_processes(x: Tensor) -> Tensor:
+    """In place, element by element."""
+    if dist.is_initialized():
+        dist.all_reduce(x, op=dist.ReduceOp.MAX)
+    return x
+
+
+def any_process(flag: bool, device: torch.device) -> bool:
+    """Whether ``flag`` is set in at least one process; all must ask."""
+    return bool(largest_of_processes(torch.tensor(float(flag), device=device))) if dist.is_initialized() else flag
+
+
+@contextlib.contextmanager
+def main_first() -> Iterator[None]:
+    """The main process goes through the body alone; the others after it, and find what it has prepared."""
+    is_main = current().is_main
+    if not is_main:
+        wait()
+    yield
+    if is_main:
+        wait()
+
+
+def wait() -> None:
+    """Until every process is here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def gather_in_turn(parts: list[Tensor]) -> list[Tensor]:
+    """The parts of all processes, where process r holds parts r, r + size, r + 2 size, ... of the whole."""
+    world = current()
+    if world.size == 1:
+        return parts
+    everyone: list[list[Tensor]] = [[]] * world.size
+    dist.all_gather_object(everyone, parts)
+    total = sum(len(theirs) for theirs in everyone)
+    return [everyone[i % world.size][i // world.size] for i in range(total)]

@@ -1,0 +1,57 @@
+"""Batch norm whose statistics are those of the global batch, not of one process's share of it."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def synchronise_batch_norm(model: nn.Module) -> nn.Module:
+    """``model``, its batch statistics now taken over the global batch and not over each process's share."""
+    if not (dist.is_initialized() and dist.get_world_size() > 1):
+        return model
+    if next(model.parameters()).is_cuda:
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.BatchNorm2d:
+            synced = CpuSyncBatchNorm(module.num_features, module.eps, module.momentum)
+            synced.load_state_dict(module.state_dict())
+            synced.train(module.training)
+            model.set_submodule(name, synced)
+    return model
+
+
+class CpuSyncBatchNorm(nn.BatchNorm2d):
+    """What ``nn.SyncBatchNorm``, which is for GPUs alone, does: batch statistics over all processes, shares equal."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        x32 = x.float()
+        moments = torch.stack([x32.mean((0, 2, 3)), x32.square().mean((0, 2, 3))])
+        mean, square = _MeanOverProcesses.apply(moments)
+        variance = square - mean.square()
+        with torch.no_grad():
+            n = x.numel() / x.shape[1] * dist.get_world_size()
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * (n / (n - 1)), self.momentum)
+            self.num_batches_tracked += 1
+        scale = self.weight * torch.rsqrt(variance + self.eps)
+        shift = self.bias - mean * scale
+        return (x32 * scale[:, None, None] + shift[:, None, None]).to(x.dtype)
+
+
+class _MeanOverProcesses(torch.autograd.Function):
+    """The mean of a tensor over processes; every process's loss counts, so the gradient is the mean as well."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return _mean_over_processes(x.clone())
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return _mean_over_processes(grad.clone())
+
+
+def _mean_over_processes(x: Tensor) -> Tensor:
+    dist.all_reduce(x)
+    return x.div_(dist.get_world_size())

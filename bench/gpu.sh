@@ -1,0 +1,118 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one call of at most nine minutes and without a network: build, GPU tests, benchmarks,
+# a memory check.
+#
+#   bench/gpu.sh OUTDIR [cuda|cpu]      cpu: a dry run of this script on small problems
+#
+# The machine brings python3 with torch and triton, and nvcc. What else of requirements.txt it lacks goes to
+# carry/wheels beforehand (pip download --no-deps -d carry/wheels ...). OUTDIR gets summary.md, log.txt, and a CSV with
+# its plot from each benchmark. Each part has a time limit of its own; the next one runs whatever became of the last.
+# Exit status: 0 if every part succeeded or was skipped.
+set -uo pipefail
+cd "$(dirname "$0")/.." || exit
+
+out=$(realpath -m "${1:?usage: bench/gpu.sh OUTDIR [cuda|cpu]}")
+device=${2:-cuda}
+budget=530
+log=$out/log.txt
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+mkdir -p "$out"
+: >"$log"
+failures=0
+
+note() { # note PART RESULT SECONDS
+    echo "| $1 | $2 | $3 |" >>"$scratch/parts"
+    echo "$1: $2, $3 s"
+}
+
+part() { # part NAME SECONDS COMMAND...
+    local name=$1 limit=$2 began=$SECONDS left=$((budget - SECONDS)) status result
+    shift 2
+    if ((left < 15)); then
+        note "$name" "skipped: no time left" 0
+        return 1
+    fi
+    printf '\n===== %s: %s\n' "$name" "$*" >>"$log"
+    timeout --kill-after=5 $((limit < left ? limit : left)) "$@" >>"$log" 2>&1
+    status=$?
+    case $status in
+    0) result=ok ;;
+    124 | 137) result="stopped after its time limit" ;;
+    *) result="failed, status $status: see log.txt" ;;
+    esac
+    note "$name" "$result" $((SECONDS - began))
+    ((status == 0)) || failures=$((failures + 1))
+    return $status
+}
+
+# A scratch virtual environment on top of the machine's own packages, which stay as they are.
+python=$scratch/venv/bin/python
+python3 -m venv --without-pip "$scratch/venv" || exit
+python3 - "$("$python" -c 'import site; print(site.getsitepackages()[0])')/machine.pth" <<'EOF'
+import pathlib, site, sys
+pathlib.Path(sys.argv[1]).write_text("".join(f"import site; site.addsitedir({p!r})\n" for p in site.getsitepackages()))
+EOF
+pip=("$python" -m pip --disable-pip-version-check install --quiet --no-index --no-deps)
+if compgen -G 'carry/wheels/*.whl' >/dev/null; then
+    part "carried wheels" 60 "${pip[@]}" carry/wheels/*.whl
+fi
+if ! part "build of the extension" 130 env LTAT_REQUIRE_EXT=1 "${pip[@]}" --no-build-isolation --editable .; then
+    part "install without it" 30 env LTAT_BUILD_EXT=0 "${pip[@]}" --no-build-isolation --editable .
+fi
+part "doctor" 40 "$python" -m ltat_fast.doctor
+
+if [[ $device == cuda ]]; then
+    small=(--batch-size 128)
+    large=(--arch preactresnet18 --image-size 64 --batch-size 128)
+else
+    small=(--arch smallresnet --image-size 8 --batch-size 8 --attack-steps 1 --rounds 2)
+    large=("${small[@]}" --method at-bsl)
+fi
+part "GPU tests" 110 "$python" -m pytest -q -m gpu -p no:cacheprovider
+part "bench.step, ResNet-18 at 32" 150 "$python" -m bench.step --device "$device" "${small[@]}" \
+    --out "$out/step-resnet18-$device.csv"
+part "bench.ops" 70 "$python" -m bench.ops --device "$device" --quick --out "$out/ops-$device.csv"
+part "bench.step, PreActResNet-18 at 64" 150 "$python" -m bench.step --device "$device" "${large[@]}" \
+    --out "$out/step-preactresnet18-$device.csv"
+sanitizer=$(PATH=$PATH:/usr/local/cuda/bin type -P compute-sanitizer)
+if [[ $device == cuda && -n $sanitizer ]]; then
+    # Without torch's caching allocator every tensor is an allocation of its own, whose end the tool can see. Captures
+    # need that allocator.
+    part "compute-sanitizer memcheck of the ops" 100 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+        "$sanitizer" --tool memcheck --error-exitcode 99 \
+        "$python" -m pytest -q -x -m gpu -k "not graph and not captur" -p no:cacheprovider tests/ops
+else
+    note "compute-sanitizer memcheck of the ops" "skipped: no $([[ $device == cuda ]] && echo tool || echo GPU)" 0
+fi
+
+{
+    echo "# ltat-fast on $(uname -n), $(date -u +%Y-%m-%dT%H:%MZ)"
+    echo
+    nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>/dev/null
+    "$python" -c 'import platform, torch; print("torch", torch.__version__, "python", platform.python_version())'
+    printf '\n| part | result | seconds |\n|---|---|---|\n'
+    cat "$scratch/parts"
+    "$python" - "$out"/*.csv <<'EOF'
+import csv, sys
+
+COLUMNS = {
+    "step": ["variant", "median_ms", "images_per_s", "speedup", "tflop_per_s", "share_of_matmul", "peak_mb", "loss", "note"],
+    "ops": ["op", "shape", "direction", "launch", "provider", "median_ms", "speedup_over_eager", "share_of_copy", "launches"],
+}
+for path in sys.argv[1:]:
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    columns = COLUMNS["ops" if "op" in rows[0] else "step"]
+    about = {key: rows[0].get(key) for key in ("arch", "image_size", "batch_size", "method", "device", "torch", "git")}
+    print(f"\n## {path.rpartition('/')[2]}\n\n" + ", ".join(f"{key} {value}" for key, value in about.items() if value) + "\n")
+    print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
+    for row in rows:
+        print("| " + " | ".join(row[column] for column in columns) + " |")
+EOF
+    printf '\n## Last lines of the tests\n\n```\n'
+    grep -E '^(FAILED|ERROR)|[0-9]+ (passed|failed|skipped|deselected)' "$log" | tail -n 25
+    echo '```'
+} >"$out/summary.md"
+echo "$out/summary.md"
+exit $((failures > 0))

@@ -1,0 +1,365 @@
+"""One training step: the plain reference, torch.compile of it, and ours with one lever more in every row.
+
+    python -m bench.step --device cpu --arch resnet18 --batch-size 16 [--method ltat] [--out FILE.csv]
+
+All rows start from the same weights, see the same batch and are timed in interleaved rounds in one process. Before
+that, each takes LOSS_STEPS steps from the same start noise: ``loss`` is the loss of the last of them, so that a row
+that computes something else shows. Rows are appended to the CSV; a plot of this run lies beside it as PNG.
+
+``gflop`` is what the step needs, counted operator by operator in eager mode on a frozen twin, and the same in all
+rows: a row that does more (a compiled network also computes weight gradients in the attack) only looks slower.
+``gflop_formula`` checks it: 2 forward-equivalents an attack step (forward, input gradient), 3 for a student's forward
+and backward, 1 for a teacher's forward; 23 for AT-BSL and 28 for LTAT with ten attack steps. ``share_of_matmul``
+divides by the bf16 matrix product measured in the same run. ``peak_mb`` is the most a step holds on top of weights,
+momentum, twins and batch.
+
+Predicted before the first run, as reference time / time:
+    two CPU cores with AVX512-bf16, resnet18 at 32x32, batch 16
+        torch.compile(reference)  0.85: 38 units of convolution, not 28; a little back by fused batch norm and ReLU
+        frozen attack             1.00: eager autograd leaves weight gradients out by itself
+        fused ops and SGD         1.02: a percent of the bytes
+        BN folded                 1.15: two passes less a convolution, in 20 of the 28 units
+        channels_last             1.3:  no reordering around each convolution
+        bf16                      2.6:  convolutions 4 times faster, the rest half the bytes
+        torch.compile             2.8:  ReLU and additions fused
+    one H100, batch 128: torch.compile(reference) 1.1, BN folded 1.1, channels_last 1.2, bf16 3, torch.compile 5,
+        CUDA graph 8
+"""
+
+import argparse
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from bench import common
+from bench.reference import ReferenceStep
+from ltat_fast.attacks import AttackConfig
+from ltat_fast.engine.device import Hardware
+from ltat_fast.engine.step import TrainStep, make_optimizer
+from ltat_fast.methods import METHODS, Setting
+from ltat_fast.models import ARCHS, build_model
+from ltat_fast.models.frozen import FrozenTwin
+from ltat_fast.ops import pgd_init
+
+LR = 0.01  # on one batch over and over, the paper's 0.1 would run away before the loss says anything
+LOSS_STEPS = 3
+MATMUL = {"cpu": 2048, "cuda": 8192}
+
+
+class FlopCounter(TorchDispatchMode):
+    """Sums the operations of convolutions and matrix products, 2 a multiply-add, by torch's formulas.
+
+    torch's own FlopCounterMode also hooks into modules, which autograd.grad refuses.
+    """
+
+    total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if formula := flop_registry.get(func._overloadpacket):
+            self.total += formula(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What every row computes."""
+
+    device: torch.device
+    arch: str = "resnet18"
+    image_size: int = 32
+    batch_size: int = 128
+    method: str = "ltat"
+    attack_steps: int = 10
+
+    @property
+    def class_counts(self) -> list[int]:
+        """CIFAR-10-LT at imbalance ratio 50 up to 32 pixels, Tiny-ImageNet-LT at 10 above."""
+        classes, largest, ratio = (10, 5000, 50) if self.image_size <= 32 else (200, 500, 10)
+        return [int(largest * ratio ** (-c / (classes - 1))) for c in range(classes)]
+
+    @property
+    def attack(self) -> AttackConfig:
+        return AttackConfig(steps=self.attack_steps, noise=METHODS[self.method].noise)
+
+    @property
+    def has_teacher(self) -> bool:
+        return METHODS[self.method].teacher != "none"
+
+    @property
+    def units(self) -> int:
+        """Forward-equivalents of a step."""
+        return 2 * self.attack_steps + (3 + 3 + 2 if self.has_teacher else 3)
+
+    def network(self, seed: int) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return build_model(self.arch, len(self.class_counts)).to(self.device)
+
+    def batch(self) -> tuple[Tensor, Tensor]:
+        """Contiguous in all rows, though training feeds NHWC: start noise is drawn in memory order."""
+        generator = torch.Generator().manual_seed(0)
+        x = torch.rand(self.batch_size, 3, self.image_size, self.image_size, generator=generator)
+        weights = torch.tensor(self.class_counts, dtype=torch.float32)
+        y = torch.multinomial(weights, self.batch_size, replacement=True, generator=generator)
+        return x.to(self.device), y.to(self.device)
+
+    def forward_flops(self) -> int:
+        """Of one image through the network."""
+        with torch.device("meta"):
+            model, x = build_model(self.arch, len(self.class_counts)), torch.empty(1, 3, *2 * [self.image_size])
+        with FlopCounter() as counter:
+            model.eval()(x)
+        return counter.total
+
+
+class Reference:
+    """The reference step over a problem. frozen: with the attack alone on a frozen twin."""
+
+    def __init__(self, problem: Problem, *, compiled: bool = False, frozen: bool = False):
+        self.model = problem.network(seed=1)
+        self.x, self.y = problem.batch()
+        self.attack = problem.attack
+        self.step = ReferenceStep(
+            self.model,
+            problem.class_counts,
+            problem.attack,
+            teacher=problem.network(seed=2) if problem.has_teacher else None,
+            lr=LR,
+            compiled=compiled,
+            attacked=FrozenTwin(self.model, fold_bn=False) if frozen else None,
+        )
+
+    def __call__(self) -> None:
+        self.step(self.x, self.y)
+
+    def loss(self, seed: int) -> float:
+        """Take a step from the start noise of ``seed``; its loss."""
+        generator = torch.Generator(self.x.device).manual_seed(seed)
+        start = pgd_init(self.x, self.attack.eps, self.attack.noise, generator)
+        return self.step(self.x, self.y, start=start).item()
+
+
+class Ours:
+    """:class:`~ltat_fast.engine.step.TrainStep` over a problem, with each lever on or off."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        *,
+        fold_bn: bool = True,
+        channels_last: bool = True,
+        dtype: torch.dtype = torch.float32,
+        backend: str = "eager",
+    ):
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+
+        def twin(model: nn.Module) -> FrozenTwin:
+            reduced = None if dtype == torch.float32 else dtype
+            return FrozenTwin(model, fold_bn=fold_bn, dtype=reduced, channels_last=channels_last)
+
+        self.model = problem.network(seed=1).to(memory_format=layout)
+        self.x, self.y = problem.batch()
+        method = METHODS[problem.method]()
+        teacher = twin(problem.network(seed=2).to(memory_format=layout)) if problem.has_teacher else None
+        method.setup(Setting(torch.tensor(problem.class_counts, device=problem.device), teacher))
+        self.step = TrainStep(
+            self.model,
+            method,
+            make_optimizer(self.model, LR, momentum=0.9, weight_decay=5e-4),
+            problem.attack,
+            Hardware(problem.device, dtype, "benchmark"),
+            backend,
+            twin=twin(self.model),
+        )
+
+    def __call__(self, seed: int = 0) -> None:
+        self.step(self.x, self.y, lr=LR, progress=1.0, seed=seed)
+
+    def loss(self, seed: int) -> float:
+        """Take a step from the start noise of ``seed``; its loss."""
+        self.step.restart()
+        self(seed)
+        return self.step.totals()["loss"]
+
+
+Variant = Reference | Ours
+
+
+def ladder(problem: Problem) -> dict[str, Callable[[], Variant]]:
+    """Rows of the table in order. From the third on, each has what the one before it has and one thing more."""
+    ours = functools.partial(Ours, problem)
+    bf16 = torch.bfloat16
+    rows = {
+        "reference": functools.partial(Reference, problem),
+        "torch.compile(reference)": functools.partial(Reference, problem, compiled=True),
+        "reference, frozen attack": functools.partial(Reference, problem, frozen=True),
+        "+ fused ops and SGD": functools.partial(ours, fold_bn=False, channels_last=False),
+        "+ BN folded": functools.partial(ours, channels_last=False),
+        "+ channels_last": ours,
+        "+ bf16": functools.partial(ours, dtype=bf16),
+        "+ torch.compile": functools.partial(ours, dtype=bf16, backend="step"),
+    }
+    if problem.device.type == "cuda":
+        rows["+ CUDA graph"] = functools.partial(ours, dtype=bf16, backend="graph")
+    return rows
+
+
+def count_flops(problem: Problem) -> int:
+    """Of one step, in convolutions and matrix products."""
+    variant = Ours(problem, fold_bn=False, channels_last=False)
+    with FlopCounter() as counter:
+        variant()
+    return counter.total
+
+
+def matmul_ceiling(device: torch.device) -> float:
+    """TFLOP/s of a large bf16 matrix product."""
+    n = MATMUL[device.type]
+    a, b = (torch.randn(n, n, device=device).bfloat16() for _ in range(2))
+    out = torch.empty_like(a)
+    return 2 * n**3 / common.time_interleaved({"mm": lambda: torch.mm(a, b, out=out)}, device)["mm"].median / 1e9
+
+
+def warm_up(variant: Variant, device: torch.device) -> tuple[float, float]:
+    """LOSS_STEPS steps: the loss of the last, and on CUDA the peak memory of all, compilation and capture included."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+    loss = [variant.loss(seed) for seed in range(LOSS_STEPS)][-1]
+    if device.type == "cuda":
+        return loss, (torch.cuda.max_memory_allocated(device) - before) / 1e6
+
+    def step_without_leftovers():
+        variant()
+        variant.model.zero_grad(set_to_none=True)
+
+    return loss, common.peak_megabytes(step_without_leftovers, device)
+
+
+def measure(problem: Problem, rounds: int) -> list[dict[str, object]]:
+    """The rows of the table. A variant that cannot run here has a note in place of numbers."""
+    ceiling = matmul_ceiling(problem.device)
+    gflop = count_flops(problem) / 1e9
+    formula = problem.units * problem.forward_flops() * problem.batch_size / 1e9
+    variants, states, notes = {}, {}, {}
+    for name, build in ladder(problem).items():
+        print(f"building {name}", flush=True)
+        try:
+            variant = build()
+            states[name] = warm_up(variant, problem.device)
+            variants[name] = variant
+        except Exception as error:  # what a compiler or a capture raises; the other rows are still worth having
+            notes[name] = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+    timings = common.time_interleaved(variants, problem.device, rounds)
+
+    rows = []
+    for name in ladder(problem):
+        row = {
+            "arch": problem.arch,
+            "image_size": problem.image_size,
+            "batch_size": problem.batch_size,
+            "method": problem.method,
+            "attack_steps": problem.attack_steps,
+            "variant": name,
+        }
+        ms, p20, p80, loss, peak = [math.nan] * 5
+        if name in variants:
+            timing = timings[name]
+            ms, p20, p80, (loss, peak) = timing.median, timing.p20, timing.p80, states[name]
+        row |= {
+            "median_ms": f"{ms:.3f}",
+            "p20_ms": f"{p20:.3f}",
+            "p80_ms": f"{p80:.3f}",
+            "images_per_s": f"{1e3 * problem.batch_size / ms:.1f}",
+            "speedup": f"{timings['reference'].median / ms:.2f}",
+            "gflop": f"{gflop:.4g}",
+            "gflop_formula": f"{formula:.4g}",
+            "tflop_per_s": f"{gflop / ms:.4g}",
+            "matmul_tflop_per_s": f"{ceiling:.4g}",
+            "share_of_matmul": f"{gflop / ms / ceiling:.3f}",
+            "peak_mb": f"{peak:.0f}",
+            "loss": f"{loss:.5f}",
+            "note": notes.get(name, ""),
+        }
+        rows.append(row)
+    return rows
+
+
+def show(rows: list[dict[str, object]]) -> None:
+    first = rows[0]
+    table = Table(
+        title="{arch} at {image_size}x{image_size}, batch {batch_size}, {method}, {attack_steps} attack steps: "
+        "{gflop} GFLOP a step (formula {gflop_formula}), matmul ceiling {matmul_tflop_per_s} TFLOP/s".format(**first)
+    )
+    columns = ("variant", "ms", "p20", "p80", "images/s", "x", "TFLOP/s", "of matmul", "peak MB", "loss", "")
+    keys = ("variant", "median_ms", "p20_ms", "p80_ms", "images_per_s", "speedup", "tflop_per_s", "share_of_matmul")
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("variant", "") else "right")
+    for row in rows:
+        table.add_row(*(str(row[key]) for key in (*keys, "peak_mb", "loss", "note")))
+    Console(width=150).print(table)
+
+
+def plot(rows: list[dict[str, object]], path: Path) -> None:
+    """Milliseconds a step, a bar a row."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in rows if not row["note"]]
+    figure, axis = plt.subplots(figsize=(8, 0.45 * len(rows) + 1.6))
+    times = [float(row["median_ms"]) for row in rows]
+    spread = [[t - float(row["p20_ms"]) for t, row in zip(times, rows, strict=True)]]
+    spread += [[float(row["p80_ms"]) - t for t, row in zip(times, rows, strict=True)]]
+    colours = ["#888888" if "reference" in row["variant"] else "#2b6cb0" for row in rows]
+    bars = axis.barh([row["variant"] for row in rows], times, xerr=spread, color=colours)
+    axis.bar_label(
+        bars, [f" {time:.1f} ms, {row['speedup']}x" for time, row in zip(times, rows, strict=True)], fontsize=8
+    )
+    axis.invert_yaxis()
+    axis.margins(x=0.25)
+    axis.set_xlabel("milliseconds a training step")
+    title = "{arch} at {image_size}x{image_size}, batch {batch_size}, {method}\n{device}, torch {torch}, {date}, {git}"
+    axis.set_title(title.format(**rows[0]), fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--arch", choices=sorted(ARCHS), default="resnet18")
+    parser.add_argument("--image-size", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--method", choices=["ltat", "at-bsl"], default="ltat")
+    parser.add_argument("--attack-steps", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=20, help="fewer, but not under 5, where they take over 30 s")
+    parser.add_argument("--out", type=Path, help="CSV to append to, default bench/results/step-DEVICE.csv")
+    args = parser.parse_args(argv)
+    device = torch.device(args.device)
+    torch.backends.cudnn.benchmark = True  # for every row alike
+    source = common.provenance(device)
+    print(", ".join(f"{key} {value}" for key, value in source.items()))
+    problem = Problem(device, args.arch, args.image_size, args.batch_size, args.method, args.attack_steps)
+    rows = [source | row for row in measure(problem, args.rounds)]
+    show(rows)
+    out = args.out or Path(__file__).parent / "results" / f"step-{args.device}.csv"
+    common.append_csv(out, rows)
+    plot(rows, out.with_suffix(".png"))
+    print(f"{out} {out.with_suffix('.png')}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,398 @@
+"""A stage of training, stopped and killed at every place it can be: it must always end with the same numbers."""
+
+import json
+import os
+import signal
+import threading
+
+import numpy as np
+import pytest
+import torch
+from toys import small_net
+
+from ltat_fast.attacks import AttackConfig
+from ltat_fast.data import DeviceLoader
+from ltat_fast.engine import checkpoint, log
+from ltat_fast.engine.device import Hardware
+from ltat_fast.engine.fit import Diverged, Interrupted, Stage, fit
+from ltat_fast.engine.schedule import learning_rate
+from ltat_fast.engine.signals import StopOnSignal
+from ltat_fast.errors import UserError
+from ltat_fast.methods import Setting
+from ltat_fast.methods.pgd_at import PgdAt
+
+HARDWARE = Hardware(torch.device("cpu"), torch.float32, "test")
+EPOCHS, PER_EPOCH = 3, 5
+SCORES = [30.0, 50.0, 50.0]  # of epochs 1, 2, 3
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing of ours catches it."""
+
+
+class Method(PgdAt):
+    """PGD-AT that calls ``at_step(number)`` before each step's loss, numbered from 1 over the life of the process."""
+
+    def __init__(self, at_step=lambda number: None):
+        self.calls, self.at_step, self.progress = 0, at_step, []
+        self.setup(Setting(torch.ones(3)))
+
+    def loss(self, model, x, x_adv, y, progress):
+        self.calls += 1
+        self.progress.append(progress.item())
+        replacement = self.at_step(self.calls)
+        loss, parts = super().loss(model, x, x_adv, y, progress)
+        return (loss if replacement is None else replacement(model, loss)), parts
+
+
+def stage(folder, method=None, **changes) -> Stage:
+    rng = np.random.RandomState(0)
+    loader = DeviceLoader(
+        rng.randint(0, 256, (42, 3, 6, 6)).astype(np.uint8),
+        rng.randint(0, 3, 42),
+        batch_size=8,
+        seed=1,
+        pad=1,
+        flip=True,
+        device="cpu",
+    )
+    assert len(loader) == PER_EPOCH
+
+    def evaluate(model):
+        return {"test_pgd20": SCORES[evaluate.calls - 1], "test_clean": 60.0}
+
+    def evaluate_when(epoch):
+        evaluate.calls = epoch + 1  # scripted by epoch, so that a resumed stage sees what the first saw
+        return True
+
+    settings = {
+        "name": "student",
+        "folder": folder,
+        "model": small_net(seed=5).to(memory_format=torch.channels_last),
+        "arch": "toy",
+        "method": method or Method(),
+        "loader": loader,
+        "attack": AttackConfig(0.1, 0.05, 2),
+        "epochs": EPOCHS,
+        "lr": 0.1,
+        "lr_schedule": "onecycle",
+        "momentum": 0.9,
+        "weight_decay": 5e-4,
+        "seed": 3,
+        "card": lambda epoch: {"arch": "toy", "epoch": epoch},
+        "evaluate": evaluate,
+        "evaluate_when": evaluate_when,
+        "select_by": "test_pgd20",
+        "backend": "none",
+    }
+    return Stage(**(settings | changes))
+
+
+TIMES = {"seconds", "images_per_second"}
+
+
+def outcome(folder):
+    """All that a stage leaves, but for its times."""
+    records = log.read_metrics(folder / "metrics.jsonl")
+    metrics = [{k: v for k, v in record.items() if k not in TIMES} for record in records]
+    files = {name: checkpoint.read(folder / "checkpoints" / f"{name}.safetensors") for name in ("best", "last")}
+    return metrics, files
+
+
+def assert_same_outcome(ours, theirs):
+    (metrics, files), (expected_metrics, expected_files) = ours, theirs
+    assert metrics == expected_metrics
+    for name, (tensors, card) in files.items():
+        expected, expected_card = expected_files[name]
+        assert card == expected_card
+        assert all(torch.equal(tensors[k], expected[k]) for k in expected)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    progress = fit(stage(folder), HARDWARE)
+    assert progress.finished
+    return outcome(folder)
+
+
+def saved(folder) -> dict:
+    return checkpoint.read(folder / "checkpoints" / "resume.safetensors")[1]
+
+
+# -- what an uninterrupted stage does -------------------------------------------------------------------------------
+
+
+def test_records(uninterrupted):
+    metrics, _ = uninterrupted
+    assert [(r["epoch"], r["steps"]) for r in metrics] == [(1, 5), (2, 5), (3, 5)]
+    assert [r["test_pgd20"] for r in metrics] == SCORES
+    last_rates = [learning_rate("onecycle", 0.1, e, PER_EPOCH - 1, EPOCHS, PER_EPOCH) for e in range(EPOCHS)]
+    assert [r["lr"] for r in metrics] == pytest.approx(last_rates)
+    assert all(0.3 < r["loss"] == r["ce"] < 3 for r in metrics)
+
+
+def test_progress_counts_epochs_from_one(tmp_path):
+    method = Method()
+    fit(stage(tmp_path, method), HARDWARE)
+    expected = np.repeat(np.arange(1, EPOCHS + 1) / EPOCHS, PER_EPOCH)
+    np.testing.assert_allclose(method.progress, expected, rtol=1e-6)
+
+
+def test_best_is_the_first_of_the_highest(uninterrupted):
+    _, files = uninterrupted
+    assert files["best"][1]["epoch"] == 2
+    assert files["last"][1]["epoch"] == 3
+    assert not torch.equal(files["best"][0]["0.weight"], files["last"][0]["0.weight"])
+
+
+def test_best_goes_by_the_number_that_selects(tmp_path):
+    """Clean accuracy peaks in epoch 1, robust accuracy in epoch 3."""
+    by_epoch = iter([{"pgd20": 10.0, "clean": 90.0}, {"pgd20": 20.0, "clean": 80.0}, {"pgd20": 30.0, "clean": 70.0}])
+    fit(stage(tmp_path, evaluate=lambda model: next(by_epoch), select_by="pgd20"), HARDWARE)
+    assert checkpoint.read(tmp_path / "checkpoints" / "best.safetensors")[1]["epoch"] == 3
+    assert saved(tmp_path)["best"] == {"epoch": 3, "pgd20": 30.0, "clean": 70.0}
+
+
+def test_the_last_epoch_is_evaluated_even_if_no_other_is(tmp_path):
+    never = stage(tmp_path, evaluate=lambda model: {"pgd20": 0.0}, select_by="pgd20", evaluate_when=lambda epoch: False)
+    fit(never, HARDWARE)
+    assert ["pgd20" in r for r in log.read_metrics(tmp_path / "metrics.jsonl")] == [False, False, True]
+    assert checkpoint.read(tmp_path / "checkpoints" / "best.safetensors")[1]["epoch"] == 3
+
+
+@pytest.mark.parametrize(("steps", "epochs"), [(1, 1), (5, 1), (6, 2), (1000, 3)])
+def test_max_steps(tmp_path, steps, epochs):
+    method = Method()
+    fit(stage(tmp_path, method, max_steps=steps), HARDWARE)
+    assert method.calls == min(steps, EPOCHS * PER_EPOCH)
+    metrics, files = outcome(tmp_path)
+    assert sum(r["steps"] for r in metrics) == method.calls
+    assert len(metrics) == files["last"][1]["epoch"] == epochs
+    again = Method()
+    assert fit(stage(tmp_path, again, max_steps=steps), HARDWARE).finished
+    assert again.calls == 0
+
+
+def test_another_seed_is_another_run(tmp_path, uninterrupted):
+    fit(stage(tmp_path, seed=4), HARDWARE)
+    assert outcome(tmp_path)[0] != uninterrupted[0]
+
+
+def test_a_finished_stage_gives_its_weights_and_trains_no_more(tmp_path, uninterrupted):
+    fit(stage(tmp_path), HARDWARE)
+    later = stage(tmp_path, Method(lambda number: pytest.fail("trained again")))
+    assert fit(later, HARDWARE).finished
+    assert torch.equal(later.model.state_dict()["0.weight"], uninterrupted[1]["last"][0]["0.weight"])
+
+
+# -- signals --------------------------------------------------------------------------------------------------------
+
+
+def send(number: int, at: int):
+    def at_step(step):
+        if step == at:
+            os.kill(os.getpid(), number)
+
+    return at_step
+
+
+@pytest.mark.parametrize("at", range(1, EPOCHS * PER_EPOCH + 1))
+def test_a_signal_in_any_step_saves_and_stops_and_the_numbers_stay_the_same(tmp_path, uninterrupted, at):
+    with pytest.raises(Interrupted, match="stopped by SIGTERM"):
+        fit(stage(tmp_path, Method(send(signal.SIGTERM, at))), HARDWARE)
+    assert saved(tmp_path)["epoch"] * PER_EPOCH + saved(tmp_path)["step"] == at
+    rest = Method()
+    assert fit(stage(tmp_path, rest), HARDWARE).finished
+    assert rest.calls == EPOCHS * PER_EPOCH - at
+    assert_same_outcome(outcome(tmp_path), uninterrupted)
+
+
+def test_stopped_over_and_over(tmp_path, uninterrupted):
+    for _ in range(EPOCHS * PER_EPOCH):
+        with pytest.raises(Interrupted):
+            fit(stage(tmp_path, Method(send(signal.SIGUSR1, 1))), HARDWARE)
+    assert fit(stage(tmp_path), HARDWARE).finished
+    assert_same_outcome(outcome(tmp_path), uninterrupted)
+
+
+@pytest.mark.parametrize("epoch", [1, EPOCHS])
+def test_a_signal_during_an_evaluation_is_not_lost(tmp_path, uninterrupted, epoch):
+    """Also in the last epoch: what would come next is another stage, or hours of AutoAttack."""
+    first = stage(tmp_path)
+    evaluate = first.evaluate
+
+    def evaluate_and_signal(model):
+        if len(log.read_metrics(tmp_path / "metrics.jsonl")) == epoch - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(model)
+
+    first.evaluate = evaluate_and_signal
+    with pytest.raises(Interrupted):
+        fit(first, HARDWARE)
+    # The step after an evaluation may still be taken before the signal is seen, but no epoch.
+    assert saved(tmp_path)["epoch"] == epoch
+    assert saved(tmp_path)["step"] <= 1
+    fit(stage(tmp_path), HARDWARE)
+    assert_same_outcome(outcome(tmp_path), uninterrupted)
+
+
+def test_the_handlers_of_before_are_back_afterwards(tmp_path):
+    before = [signal.getsignal(s) for s in StopOnSignal.SIGNALS]
+    with pytest.raises(Interrupted):
+        fit(stage(tmp_path, Method(send(signal.SIGINT, 2))), HARDWARE)
+    assert [signal.getsignal(s) for s in StopOnSignal.SIGNALS] == before
+
+
+def test_a_second_interrupt_does_not_wait(tmp_path):
+    def twice(step):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(stage(tmp_path, Method(twice)), HARDWARE)
+
+
+# -- kills ----------------------------------------------------------------------------------------------------------
+
+
+def kill_at_call(monkeypatch, module, name, number, *, before: bool):
+    """Die at the ``number``-th call of ``module.name``, before or after it has done its work."""
+    original, calls = getattr(module, name), []
+
+    def deadly(*args, **kwargs):
+        calls.append(None)
+        if len(calls) == number and before:
+            raise Killed
+        result = original(*args, **kwargs)
+        if len(calls) == number:
+            raise Killed
+        return result
+
+    monkeypatch.setattr(module, name, deadly)
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize(
+    ("module", "name", "number"),
+    [
+        (checkpoint, "save_state", 1),
+        (checkpoint, "save_state", 2),
+        (checkpoint, "save_state", 3),
+        (checkpoint.os, "replace", 1),  # metrics.jsonl opened
+        (checkpoint.os, "replace", 2),  # best of epoch 1
+        (checkpoint.os, "replace", 3),  # state of epoch 1
+        (checkpoint.os, "replace", 4),  # best of epoch 2
+        (checkpoint.os, "replace", 5),  # state of epoch 2
+        (checkpoint.os, "replace", 6),  # last
+        (checkpoint.os, "replace", 7),  # state of epoch 3
+        (log.StageLog, "epoch", 1),
+        (log.StageLog, "epoch", 2),
+        (log.StageLog, "epoch", 3),
+    ],
+)
+def test_killed_around_every_write(tmp_path, uninterrupted, monkeypatch, module, name, number, before):
+    with monkeypatch.context() as patched:
+        kill_at_call(patched, module, name, number, before=before)
+        with pytest.raises(Killed):
+            fit(stage(tmp_path), HARDWARE)
+    assert fit(stage(tmp_path), HARDWARE).finished
+    assert_same_outcome(outcome(tmp_path), uninterrupted)
+
+
+@pytest.mark.parametrize("at", [1, 4, 6, 8, 15])
+@pytest.mark.parametrize("save_minutes", [1e-9, 10.0])
+def test_killed_in_a_step(tmp_path, uninterrupted, at, save_minutes):
+    """Saved after every step, or after every epoch only."""
+
+    def die(step):
+        if step == at:
+            raise Killed
+
+    with pytest.raises(Killed):
+        fit(stage(tmp_path, Method(die), save_minutes=save_minutes), HARDWARE)
+    if save_minutes < 1 and at > 1:
+        assert saved(tmp_path)["epoch"] * PER_EPOCH + saved(tmp_path)["step"] == at - 1
+    fit(stage(tmp_path), HARDWARE)
+    assert_same_outcome(outcome(tmp_path), uninterrupted)
+
+
+def test_a_damaged_state_is_refused_and_left_alone(tmp_path):
+    with pytest.raises(Interrupted):
+        fit(stage(tmp_path, Method(send(signal.SIGTERM, 7))), HARDWARE)
+    file = tmp_path / "checkpoints" / "resume.safetensors"
+    damaged = bytearray(file.read_bytes())
+    damaged[-1] ^= 1
+    file.write_bytes(damaged)
+    metrics = (tmp_path / "metrics.jsonl").read_text()
+    with pytest.raises(UserError, match=r"resume\.safetensors is damaged"):
+        fit(stage(tmp_path), HARDWARE)
+    assert file.read_bytes() == damaged
+    assert (tmp_path / "metrics.jsonl").read_text() == metrics
+
+
+# -- numbers that are none ------------------------------------------------------------------------------------------
+
+
+def poison(at: int, replacement):
+    return lambda step: replacement if step == at else None
+
+
+def not_a_number(model, loss):
+    return loss * float("nan")
+
+
+def finite_with_infinite_gradient(model, loss):
+    # sqrt has an infinite slope at zero: the loss is a number, the weights after the step are not
+    return loss + (model[6].weight * 0).sum().sqrt()
+
+
+@pytest.mark.parametrize("replacement", [not_a_number, finite_with_infinite_gradient])
+@pytest.mark.parametrize("at", [7, 10])
+def test_divergence_stops_and_keeps_the_last_good_state(tmp_path, replacement, at):
+    with pytest.raises(Diverged) as error:
+        fit(stage(tmp_path, Method(poison(at, replacement))), HARDWARE)
+    message = str(error.value)
+    assert "student" in message
+    assert "epoch 2" in message
+    assert str(tmp_path / "checkpoints") in message
+    if replacement is not_a_number:
+        assert f"step {at - PER_EPOCH};" in message
+    assert saved(tmp_path)["epoch"] == 1
+    for file in (tmp_path / "checkpoints").iterdir():
+        tensors, _ = checkpoint.read(file)
+        assert all(t.isfinite().all() for t in tensors.values()), file
+    assert [r["epoch"] for r in log.read_metrics(tmp_path / "metrics.jsonl")] == [1]
+
+
+def test_divergence_in_the_first_epoch_says_that_nothing_was_saved(tmp_path):
+    with pytest.raises(Diverged, match="epoch 1, step 3; no state had been saved yet"):
+        fit(stage(tmp_path, Method(poison(3, not_a_number))), HARDWARE)
+
+
+def test_a_signal_after_divergence_saves_nothing(tmp_path):
+    def poisoned_then_stopped(step):
+        if step == 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return not_a_number if step == 7 else None
+
+    with pytest.raises(Diverged):
+        fit(stage(tmp_path, Method(poisoned_then_stopped)), HARDWARE)
+    assert saved(tmp_path)["epoch"] == 1
+
+
+def test_metrics_are_json_that_anyone_can_read(tmp_path):
+    fit(stage(tmp_path), HARDWARE)
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line, parse_constant=lambda constant: pytest.fail(f"{constant} is not JSON"))
+        assert {"epoch", "steps", "lr", "loss", "seconds", "images_per_second"} <= record.keys()
+
+
+def test_signals_are_for_the_main_thread(tmp_path):
+    """As a library, from another thread: training works, it just cannot be stopped by a signal."""
+    result = []
+    thread = threading.Thread(target=lambda: result.append(fit(stage(tmp_path), HARDWARE)))
+    thread.start()
+    thread.join()
+    assert result

@@ -1,0 +1,139 @@
+"""The paper's table: what is averaged with what, and that every digit is there."""
+
+import json
+
+import pytest
+
+from ltat_fast.config import Config, to_json
+from ltat_fast.engine import tables
+from ltat_fast.errors import UserError
+from ltat_fast.methods import METHODS
+
+
+def write_run(
+    folder, clean=50.0, *, method="ltat", attacks=("clean", "pgd20", "autoattack"), which=("best", "last"), **config
+):
+    """A finished run, all of its accuracies a known offset from ``clean``."""
+    folder.mkdir(parents=True)
+    config = Config(method=method, out=folder, **config)
+    (folder / "config.json").write_text(json.dumps(to_json(config, METHODS[method]())))
+    offsets = {"clean": 0.0, "pgd20": 20.0, "autoattack": 25.0}
+    results = {
+        w: {
+            a: {"all": clean - offsets[a] - (w == "last"), "tail": clean - offsets[a] - 5, "images": 600}
+            for a in attacks
+        }
+        for w in which
+    }
+    (folder / "eval.json").write_text(json.dumps(results))
+    return folder
+
+
+def values(row):
+    return {name: [round(v, 6) for v in cells] for name, cells in row["values"].items()}
+
+
+def test_columns_are_the_papers(tmp_path):
+    best, last = tables.rows([write_run(tmp_path / "a")])
+    assert values(best) == {"Clean": [50], "PGD": [30], "AA": [25], "T-Clean": [45], "T-PGD": [25]}
+    assert values(last) == {"Clean": [49], "PGD": [29], "AA": [24], "T-Clean": [45], "T-PGD": [25]}
+    assert (best["checkpoint"], last["checkpoint"], best["seeds"]) == ("best", "last", 1)
+
+
+def test_mean_and_sample_deviation_over_seeds(tmp_path):
+    runs = [write_run(tmp_path / str(s), clean, seed=s) for s, clean in enumerate((50.0, 53.0, 56.0))]
+    best, _ = tables.rows(runs)
+    assert best["seeds"] == 3
+    assert tables.cell(best["values"]["Clean"], 3) == "53.00 ± 3.00"
+    assert tables.cell([38.849], 1) == "38.85"
+    assert tables.cell([], 3) == "-"
+
+
+def test_a_run_named_twice_counts_once(tmp_path, monkeypatch):
+    run = write_run(tmp_path / "a")
+    monkeypatch.chdir(tmp_path)
+    best, _ = tables.rows([run, run, tmp_path / "a" / ".." / "a", type(run)("a")])
+    assert best["seeds"] == 1
+    assert values(best)["Clean"] == [50]
+
+
+def test_a_mean_over_some_of_the_seeds_says_so(tmp_path):
+    write_run(tmp_path / "0", 50.0, seed=0)
+    write_run(tmp_path / "1", 60.0, seed=1, attacks=("clean", "pgd20"))
+    write_run(tmp_path / "2", 70.0, seed=2, which=("last",))
+    best, last = tables.rows([tmp_path / s for s in "012"])
+    assert tables.cell(best["values"]["Clean"], best["seeds"]) == "55.00 ± 7.07 (2 of 3)"
+    assert tables.cell(best["values"]["AA"], best["seeds"]) == "25.00 (1 of 3)"
+    assert tables.cell(last["values"]["Clean"], last["seeds"]) == "59.00 ± 10.00"
+
+
+@pytest.mark.parametrize(
+    "other", [{"imbalance_ratio": 50.0}, {"method": "at-bsl"}, {"epochs": 7}, {"eps": "0.2"}, {"teacher": "runs/t"}]
+)
+def test_other_experiments_are_other_rows(tmp_path, other):
+    runs = [write_run(tmp_path / "a", 50.0), write_run(tmp_path / "b", 60.0, seed=1, **other)]
+    table = tables.rows(runs)
+    assert [(row["checkpoint"], values(row)["Clean"]) for row in table] == [
+        ("best", [50]),
+        ("last", [49]),
+        ("best", [60]),
+        ("last", [59]),
+    ]
+
+
+def test_where_and_how_a_run_ran_is_not_another_experiment(tmp_path):
+    runs = [
+        write_run(tmp_path / "a", data_dir="x", device="cpu", save_minutes=1.0, teacher="runs/t0"),
+        write_run(tmp_path / "b", seed=4, resume=True, teacher="runs/t1"),
+    ]
+    assert [row["seeds"] for row in tables.rows(runs)] == [2, 2]
+
+
+def test_no_number_is_cut_short(tmp_path):
+    """The widest table there is: longest names, mean and deviation in every cell."""
+    runs = [
+        write_run(tmp_path / str(s), clean, seed=s, dataset="tinyimagenet-lt", arch="preactresnet18")
+        for s, clean in enumerate((38.44, 39.12, 37.9))
+    ]
+    text = tables.render(runs)
+    assert "…" not in text
+    for expected in (
+        "tinyimagenet-lt",
+        "preactresnet18",
+        "38.49 ± 0.61",
+        "18.49 ± 0.61",
+        "13.49 ± 0.61",
+        "33.49 ± 0.61",
+    ):
+        assert expected in text
+    assert "Percent of 600 test images" in text
+    assert "on the test set" in text
+
+
+def test_the_note_tells_how_best_was_picked(tmp_path):
+    held = write_run(tmp_path / "a", select_on="heldout")
+    assert "held-out" in tables.render([held])
+    assert "optimistic" in tables.render([held, write_run(tmp_path / "b")])
+
+
+def test_an_attack_that_was_not_run_is_a_dash(tmp_path):
+    text = tables.render([write_run(tmp_path / "a", attacks=("clean",))])
+    assert "50.00" in text
+    assert " - " in text
+
+
+@pytest.mark.parametrize("content", ["{", "", "[1]", "\x00\xff"])
+def test_a_damaged_result_is_named(tmp_path, content):
+    run = write_run(tmp_path / "a")
+    (run / "eval.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(UserError, match=r"eval\.json is damaged"):
+        tables.rows([run])
+
+
+def test_a_run_without_results_is_named(tmp_path):
+    run = write_run(tmp_path / "a")
+    (run / "eval.json").unlink()
+    with pytest.raises(UserError, match=r"a has no results: eval\.json is not there"):
+        tables.rows([run])
+    with pytest.raises(UserError, match=r"config\.json is not there"):
+        tables.rows([tmp_path / "nowhere"])

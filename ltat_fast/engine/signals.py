@@ -1,6 +1,7 @@
 """Signals that ask a run to stop, heard between steps."""
 
 import signal
+import threading
 
 
 class StopOnSignal:
@@ -10,7 +11,9 @@ class StopOnSignal:
 
     def __enter__(self) -> "StopOnSignal":
         self.asked: str | None = None
-        self._before = {s: signal.signal(s, self._note) for s in self.SIGNALS}
+        # Python lets no other thread handle signals: from one, training runs and cannot be stopped like this.
+        signals = self.SIGNALS if threading.current_thread() is threading.main_thread() else ()
+        self._before = {s: signal.signal(s, self._note) for s in signals}
         return self
 
     def _note(self, number: int, frame) -> None:

@@ -189,7 +189,7 @@ def to_json(config: Config, method: Method) -> dict:
 
 def from_json(settings: dict) -> tuple[Config, Method]:
     """The inverse of :func:`to_json`, validated; fields this version does not know are refused."""
-    settings = dict(settings)
+    settings = {**settings}
     options = settings.pop("method_options", {})
     unknown = set(settings) - {field.name for field in dataclasses.fields(Config)}
     if unknown:

@@ -127,24 +127,19 @@ def test_three_steps_equal_the_formulas(name, options):
     assert all(torch.equal(v, teacher_before[k]) for k, v in teacher.state_dict().items())
 
 
-def test_the_attack_of_at_bsl_starts_from_gaussian_noise_and_the_others_from_uniform():
-    assert {name: method.noise for name, method in METHODS.items()} == {
-        "pgd-at": "uniform",
-        "at-bsl": "gaussian",
-        "ltat": "uniform",
-    }
-    assert {name: method.teacher for name, method in METHODS.items()} == {
-        "pgd-at": "none",
-        "at-bsl": "none",
-        "ltat": "balanced",
-    }
+@pytest.mark.parametrize(
+    ("name", "noise", "teacher"),
+    [("pgd-at", "uniform", "none"), ("at-bsl", "gaussian", "none"), ("ltat", "uniform", "balanced")],
+)
+def test_start_noise_and_teacher(name, noise, teacher):
+    assert (METHODS[name].noise, METHODS[name].teacher) == (noise, teacher)
 
 
 def test_the_attack_does_not_know_the_class_prior():
-    """AT-BSL and PGD-AT train on the same examples, were their start noise the same."""
+    """All three train on the same examples, were their start noise the same."""
     net, x, y = small_net(), images(16), labels(16)
     examples = []
-    for name in METHODS:
+    for name in ("pgd-at", "at-bsl", "ltat"):
         method = METHODS[name]()
         method.setup(Setting(torch.tensor([1000, 10, 1]), frozen_twin(small_net(seed=2), HARDWARE)))
         config = AttackConfig(EPS, STEP_SIZE, ATTACK_STEPS, "uniform")

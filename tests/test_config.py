@@ -1,0 +1,306 @@
+"""Configuration: what a preset says, what wins over it, what is refused, and what a resumed run may change."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+
+from ltat_fast import config as configuration
+from ltat_fast.config import PRESETS, Config, differences, parse_args, ratio
+from ltat_fast.errors import UserError
+from ltat_fast.methods import METHODS
+from ltat_fast.methods.at_bsl import AtBsl
+from ltat_fast.methods.ltat import Ltat
+
+
+def parse(*flags: str):
+    return parse_args(list(flags))
+
+
+# -- numbers --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("8/255", 8 / 255), ("0.031", 0.031), ("1", 1.0), (" 2 / 255 ", 2 / 255), ("1e-3", 1e-3), ("0.5/255", 0.5 / 255)],
+)
+def test_fractions_and_decimals(text, value):
+    assert ratio(text) == value
+
+
+@pytest.mark.parametrize("text", ["abc", "", "8/", "/255", "8/0", "8/255/2", "8:255", "0x8", "8//255", "8/255 px"])
+def test_what_is_no_number(text):
+    with pytest.raises(UserError, match=r"^--eps takes a fraction such as 8/255 or a decimal such as 0\.031, not "):
+        ratio(text, "eps")
+
+
+@pytest.mark.parametrize("text", ["-1", "0", "0/255", "1.01", "256/255", "nan", "inf", "-inf", "1e400", "1e999999999"])
+def test_numbers_out_of_range(text):
+    with pytest.raises(UserError, match=r"^--eps must be above 0 and at most 1 \(pixels are in \[0, 1\]\), not "):
+        ratio(text, "eps")
+
+
+# -- presets --------------------------------------------------------------------------------------------------------
+
+PAPER = {
+    "epochs": 100,
+    "teacher_epochs": 30,
+    "batch_size": 128,
+    "teacher_batch_size": 32,
+    "lr": 0.1,
+    "momentum": 0.9,
+    "weight_decay": 5e-4,
+    "lr_schedule": "step",
+    "gamma": None,
+    "eps": "8/255",
+    "step_size": "2/255",
+    "attack_steps": 10,
+    "augment": "none",
+    "select_on": "test",
+}
+
+
+@pytest.mark.parametrize(
+    ("dataset", "arch", "imbalance_ratio"),
+    [
+        ("cifar10-lt", "resnet18", 50.0),
+        ("cifar100-lt", "resnet18", 10.0),
+        ("svhn-lt", "resnet18", 50.0),
+        ("tinyimagenet-lt", "preactresnet18", 10.0),
+        ("imagefolder-lt", "resnet18", None),
+    ],
+)
+def test_presets_carry_the_papers_settings(dataset, arch, imbalance_ratio):
+    config, method = parse("--dataset", dataset)
+    assert dataclasses.asdict(config).items() >= (PAPER | {"arch": arch, "imbalance_ratio": imbalance_ratio}).items()
+    assert method == Ltat(alpha=20.0, ramp="linear", kl_weight=0.0, temperature=1.0, tau=1.0)
+
+
+def test_the_default_is_ltat_on_the_embedded_digits():
+    config, method = parse()
+    assert (config.dataset, config.method, config.arch) == ("digits-lt", "ltat", "smallresnet")
+    assert (config.eps, config.step_size, config.lr_schedule) == ("0.1", "0.025", "onecycle")
+    assert method == Ltat(alpha=10.0)
+
+
+def test_every_dataset_has_a_preset():
+    from ltat_fast.data import DATASETS
+
+    assert set(PRESETS) == set(DATASETS)
+
+
+def test_flags_win_over_the_preset():
+    config, _ = parse("--dataset", "cifar10-lt", "--imbalance-ratio", "100", "--epochs", "7", "--eps", "0.031")
+    assert (config.imbalance_ratio, config.epochs, config.eps) == (100.0, 7, "0.031")
+    assert config.teacher_epochs == 30
+    same, _ = parse("--eps=0.031", "--dataset=cifar10-lt", "--epochs=7", "--imbalance_ratio=100")
+    assert same == config
+
+
+def test_method_flags():
+    _, method = parse("--method", "ltat", "--alpha", "40", "--ramp", "constant", "--kl-weight", "0.5")
+    assert method == Ltat(alpha=40.0, ramp="constant", kl_weight=0.5)
+    _, method = parse("--tau", "1.5", "--method=at-bsl")
+    assert method == AtBsl(tau=1.5)
+
+
+def test_run_folder():
+    assert str(parse("--method", "at-bsl", "--seed", "3")[0].run_dir) == "runs/digits-lt-at-bsl-smallresnet-seed3"
+    assert str(parse("--out", "some where/run")[0].run_dir) == "some where/run"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_help_of_every_method(name, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse("--method", name, "--help")
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    for field in [*dataclasses.fields(Config), *dataclasses.fields(METHODS[name])]:
+        assert f"--{field.name.replace('_', '-')}" in text, field.name
+
+
+# -- what is refused ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--dataset mnist", "unknown dataset 'mnist': choose one of cifar10-lt, .*digits-lt"),
+        ("--method trade", "unknown method 'trade': choose one of .*ltat"),
+        ("--arch resnet19", "unknown arch 'resnet19': choose one of .*resnet18"),
+        ("--imbalance-ratio 0.5", "--imbalance-ratio must be 1 .* not 0.5"),
+        ("--imbalance-ratio -3", "--imbalance-ratio must be 1 .* not -3"),
+        ("--imbalance-ratio nan", "--imbalance-ratio must be 1 .* not nan"),
+        ("--imbalance-ratio inf", "--imbalance-ratio must be 1 .* not inf"),
+        ("--imbalance-ratio None", "digits-lt needs a number"),
+        ("--eps 8/0", "--eps takes a fraction"),
+        ("--eps -1", "--eps must be above 0"),
+        ("--step-size 0", "--step-size must be above 0"),
+        ("--epochs 0", "--epochs must be 1 or more"),
+        ("--teacher-epochs -1", "--teacher-epochs must be 1 or more"),
+        ("--batch-size 0", "--batch-size must be 1 or more"),
+        ("--attack-steps 0", "--attack-steps must be 1 or more"),
+        ("--limit-eval 0", "--limit-eval must be 1 or more"),
+        ("--limit-autoattack 0", "--limit-autoattack must be 1 or more"),
+        ("--max-steps 0", "--max-steps must be 1 or more"),
+        ("--eval-every 0", "--eval-every must be 1 or more"),
+        ("--lr 0", "--lr must be a positive number"),
+        ("--lr nan", "--lr must be a positive number"),
+        ("--gamma -1", "--gamma must be a positive number"),
+        ("--save-minutes 0", "--save-minutes must be a positive number"),
+        ("--momentum 1", "--momentum must be at least 0 and below 1"),
+        ("--momentum nan", "--momentum must be at least 0 and below 1"),
+        ("--weight-decay -1", "--weight-decay must be 0 or more"),
+        ("--select-on heldout --heldout 1", "--heldout is a share between 0 and 1"),
+        ("--image-size 32", "--image-size is for imagefolder-lt"),
+        ("--method pgd-at --teacher x", "--teacher is not used by --method pgd-at"),
+        ("--compile graph --device cpu", "--compile graph .* needs a GPU"),
+        ("--eval-attacks pgd,clean", "unknown attack 'pgd': choose from"),
+        ("--eval-attacks ,", "no attack named: choose from"),
+        ("--alpha nan", "--alpha must be 0 or more"),
+        ("--alpha -1", "--alpha must be 0 or more"),
+        ("--temperature 0", "--temperature must be above 0"),
+    ],
+)
+def test_refused(flags, words):
+    with pytest.raises(UserError, match=words) as error:
+        parse(*flags.split())
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "flags", ["--bogus", "--epochs x", "--method pgd-at --alpha 3", "--augment cutmix", "--dataset", "stray"]
+)
+def test_unknown_flags_and_values_exit_2_with_nothing_but_their_own_complaint(flags, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse(*flags.split())
+    assert stopped.value.code == 2
+    out, err = capsys.readouterr()
+    assert "usage: " not in err  # one complaint, not a second one from the first look at the flags
+    assert (out + err).count("--help") == 1
+
+
+# -- what is stored and read back -----------------------------------------------------------------------------------
+
+
+def stored(folder, config, method):
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(configuration.to_json(config, method)))
+    return folder
+
+
+def test_what_is_stored_comes_back(tmp_path):
+    flags = [
+        "--teacher",
+        "a b/t.safetensors",
+        "--data-dir",
+        "d",
+        "--gamma",
+        "2.5",
+        "--limit-eval",
+        "64",
+        "--alpha",
+        "3",
+    ]
+    config, method = parse(*flags, "--out", str(tmp_path / "run"))
+    assert configuration.load(stored(tmp_path / "run", config, method)) == (config, method)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        "3",
+        "\x00\xff",
+        '{"method": "ltat", "epochs": "many"}',
+        '{"method": "ltat", "eps": null}',
+        '{"method": ["ltat"]}',
+        '{"method": "ltat", "method_options": {"beta": 1}}',
+        '{"method": "ltat", "method_options": 3}',
+    ],
+)
+def test_a_damaged_config_is_one_sentence(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(UserError, match=r"config\.json cannot be read as a run's configuration") as error:
+        configuration.load(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ('{"colour": 1}', "settings this version does not know: colour"),
+        ('{"method": "mart2"}', "unknown method 'mart2'"),
+        ('{"epochs": 0}', "--epochs must be 1 or more"),
+    ],
+)
+def test_a_config_of_another_version_is_told(tmp_path, content, words):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match=words):
+        configuration.load(tmp_path)
+
+
+def test_no_config_no_run(tmp_path):
+    with pytest.raises(UserError, match=r"is not a run: it has no config\.json"):
+        configuration.load(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"is not a run: it has no config\.json"):
+        configuration.load(tmp_path / "file")
+
+
+# -- resuming -------------------------------------------------------------------------------------------------------
+
+
+def test_resume_takes_the_runs_own_settings(tmp_path):
+    flags = [
+        "--dataset",
+        "cifar10-lt",
+        "--method",
+        "at-bsl",
+        "--tau",
+        "2",
+        "--epochs",
+        "7",
+        "--out",
+        str(tmp_path / "a"),
+    ]
+    config, method = parse(*flags)
+    run = stored(tmp_path / "a", config, method)
+    resumed, resumed_method = parse("--out", str(run), "--resume")
+    assert resumed == dataclasses.replace(config, resume=True)
+    assert resumed_method == method
+    moved = run.rename(tmp_path / "b")
+    assert parse("--out", str(moved), "--resume")[0].run_dir == moved
+
+
+def test_the_same_flags_again_differ_in_nothing(tmp_path):
+    flags = ["--epochs", "7", "--alpha", "3", "--out", str(tmp_path / "a")]
+    run = stored(tmp_path / "a", *parse(*flags))
+    assert differences(*configuration.load(run), *parse(*flags, "--resume")) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "changed"),
+    [
+        (["--lr", "0.2"], ["lr (0.1 -> 0.2)"]),
+        (["--epochs", "9", "--seed", "1"], ["epochs (40 -> 9)", "seed (0 -> 1)"]),
+        (["--alpha", "7"], ["alpha (10.0 -> 7.0)"]),
+        (["--method", "pgd-at"], ["method (ltat -> pgd-at)"]),
+        (["--dataset", "cifar10-lt"], ["dataset (digits-lt -> cifar10-lt)"]),
+        (["--teacher", "x"], ["teacher (None -> x)"]),
+        (["--data-dir", "x", "--save-minutes", "1", "--device", "cpu", "--eval-batch-size", "8"], []),
+    ],
+)
+def test_differences_name_the_settings(tmp_path, flags, changed):
+    run = stored(tmp_path / "a", *parse("--out", str(tmp_path / "a")))
+    assert differences(*configuration.load(run), *parse("--out", str(run), "--resume", *flags)) == changed
+
+
+def test_no_setting_is_both_checked_and_free():
+    names = {field.name for field in dataclasses.fields(Config)}
+    assert names >= configuration.FREE_ON_RESUME
+    assert math.isfinite(Config.save_minutes)

@@ -99,9 +99,15 @@ class Progress:
     seconds: float = 0.0
 
 
-def save_state(path: Path, model: nn.Module, optimizer: torch.optim.SGD, progress: Progress) -> None:
-    """Everything a bit-exact continuation needs; random streams are functions of the place and need no storing."""
+def save_state(
+    path: Path, model: nn.Module, optimizer: torch.optim.SGD, progress: Progress, method: dict[str, Tensor]
+) -> None:
+    """Everything a bit-exact continuation needs; random streams are functions of the place and need no storing.
+
+    method: tensors the training method keeps between steps.
+    """
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    tensors |= {f"method.{name}": tensor for name, tensor in method.items()}
     for name, parameter in model.named_parameters():
         buffer = optimizer.state[parameter].get("momentum_buffer")
         if buffer is not None:
@@ -109,11 +115,15 @@ def save_state(path: Path, model: nn.Module, optimizer: torch.optim.SGD, progres
     write(path, tensors, vars(progress))
 
 
-def load_state(path: Path, model: nn.Module, optimizer: torch.optim.SGD, arch: str) -> Progress:
+def load_state(
+    path: Path, model: nn.Module, optimizer: torch.optim.SGD, arch: str, method: dict[str, Tensor]
+) -> Progress:
     """The inverse of :func:`save_state`, in place."""
     tensors, metadata = read(path)
     weights = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
     load_weights(model, weights, path, arch)
+    for name, tensor in method.items():
+        tensor.copy_(tensors[f"method.{name}"])
     for name, parameter in model.named_parameters():
         if (buffer := tensors.get(f"momentum.{name}")) is not None:
             optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(buffer)

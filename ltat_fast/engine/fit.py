@@ -82,7 +82,7 @@ def fit(stage: Stage, hardware: Hardware) -> Progress:
     optimizer = make_optimizer(stage.model, stage.lr, stage.momentum, stage.weight_decay)
     progress = Progress()
     if stage.state_file.exists():
-        progress = checkpoint.load_state(stage.state_file, stage.model, optimizer, stage.arch)
+        progress = checkpoint.load_state(stage.state_file, stage.model, optimizer, stage.arch, stage.method.state())
         if progress.finished:
             log.say(f"{stage.name}: already trained, {progress.epoch} epochs")
             return progress
@@ -117,6 +117,8 @@ class _Fit:
         while not self.progress.finished:
             started = time.monotonic() - self.progress.seconds
             self.step.restart(self.progress.sums)
+            if self.progress.step == 0:
+                self.stage.method.on_epoch_start(self.progress.epoch)
             done = self._steps(started)
             self._end_epoch(done, time.monotonic() - started)
 
@@ -182,7 +184,8 @@ class _Fit:
 
     def _save(self) -> None:
         if self.world.is_main:
-            checkpoint.save_state(self.stage.state_file, self.stage.model, self.step.optimizer, self.progress)
+            kept = self.stage.method.state()
+            checkpoint.save_state(self.stage.state_file, self.stage.model, self.step.optimizer, self.progress, kept)
         self.last_save = time.monotonic()
 
     def _save_weights(self, which: str, epoch: int) -> None:

@@ -32,7 +32,7 @@ def train(config: Config, method: Method, hardware: Hardware) -> None:
         data = run.load_data(config, hardware.device)
     # What can be refused is, before anything is written: a refused start leaves no half-made run in the way.
     student = student_stage(config, method, data, hardware)
-    teacher = teacher_or_stage(config, data, hardware) if method.teacher == "balanced" else None
+    teacher = teacher_or_stage(config, method.teacher, data, hardware) if method.teacher != "none" else None
     environment = run.environment(hardware, data)
     if distributed.current().is_main:
         log.write_json(run_dir / "config.json", configuration.to_json(config, method))
@@ -51,18 +51,19 @@ def train(config: Config, method: Method, hardware: Hardware) -> None:
         log.say(tables.render([run_dir]))
 
 
-def teacher_or_stage(config: Config, data: RunData, hardware: Hardware) -> nn.Module | Stage:
-    """The balanced self-teacher that was given, or the stage that trains one."""
+def teacher_or_stage(config: Config, kind: str, data: RunData, hardware: Hardware) -> nn.Module | Stage:
+    """The teacher that was given, or the stage that trains one of this ``kind`` (:class:`Method` lists them)."""
     if config.teacher is not None:
         path = run.weights_in(config.teacher)
         log.say(f"teacher: {path}")
         return run.load_model(path, hardware.device, config.arch, data)
-    method = METHODS["pgd-at"]()
-    return _stage(config, "teacher", method, data, hardware, indices=run.balanced_indices(config, data))
+    method = METHODS["natural" if kind == "natural" else "pgd-at"]()
+    indices = run.balanced_indices(config, data) if kind == "balanced" else None
+    return _stage(config, "teacher", method, data, hardware, indices)
 
 
 def train_teacher(config: Config, stage: Stage, data: RunData, hardware: Hardware) -> nn.Module:
-    """The self-teacher, trained from wherever its folder says it is, and its scores."""
+    """The teacher, trained from wherever its folder says it is, and its scores."""
     fit(stage, hardware)
     scores = stage.folder / "eval.json"
     if not scores.exists():
@@ -166,7 +167,7 @@ def _stage(
         indices=indices,
     )
     # Seeded apart: teacher and student do not start from the same weights.
-    model = run.new_model(config.arch, data, hardware.device, seeding.stream_seed(config.seed, name, "weights"))
+    model = run.new_model(config.arch, data, hardware.device, seeding.stream_seed(config.seed, name, "weights"), method)
     return Stage(
         name=name,
         folder=folder,
@@ -181,7 +182,7 @@ def _stage(
         momentum=config.momentum,
         weight_decay=config.weight_decay,
         seed=config.seed,
-        card=functools.partial(run.model_card, config, data, config.arch, method.name),
+        card=functools.partial(run.model_card, config, data, method),
         backend=config.compile,
         max_steps=config.max_steps,
         save_minutes=config.save_minutes,

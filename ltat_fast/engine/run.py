@@ -1,6 +1,7 @@
 """What a run is made of: its images, its network, its folder. Shared by train, evaluate and report."""
 
 import contextlib
+import dataclasses
 import platform
 import shlex
 import subprocess
@@ -21,6 +22,7 @@ from ltat_fast.data import load_dataset, longtail, resident
 from ltat_fast.engine import checkpoint, log
 from ltat_fast.engine.device import Hardware
 from ltat_fast.errors import UserError
+from ltat_fast.methods import METHODS, Method
 from ltat_fast.models import build_model
 from ltat_fast.ops import backend_info
 
@@ -121,24 +123,27 @@ def balanced_indices(config: Config, data: RunData) -> np.ndarray:
     return longtail.balanced_indices(data.train.labels.cpu().numpy(), per_class)
 
 
-def new_model(arch: str, data: RunData, device: torch.device, seed: int) -> nn.Module:
+def new_model(arch: str, data: RunData, device: torch.device, seed: int, method: Method) -> nn.Module:
     """A network in NHWC with weights that are a function of ``seed`` alone; the global generator is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = build_model(arch, data.num_classes, in_channels=data.in_channels)
+        model = method.wrap_model(model, torch.tensor(data.counts))
     return model.to(device, memory_format=torch.channels_last)
 
 
-def model_card(config: Config, data: RunData, arch: str, method: str, epoch: int) -> dict:
+def model_card(config: Config, data: RunData, method: Method, epoch: int) -> dict:
     """What a weights file says of itself."""
     return {
-        "arch": arch,
+        "arch": config.arch,
         "num_classes": data.num_classes,
         "in_channels": data.in_channels,
         "class_names": list(data.class_names),
         "dataset": config.dataset,
         "imbalance_ratio": config.imbalance_ratio,
-        "method": method,
+        "method": method.name,
+        "method_options": dataclasses.asdict(method),
+        "class_counts": data.counts,
         "eps": config.eps,
         "epoch": epoch,
         "version": __version__,
@@ -157,6 +162,9 @@ def load_model(path: Path, device: torch.device, arch: str, data: RunData) -> nn
     if other := [pair for pair in names if pair[0] != pair[1]]:
         raise UserError(f"{path} knows other classes than the data: {other[0][0]!r} where the data has {other[0][1]!r}")
     model = build_model(arch, data.num_classes, in_channels=data.in_channels)
+    if "method" in card:
+        method = METHODS[card["method"]](**card["method_options"])
+        model = method.wrap_model(model, torch.tensor(card["class_counts"]))
     checkpoint.load_weights(model, tensors, path, arch)
     return model.to(device, memory_format=torch.channels_last)
 

@@ -106,14 +106,13 @@ class TrainStep:
         self.frozen.refresh()
         x_adv = self.perturb(x, y)
         self.model.train()
-        self.optimizer.zero_grad(set_to_none=True)
-        loss, parts = self.loss(x, x_adv, y)
-        loss.backward()
-        self.optimizer.step()
-        self._record({"loss": loss.detach(), **parts})
+        loss, parts = self.method.update(self.model, self.optimizer, lambda: self.loss(x, x_adv, y))
+        self._record({"loss": loss, **parts})
 
     def perturb(self, x: Tensor, y: Tensor) -> Tensor:
         """The adversarial examples of a step, against the weights of the last :meth:`FrozenTwin.refresh`."""
+        if not self.method.attacks:
+            return x
         with torch.no_grad():
             target = self.method.target(self.frozen, x, y)
 
@@ -198,8 +197,8 @@ class TrainStep:
     def _state(self) -> list[Tensor]:
         """Every tensor that a step changes."""
         momenta = [buffer for state in self.optimizer.state.values() for buffer in state.values()]
-        tensors = [*self.model.parameters(), *self.model.buffers(), *momenta, self.count, self.first_bad]
-        return [tensor.detach() for tensor in [*tensors, *self.sums.values()]]
+        tensors = [*self.model.parameters(), *self.model.buffers(), *momenta, *self.method.state().values()]
+        return [tensor.detach() for tensor in [*tensors, self.count, self.first_bad, *self.sums.values()]]
 
     def _put_back(self, saved: list[tuple[Tensor, Tensor]], known_sums: set[str]) -> None:
         for tensor, before in saved:

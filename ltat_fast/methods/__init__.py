@@ -3,8 +3,9 @@
 from ltat_fast.methods.at_bsl import AtBsl
 from ltat_fast.methods.base import Method, Setting
 from ltat_fast.methods.ltat import Ltat
+from ltat_fast.methods.natural import Natural
 from ltat_fast.methods.pgd_at import PgdAt
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (PgdAt, AtBsl, Ltat)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (PgdAt, AtBsl, Ltat, Natural)}
 
 __all__ = ["METHODS", "Method", "Setting"]

@@ -9,12 +9,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ltat_fast.errors import UserError
 
 Model = Callable[[Tensor], Tensor]
+LossOf = Callable[[], tuple[Tensor, dict]]
 
 
 @dataclass
@@ -35,7 +37,11 @@ class Method:
 
     name: ClassVar[str]
     noise: ClassVar[Literal["uniform", "gaussian"]] = "uniform"
-    teacher: ClassVar[Literal["none", "balanced"]] = "none"
+    teacher: ClassVar[Literal["none", "balanced", "robust", "natural"]] = "none"
+    """trained by the run unless one is given: PGD-AT on the balanced re-sampling, PGD-AT on all of the data, or
+    standard training on all of it"""
+    attacks: ClassVar[bool] = True
+    """False: ``x_adv`` is ``x``"""
 
     def check(self) -> None:
         """Refuse hyper-parameters that cannot work: here, numbers that are negative or not finite.
@@ -50,6 +56,20 @@ class Method:
     def setup(self, setting: Setting) -> None:
         """Called once before training starts."""
         self.setting = setting
+
+    def wrap_model(self, model: nn.Module, class_counts: Tensor) -> nn.Module:
+        """The network this method trains and exports, from a plain one; called before any weight is trained or loaded.
+
+        class_counts: int64 ``(C,)`` on the CPU.
+        """
+        return model
+
+    def on_epoch_start(self, epoch: int) -> None:
+        """Called before the steps of ``epoch``, counted from 0; not when an interrupted epoch goes on."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors the method itself changes while training: saved with the run and, on resume, copied back into."""
+        return {}
 
     def target(self, frozen: Model, x: Tensor, y: Tensor) -> Tensor:
         """What :meth:`objective` compares with, computed once a batch: labels here, clean predictions for TRADES."""
@@ -67,3 +87,14 @@ class Method:
         Returns the scalar loss and its named parts, detached 0-dim tensors, to be averaged over the epoch and logged.
         """
         raise NotImplementedError
+
+    def update(self, model: nn.Module, optimizer: torch.optim.Optimizer, loss: LossOf) -> tuple[Tensor, dict]:
+        """One update of the weights of ``model``: ``loss()`` is :meth:`loss` on the batch at hand, in its precision.
+
+        Returns what ``loss()`` returned at the weights before the update. No synchronisation with the device.
+        """
+        optimizer.zero_grad(set_to_none=True)
+        value, parts = loss()
+        value.backward()
+        optimizer.step()
+        return value.detach(), parts

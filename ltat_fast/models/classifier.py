@@ -18,11 +18,29 @@ class Normalize(nn.Module):
         return (x - self.mean) / self.std
 
 
+class FullPrecisionLinear(nn.Linear):
+    """A linear layer that autocast and a frozen twin leave in the dtype of its weights.
+
+    As the last layer it costs nothing, and losses that subtract logits from logits (IGDM) would lose the difference
+    to a rounding of both.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, device = x.to(self.weight.dtype), self.weight.device.type
+        if not torch.amp.is_autocast_available(device):  # shape propagation on "meta"
+            return super().forward(x)
+        with torch.autocast(device, enabled=False):
+            return super().forward(x)
+
+
 class ImageClassifier(nn.Module):
     """Base class: a subclass supplies :meth:`maps`, images (N, C, H, W) in [0, 1] to feature maps (N, d, h, w).
 
     ``mean`` and ``std`` (one value a channel; both or neither) put a :class:`Normalize` in front.
     """
+
+    features_in_training = False
+    """whether :meth:`forward` gives (logits, pooled features) in train mode, for a loss that reads both"""
 
     def __init__(
         self,
@@ -39,7 +57,7 @@ class ImageClassifier(nn.Module):
             raise ValueError(f"mean and std need one value for each of the {in_channels} channels")
         self.feature_dim = feature_dim
         self.normalize = nn.Identity() if mean is None else Normalize(mean, std)
-        self.fc = nn.Linear(feature_dim, num_classes)
+        self.fc = FullPrecisionLinear(feature_dim, num_classes)
 
     def maps(self, x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -48,9 +66,11 @@ class ImageClassifier(nn.Module):
         """Pooled features (N, feature_dim) of images (N, C, H, W)."""
         return self.maps(self.normalize(x)).mean((2, 3))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Logits (N, num_classes) of images (N, C, H, W)."""
-        return self.fc(self.features(x))
+        features = self.features(x)
+        logits = self.fc(features)
+        return (logits, features) if self.features_in_training and self.training else logits
 
 
 def conv3x3(in_width: int, out_width: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:

@@ -16,6 +16,7 @@ from collections import Counter
 import torch
 from torch import Tensor, nn
 
+from ltat_fast.models.classifier import FullPrecisionLinear
 from ltat_fast.models.sync_batch_norm import CpuSyncBatchNorm
 
 
@@ -63,6 +64,8 @@ class FrozenTwin(nn.Module):
         self.__dict__["live"] = model  # past nn.Module's registration: not a submodule
 
         live = dict(named_tensors(model))
+        precise = [module for module in model.modules() if isinstance(module, FullPrecisionLinear)]
+        self._full_precision = {id(t) for module in precise for t in module.parameters()}
         shares = not fold_bn and all(self._convert(t).data_ptr() == t.data_ptr() for t in live.values())
         # Deep-copying with these stand-ins in the memo copies the module tree and no tensor.
         memo = {id(t): self._convert(t, copy=not shares) for t in live.values()}
@@ -88,7 +91,8 @@ class FrozenTwin(nn.Module):
 
     def _convert(self, t: Tensor, copy: bool = False) -> Tensor:
         """``t`` in the twin's dtype and layout; ``t``'s own storage where it has them already, unless ``copy``."""
-        dtype = self.dtype if self.dtype is not None and t.is_floating_point() else t.dtype
+        convert = self.dtype is not None and t.is_floating_point() and id(t) not in self._full_precision
+        dtype = self.dtype if convert else t.dtype
         layout = self.memory_format if t.dim() == 4 else torch.preserve_format
         return t.detach().to(dtype=dtype, memory_format=layout, copy=copy)
 
@@ -165,10 +169,10 @@ NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, CpuSyncBatchNorm)
 
 
 class _Tracer(torch.fx.Tracer):
-    """Takes every batch norm as one node, those of torch itself and ours."""
+    """Takes our own layers as one node, as it does those of torch."""
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return type(module) in NORMS or super().is_leaf_module(module, name)
+        return isinstance(module, (*NORMS, FullPrecisionLinear)) or super().is_leaf_module(module, name)
 
 
 def is_plain_norm(module: nn.Module) -> bool:

@@ -1,0 +1,20 @@
+"""Standard training: cross-entropy on clean images, the teacher of IGD and the yardstick of what robustness costs."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch.nn.functional as F
+
+from ltat_fast.methods.base import Method
+
+
+@dataclass
+class Natural(Method):
+    """min_w  CE(f(x), y)."""
+
+    name: ClassVar[str] = "natural"
+    attacks: ClassVar[bool] = False
+
+    def loss(self, model, x, x_adv, y, progress):
+        loss = F.cross_entropy(model(x).float(), y)
+        return loss, {"ce": loss.detach()}

@@ -1,0 +1,104 @@
+"""Two gloo processes are one run: the same losses, weights and scores as a single process on the same batches."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+WORKER = Path(__file__).with_name("distributed_worker.py")
+TRAIN = ("--epochs", "1", "--teacher-epochs", "1", "--max-steps", "4", "--batch-size", "32")
+TRAIN += ("--eval-attacks", "clean,pgd20", "--limit-eval", "60")
+    "--epochs",
+    "1",
+    "--teacher-epochs",
+    "1",
+    "--max-steps",
+    "4",
+    "--batch-size",
+    "32",
+    "--eval-attacks",
+    "clean,pgd20",
+    "--limit-eval",
+    "60",
+]
+
+
+def launch(processes: int, *command: str) -> subprocess.CompletedProcess:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run([*torchrun, *command], capture_output=True, text=True, env=environment, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory) -> dict[int, dict]:
+    folder = tmp_path_factory.mktemp("distributed")
+    results = {}
+    for processes in (1, 2):
+        done = launch(processes, str(WORKER), str(folder / f"{processes}.pt"))
+        assert done.returncode == 0, done.stderr
+        results[processes] = torch.load(folder / f"{processes}.pt", weights_only=True)
+    return results
+
+
+def test_two_processes_train_as_one(outcomes):
+    one, two = outcomes[1], outcomes[2]
+    assert two["totals"]["steps"] == one["totals"]["steps"] == 3
+    for name, value in one["totals"].items():
+        assert two["totals"][name] == pytest.approx(value, rel=2e-4), name
+    for name, tensor in one["model"].items():
+        # A gradient that is zero up to rounding takes a sign step either way: hence not closer.
+        assert torch.allclose(two["model"][name].double(), tensor.double(), rtol=2e-3, atol=2e-4), name
+
+
+def test_batch_statistics_are_of_the_global_batch(outcomes):
+    names = [n for n in outcomes[1]["model"] if n.endswith("running_var")]
+    assert names
+    for name in names:
+        assert torch.allclose(outcomes[2]["model"][name], outcomes[1]["model"][name], rtol=1e-3, atol=1e-5), name
+
+
+def test_evaluation_is_shared_and_whole(outcomes):
+    one, two = outcomes[1]["scores"], outcomes[2]["scores"]
+    for attack in ("clean", "pgd3"):
+        assert two[attack]["images"] == one[attack]["images"] == 48
+        assert two[attack]["all"] == pytest.approx(one[attack]["all"], abs=100 / 48 + 1e-6), attack
+
+
+def test_a_whole_run(tmp_path):
+    run = tmp_path / "run"
+    done = launch(2, "-m", "ltat_fast.train", "--out", str(run), *TRAIN)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("training images in 10 classes") == 1, "one process speaks"
+    scores = json.loads((run / "eval.json").read_text())
+    assert scores["last"]["clean"]["images"] == 60
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 1
+
+    # What two processes trained, one evaluates to the same numbers.
+    evaluate = [sys.executable, "-m", "ltat_fast.evaluate", str(run), "--attacks", "clean,pgd20", "--again"]
+    again = [*evaluate, "--limit-eval", "60"]
+        sys.executable,
+        "-m",
+        "ltat_fast.evaluate",
+        str(run),
+        "--attacks",
+        "clean,pgd20",
+        "--limit-eval",
+        "60",
+        "--again",
+    ]
+    subprocess.run(again, check=True, capture_output=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert json.loads((run / "eval.json").read_text())["last"]["pgd20"]["all"] == scores["last"]["pgd20"]["all"]
+
+    resumed = launch(2, "-m", "ltat_fast.train", "--out", str(run), "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "already trained" in resumed.stdout
+
+
+def test_a_refused_start_ends_all_processes(tmp_path):
+    done = launch(2, "-m", "ltat_fast.train", "--out", str(tmp_path), "--eps", "8/0")
+    assert done.returncode != 0
+    assert "takes a fraction such as 8/255" in done.stderr

@@ -26,3 +26,31 @@ def pytest_terminal_summary(terminalreporter):
     if skipped:
         terminalreporter.section("GPU", yellow=True)
         terminalreporter.write_line(f"{len(skipped)} GPU tests did NOT run: there is no CUDA device here", yellow=True)
+
+
+@pytest.fixture(scope="session")
+def digits_run(tmp_path_factory):
+    """A short, finished LTAT run on the digits, from the command line. Copy it before changing anything in it."""
+    import runs
+
+    run_dir = tmp_path_factory.mktemp("runs") / "digits"
+    runs.finish(runs.start("--out", str(run_dir), *runs.QUICK))
+    return run_dir
+
+
+@pytest.fixture(scope="session")
+def image_tree(tmp_path_factory):
+    """Folders of 8x8 colour images of three classes, 24, 12 and 8 to train on and 5 each to test on."""
+    import runs
+
+    return runs.write_images(tmp_path_factory.mktemp("images") / "a b")
+
+
+@pytest.fixture(scope="session")
+def folder_run(tmp_path_factory, image_tree):
+    """Three steps of LTAT on those, evaluated."""
+    import runs
+
+    run_dir = tmp_path_factory.mktemp("runs") / "folder"
+    assert runs.train(*runs.FOLDER, "--data-dir", str(image_tree), "--out", str(run_dir)) == 0
+    return run_dir

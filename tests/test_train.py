@@ -1,0 +1,322 @@
+"""``python -m ltat_fast.train``: a whole run, killed and resumed, and everything it must refuse."""
+
+import json
+import os
+import shutil
+import signal
+import time
+
+import pytest
+import runs
+import torch
+from safetensors.torch import save_file
+
+from ltat_fast.engine import checkpoint, log
+from ltat_fast.models import build_model
+
+pytestmark = pytest.mark.xdist_group("runs")  # they share a run
+
+
+# -- a whole run ----------------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_what_it_says(digits_run):
+    for name in (
+        "config.json",
+        "env.json",
+        "metrics.jsonl",
+        "eval.json",
+        "tb",
+        "checkpoints/best.safetensors",
+        "checkpoints/last.safetensors",
+        "teacher/metrics.jsonl",
+        "teacher/eval.json",
+        "teacher/checkpoints/last.safetensors",
+    ):
+        assert (digits_run / name).exists(), name
+    assert not list(digits_run.rglob("*.partial"))
+    assert not [p for p in digits_run.rglob("*") if p.suffix in (".pt", ".pth", ".pkl", ".ckpt")]
+    metrics = log.read_metrics(digits_run / "metrics.jsonl")
+    assert [r["epoch"] for r in metrics] == [1, 2, 3]
+    assert [r["steps"] for r in metrics] == [461 // 64] * 3
+    assert ["test_pgd20" in r for r in metrics] == [False, True, True]
+    assert {"loss", "bsl", "igdm", "lr"} <= metrics[0].keys()
+    environment = json.loads((digits_run / "env.json").read_text())
+    assert environment["class_counts"] == [114, 88, 68, 52, 40, 31, 24, 19, 14, 11]
+    assert environment["packages"]["torch"] == torch.__version__
+
+
+def test_weights_say_what_they_are(digits_run):
+    tensors, card = checkpoint.read(digits_run / "checkpoints" / "last.safetensors")
+    assert card.items() >= {"arch": "smallresnet", "num_classes": 10, "in_channels": 1, "epoch": 3}.items()
+    build_model("smallresnet", 10, in_channels=1).load_state_dict(tensors)
+
+
+def test_best_is_the_epoch_with_the_highest_pgd20(digits_run):
+    evaluated = [r for r in log.read_metrics(digits_run / "metrics.jsonl") if "test_pgd20" in r]
+    best = max(evaluated, key=lambda r: r["test_pgd20"])
+    assert checkpoint.read(digits_run / "checkpoints" / "best.safetensors")[1]["epoch"] == best["epoch"]
+    scores = json.loads((digits_run / "eval.json").read_text())["best"]
+    assert (scores["clean"]["all"], scores["pgd20"]["all"]) == (best["test_clean"], best["test_pgd20"])
+    assert scores["pgd20"]["tail"] == best["test_tail_pgd20"]
+
+
+def test_a_folder_of_images_with_spaces_in_its_name(folder_run, image_tree):
+    assert json.loads((folder_run / "env.json").read_text())["class_counts"] == [24, 12, 8]
+    assert json.loads((folder_run / "eval.json").read_text())["last"]["clean"]["images"] == 15
+    assert sum(r["steps"] for r in log.read_metrics(folder_run / "metrics.jsonl")) == 3
+
+
+@pytest.mark.parametrize("method", ["pgd-at", "at-bsl"])
+def test_methods_without_a_teacher_train_none(tmp_path, image_tree, method):
+    flags = ("--method", method, "--data-dir", str(image_tree), "--out", str(tmp_path / "run"))
+    assert runs.train(*runs.FOLDER, *flags) == 0
+    assert not (tmp_path / "run" / "teacher").exists()
+    assert {"best", "last"} == json.loads((tmp_path / "run" / "eval.json").read_text()).keys()
+
+
+def test_selecting_on_held_out_images(tmp_path, image_tree):
+    out = ("--data-dir", str(image_tree), "--out", str(tmp_path / "run"))
+    assert runs.train(*runs.FOLDER, "--method", "pgd-at", "--select-on", "heldout", "--heldout", "0.25", *out) == 0
+    assert json.loads((tmp_path / "run" / "env.json").read_text())["class_counts"] == [18, 9, 6]
+    (record,) = log.read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert "heldout_pgd20" in record
+    assert "test_pgd20" not in record
+
+
+@pytest.mark.parametrize("path", ["teacher", "teacher/checkpoints/last.safetensors"])
+def test_a_given_teacher_is_used_and_none_is_trained(tmp_path, image_tree, folder_run, path, capfd):
+    flags = ("--data-dir", str(image_tree), "--out", str(tmp_path / "run"), "--teacher", str(folder_run / path))
+    assert runs.train(*runs.FOLDER, *flags) == 0
+    assert not (tmp_path / "run" / "teacher").exists()
+    # The same teacher as the run that trained it, so the same student.
+    ours, theirs = (checkpoint.read(r / "checkpoints/last.safetensors")[0] for r in (tmp_path / "run", folder_run))
+    assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+# -- killed and resumed ---------------------------------------------------------------------------------------------
+
+
+def wait_for(condition, process, what: str) -> None:
+    deadline = time.monotonic() + 90
+    while not condition():
+        assert process.poll() is None, f"ended before {what}: {process.communicate()}"
+        assert time.monotonic() < deadline, f"no {what}"
+        time.sleep(0.002)
+
+
+def kill(process) -> None:
+    process.kill()
+    process.communicate()
+
+
+def lines(path) -> int:
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def test_killed_at_many_moments_and_resumed(tmp_path, digits_run):
+    """In the teacher, between saves after every step of the student, and during the final evaluation."""
+    out = tmp_path / "run"
+    process = runs.start("--out", str(out), *runs.QUICK)
+    wait_for(lambda: lines(out / "teacher" / "metrics.jsonl") == 1, process, "first epoch of the teacher")
+    kill(process)
+
+    process = runs.start("--out", str(out), "--resume", "--save-minutes", "0.0001")
+    wait_for(lambda: lines(out / "metrics.jsonl") == 1, process, "first epoch of the student")
+    kill(process)
+    assert not (out / "eval.json").exists()
+
+    process = runs.start("--out", str(out), "--resume")
+    wait_for((out / "eval.json").exists, process, "first attack of the evaluation")
+    kill(process)
+
+    runs.finish(runs.start("--out", str(out), "--resume"))
+    assert_same(out, digits_run)
+
+
+def assert_same(run_dir, expected):
+    assert runs.outcome(run_dir) == runs.outcome(expected)
+    ours, theirs = runs.weights(run_dir), runs.weights(expected)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_sigterm_saves_exits_75_and_resumes(tmp_path, digits_run):
+    out = tmp_path / "run"
+    process = runs.start("--out", str(out), *runs.QUICK)
+    wait_for(lambda: lines(out / "metrics.jsonl") == 1, process, "first epoch of the student")
+    os.kill(process.pid, signal.SIGSTOP)  # holds still, its run folder in hand, while another wants it
+    other = runs.train("--out", str(out), "--resume")
+    os.kill(process.pid, signal.SIGTERM)
+    os.kill(process.pid, signal.SIGCONT)
+    said, _ = runs.finish(process, status=75)
+    assert other == 2
+    assert f"python -m ltat_fast.train --out {out} --resume" in said
+    state = checkpoint.read(out / "checkpoints" / "resume.safetensors")[1]
+    assert not state["finished"]
+    assert state["epoch"] >= 1
+    runs.finish(runs.start("--out", str(out), "--resume"))
+    assert_same(out, digits_run)
+
+
+def test_a_finished_run_resumes_to_itself(tmp_path, digits_run):
+    copy = shutil.copytree(digits_run, tmp_path / "copy")
+    assert runs.train("--out", str(copy), "--resume") == 0
+    assert_same(copy, digits_run)
+
+
+# -- a loss that is no number ---------------------------------------------------------------------------------------
+
+
+def test_divergence_exits_3(tmp_path, image_tree, capfd):
+    flags = ("--method", "pgd-at", "--lr", "1e30", "--data-dir", str(image_tree), "--out", str(tmp_path / "run"))
+    assert runs.train(*runs.FOLDER, *flags) == 3
+    message = capfd.readouterr().err
+    assert "not finite at epoch 1" in message
+    assert "Traceback" not in message
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+# -- what is refused ------------------------------------------------------------------------------------------------
+
+
+def refused(capfd, *flags: str) -> str:
+    """The one sentence of a start that ends with exit status 2."""
+    capfd.readouterr()
+    assert runs.train(*flags) == 2
+    message = capfd.readouterr().err
+    assert message.startswith("ltat_fast: error: ")
+    assert message.count("\n") == 1
+    return message
+
+
+def assert_free(out) -> None:
+    """Nothing is in ``out`` that would keep the next start from using it."""
+    assert not out.exists() or {path.name for path in out.iterdir()} <= {".lock"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--dataset mnist-lt", "unknown dataset 'mnist-lt': choose one of"),
+        ("--method tardes", "unknown method 'tardes': choose one of"),
+        ("--arch vgg", "unknown arch 'vgg': choose one of"),
+        ("--imbalance-ratio 0.9", "--imbalance-ratio must be 1 (balanced) or more, not 0.9"),
+        ("--imbalance-ratio 1000", "leaves no image in the last class"),
+        ("--eps 8/0", "--eps takes a fraction such as 8/255 or a decimal such as 0.031, not '8/0'"),
+        ("--eps abc", "not 'abc'"),
+        ("--eps -1", "--eps must be above 0"),
+        ("--eps nan", "--eps must be above 0"),
+        ("--limit-eval 0", "--limit-eval must be 1 or more, not 0"),
+        ("--batch-size 462", "461 images do not fill one batch of 462"),
+        ("--teacher-batch-size 1000", "570 images do not fill one batch of 1000"),
+        ("--teacher nowhere", "nowhere has no finished weights: nowhere does not exist"),
+        ("--dataset imagefolder-lt", "--data-dir"),
+        ("--dataset imagefolder-lt --data-dir nowhere", "nowhere"),
+        ("--select-on heldout --heldout 0.0001", "holds out no image"),
+    ],
+)
+def test_refused_before_any_work(tmp_path, capfd, monkeypatch, flags, words):
+    monkeypatch.chdir(tmp_path)
+    assert words in refused(capfd, "--out", "run", *flags.split())
+    assert_free(tmp_path / "run")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_gpu_that_is_not_there(tmp_path, capfd):
+    message = refused(capfd, "--out", str(tmp_path / "run"), "--device", "cuda")
+    assert "--device cuda: no CUDA device" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_unknown_flags_exit_2(tmp_path, capfd):
+    assert runs.train("--out", str(tmp_path / "run"), "--bogus") == 2
+    assert "--bogus" in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_exit_statuses_reach_the_shell():
+    process = runs.start("--eps", "8/0")
+    out, err = runs.finish(process, status=2)
+    assert out == ""
+    assert err.startswith("ltat_fast: error: --eps takes a fraction")
+
+
+def test_a_folder_in_use(tmp_path, capfd):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    assert "is not empty: add --resume" in refused(capfd, "--out", str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_out_is_a_file(tmp_path, capfd):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    assert "is a file, not a folder" in refused(capfd, "--out", str(file))
+    assert "cannot create the run folder" in refused(capfd, "--out", str(file / "run"))
+    assert file.read_text() == "mine"
+
+
+def test_nothing_to_resume(tmp_path, capfd):
+    assert "nothing to resume" in refused(capfd, "--out", str(tmp_path / "run"), "--resume")
+    assert not (tmp_path / "run").exists()
+
+
+def test_resuming_with_other_settings_names_them(tmp_path, capfd, digits_run):
+    copy = shutil.copytree(digits_run, tmp_path / "copy")
+    message = refused(capfd, "--out", str(copy), "--resume", "--lr", "0.2", "--seed", "5", "--alpha", "1")
+    assert "started with other settings: lr (0.1 -> 0.2), seed (0 -> 5), alpha (10.0 -> 1.0)" in message
+    assert_same(copy, digits_run)
+
+
+@pytest.mark.parametrize("content", ["", '{"dataset": "digits-lt"', "[]"])
+def test_resuming_with_a_damaged_config(tmp_path, capfd, content):
+    (tmp_path / "config.json").write_text(content)
+    assert "config.json cannot be read" in refused(capfd, "--out", str(tmp_path), "--resume")
+    assert (tmp_path / "config.json").read_text() == content
+
+
+def test_resuming_from_a_damaged_state(tmp_path, capfd, digits_run):
+    copy = shutil.copytree(digits_run, tmp_path / "copy")
+    state = copy / "checkpoints" / "resume.safetensors"
+    os.truncate(state, state.stat().st_size // 2)
+    assert "resume.safetensors is damaged" in refused(capfd, "--out", str(copy), "--resume")
+    assert (copy / "checkpoints" / "last.safetensors").exists()
+
+
+def test_a_refused_start_does_not_block_the_next(tmp_path, image_tree, folder_run, capfd):
+    """The folder was claimed and the data read before the teacher was found not to fit."""
+    out = ("--data-dir", str(image_tree), "--out", str(tmp_path / "run"))
+    wrong = tmp_path / "wrong.safetensors"
+    save_file(build_model("resnet18", 3).state_dict(), wrong)
+    message = refused(capfd, *runs.FOLDER, *out, "--teacher", str(wrong))
+    assert f"{wrong} does not fit smallresnet: " in message
+    assert_free(tmp_path / "run")
+    assert runs.train(*runs.FOLDER, *out, "--teacher", str(folder_run / "teacher")) == 0
+
+
+def test_teachers_that_do_not_fit(tmp_path, image_tree, folder_run, digits_run, capfd):
+    out = ("--data-dir", str(image_tree), "--out", str(tmp_path / "run"))
+
+    def message(teacher):
+        text = refused(capfd, *runs.FOLDER, *out, "--teacher", str(teacher))
+        assert_free(tmp_path / "run")
+        return text
+
+    assert "knows 10 classes, the data has 3" in message(digits_run / "teacher")
+
+    pickled = tmp_path / "teacher.pt"
+    torch.save({}, pickled)
+    assert "is not a .safetensors file" in message(pickled)
+
+    damaged = tmp_path / "damaged.safetensors"
+    content = bytearray((folder_run / "teacher" / "checkpoints" / "last.safetensors").read_bytes())
+    content[-9] ^= 4
+    damaged.write_bytes(content)
+    assert "is damaged: its content does not match its checksum" in message(damaged)
+
+    tensors, card = checkpoint.read(folder_run / "teacher" / "checkpoints" / "last.safetensors")
+    other = tmp_path / "other.safetensors"
+    checkpoint.write(other, tensors, card | {"class_names": ["ant", "bee", "dog"]})
+    assert "knows other classes than the data: 'dog' where the data has 'cow'" in message(other)
+
+    assert "has no finished weights" in message(tmp_path)

@@ -34,12 +34,15 @@ def main(argv: list[str] | None = None) -> int:
         log.quiet()
     try:
         with run.claim(config.run_dir) if is_main else contextlib.nullcontext():
+            (config.run_dir / "interrupted").unlink(missing_ok=True)
             distributed.start(hardware.device.type == "cuda")
             pipeline.train(config, method, hardware)
     except Diverged as error:
         print(f"ltat_fast: {error}", file=sys.stderr)
         return EXIT_DIVERGED
     except Interrupted as error:
+        if is_main:
+            (config.run_dir / "interrupted").write_text(f"{error}\n")
         log.say(f"{error}; go on with: python -m ltat_fast.train --out {shlex.quote(str(config.run_dir))} --resume")
         return EXIT_INTERRUPTED
     finally:

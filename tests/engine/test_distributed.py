@@ -12,19 +12,6 @@ import torch
 WORKER = Path(__file__).with_name("distributed_worker.py")
 TRAIN = ("--epochs", "1", "--teacher-epochs", "1", "--max-steps", "4", "--batch-size", "32")
 TRAIN += ("--eval-attacks", "clean,pgd20", "--limit-eval", "60")
-    "--epochs",
-    "1",
-    "--teacher-epochs",
-    "1",
-    "--max-steps",
-    "4",
-    "--batch-size",
-    "32",
-    "--eval-attacks",
-    "clean,pgd20",
-    "--limit-eval",
-    "60",
-]
 
 
 def launch(processes: int, *command: str) -> subprocess.CompletedProcess:
@@ -80,16 +67,6 @@ def test_a_whole_run(tmp_path):
     # What two processes trained, one evaluates to the same numbers.
     evaluate = [sys.executable, "-m", "ltat_fast.evaluate", str(run), "--attacks", "clean,pgd20", "--again"]
     again = [*evaluate, "--limit-eval", "60"]
-        sys.executable,
-        "-m",
-        "ltat_fast.evaluate",
-        str(run),
-        "--attacks",
-        "clean,pgd20",
-        "--limit-eval",
-        "60",
-        "--again",
-    ]
     subprocess.run(again, check=True, capture_output=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert json.loads((run / "eval.json").read_text())["last"]["pgd20"]["all"] == scores["last"]["pgd20"]["all"]
 

@@ -5,6 +5,7 @@ import logging
 import pyautoattack
 import pytest
 import torch
+from quick_autoattack import QuickAutoAttack
 from toys import Linear, images
 
 from ltat_fast.attacks.autoattack import autoattack
@@ -12,18 +13,9 @@ from ltat_fast.attacks.autoattack import autoattack
 EPS = 0.02
 
 
-class Quick(pyautoattack.AutoAttack):
-    """The standard four attacks, cut from minutes to a second."""
-
-    def _set_version(self, version="standard"):
-        super()._set_version(version)
-        self.square.n_queries = 30
-        self.apgd.n_iter = self.apgd_targeted.n_iter = self.fab.n_iter = 8
-
-
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(pyautoattack, "AutoAttack", Quick)
+    monkeypatch.setattr(pyautoattack, "AutoAttack", QuickAutoAttack)
 
 
 def case(num_classes: int, n: int = 24):
@@ -33,7 +25,7 @@ def case(num_classes: int, n: int = 24):
 
 def test_equals_the_package_called_directly():
     net, x, y = case(10)
-    direct = Quick(net, device="cpu", eps=EPS, norm="Linf", seed=0, version="standard")
+    direct = QuickAutoAttack(net, device="cpu", eps=EPS, norm="Linf", seed=0, version="standard")
     expected, _ = direct.run_standard_evaluation(x, y, batch_size=10)
     ours = autoattack(net, x, y, EPS, batch_size=10)
     assert torch.equal(ours, expected)
@@ -64,7 +56,7 @@ def test_the_fewer_classes_the_fewer_targets(monkeypatch):
         )
         return x, y
 
-    monkeypatch.setattr(Quick, "run_standard_evaluation", record)
+    monkeypatch.setattr(QuickAutoAttack, "run_standard_evaluation", record)
     for num_classes, targets, attacks in (
         (12, (9, 9), ["apgd-ce", "apgd-t", "fab-t", "square"]),
         (5, (4, 4), ["apgd-ce", "apgd-t", "fab-t", "square"]),

@@ -1,0 +1,177 @@
+"""Checkpoint files: whole or not there, and nothing but tensors in them."""
+
+import os
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from toys import images, labels, small_net
+
+from ltat_fast.engine import checkpoint
+from ltat_fast.engine.checkpoint import Progress
+from ltat_fast.engine.step import make_optimizer
+from ltat_fast.errors import UserError
+
+TENSORS = {
+    "a": torch.arange(6.0).view(2, 3),
+    "half": torch.tensor([1.5, -2.0], dtype=torch.bfloat16),
+    "count": torch.tensor(7),
+    "none": torch.empty(0, 3),
+}
+CARD = {"arch": "smallresnet", "epoch": 3, "share": 0.1, "names": ["é", "b"]}
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "last.safetensors"
+    checkpoint.write(path, TENSORS, CARD)
+    return path
+
+
+def assert_same(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[k], theirs[k]) and ours[k].dtype == theirs[k].dtype for k in ours)
+
+
+def test_comes_back_as_it_was(file):
+    tensors, card = checkpoint.read(file)
+    assert_same(tensors, TENSORS)
+    assert card == CARD
+    assert os.listdir(file.parent) == [file.name]
+
+
+def test_channels_last_weights_come_back(tmp_path):
+    weight = torch.randn(4, 3, 3, 3).to(memory_format=torch.channels_last)
+    checkpoint.write(tmp_path / "w.safetensors", {"w": weight}, {})
+    assert torch.equal(checkpoint.read(tmp_path / "w.safetensors")[0]["w"], weight)
+
+
+@pytest.mark.parametrize("where", ["replace", "fsync"])
+def test_a_crash_while_writing_leaves_the_old_file(file, monkeypatch, where):
+    def crash(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint.os, where, crash)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.write(file, {"a": torch.zeros(100)}, {})
+    monkeypatch.undo()
+    assert_same(checkpoint.read(file)[0], TENSORS)
+    assert os.listdir(file.parent) == [file.name]
+
+
+def test_what_a_killed_writer_left_is_swept_up(file):
+    leftover = file.with_name(".last.safetensors.123.partial")
+    leftover.write_bytes(b"half")
+    other = file.with_name(".best.safetensors.123.partial")
+    other.write_bytes(b"half")
+    checkpoint.write(file, TENSORS, CARD)
+    assert not leftover.exists()
+    assert other.exists()
+
+
+def test_every_truncation_is_refused(file):
+    whole = file.read_bytes()
+    for length in [*range(0, len(whole), 7), len(whole) - 1]:
+        file.write_bytes(whole[:length])
+        with pytest.raises(UserError, match="is damaged"):
+            checkpoint.read(file)
+
+
+def test_no_flipped_bit_goes_unnoticed(file):
+    """Wherever a bit flips, the file is refused, or (in the name of the checksum) reads as it was written."""
+    whole = file.read_bytes()
+    accepted, complaints = 0, set()
+    for position in range(len(whole)):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << (position % 8)
+        file.write_bytes(damaged)
+        try:
+            tensors, card = checkpoint.read(file)
+        except UserError as error:
+            complaints.add(str(error))
+            continue
+        assert_same(tensors, TENSORS)
+        assert card == CARD
+        accepted += 1
+    assert accepted <= len("sha256")
+    assert all(c.startswith(f"{file} is damaged") and "\n" not in c for c in complaints)
+
+
+def test_pickles_are_refused_unopened(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "executed"),))
+
+    path = tmp_path / "model.pt"
+    path.write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(UserError, match=r"is not a \.safetensors file"):
+        checkpoint.read(path)
+    disguised = tmp_path / "model.safetensors"
+    disguised.write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(UserError, match="is damaged"):
+        checkpoint.read(disguised)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"there is no checkpoint .*gone\.safetensors"):
+        checkpoint.read(tmp_path / "gone.safetensors")
+
+
+def test_safetensors_of_others_are_welcome(tmp_path):
+    save_file({"a": TENSORS["a"]}, tmp_path / "theirs.safetensors")
+    tensors, card = checkpoint.read(tmp_path / "theirs.safetensors")
+    assert torch.equal(tensors["a"], TENSORS["a"])
+    assert card == {}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda s: s.pop("1.bias"), r"f\.safetensors does not fit toy: lacks 1\.bias \(1 missing\)"),
+        (lambda s: s.update({"head.w": torch.zeros(1)}), r"has head\.w, unknown to it \(1 more than it has\)"),
+        (lambda s: s.update({"6.bias": torch.zeros(10)}), r"6\.bias is \(10,\), not \(3,\)"),
+    ],
+)
+def test_weights_that_do_not_fit_are_told_apart(change, words, tmp_path):
+    net, tensors = small_net(), small_net(seed=1).state_dict()
+    change(tensors)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    with pytest.raises(UserError, match=words):
+        checkpoint.load_weights(net, tensors, tmp_path / "f.safetensors", "toy")
+    assert_same(net.state_dict(), before)
+
+
+def test_state_of_training_comes_back(tmp_path):
+    def train(net, optimizer):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(net(images()), labels()).backward()
+        optimizer.step()
+
+    net = small_net().to(memory_format=torch.channels_last)
+    optimizer = make_optimizer(net, 0.1, 0.9, 5e-4)
+    train(net, optimizer)
+    progress = Progress(epoch=3, step=2, best={"pgd20": 1 / 3}, sums={"loss": 0.1 + 0.2, "steps": 2.0}, seconds=1.5)
+    kept = {"ema": torch.tensor([1.0, 2.0])}
+    checkpoint.save_state(tmp_path / "resume.safetensors", net, optimizer, progress, kept)
+    train(net, optimizer)
+
+    other = small_net(seed=9).to(memory_format=torch.channels_last)
+    other_optimizer = make_optimizer(other, 0.1, 0.9, 5e-4)
+    restored = {"ema": torch.zeros(2)}
+    assert checkpoint.load_state(tmp_path / "resume.safetensors", other, other_optimizer, "toy", restored) == progress
+    assert_same(restored, kept)
+    train(other, other_optimizer)
+    assert_same(other.state_dict(), net.state_dict())
+    for ours, theirs in zip(other.parameters(), net.parameters(), strict=True):
+        momenta = other_optimizer.state[ours]["momentum_buffer"], optimizer.state[theirs]["momentum_buffer"]
+        assert torch.equal(*momenta)
+
+
+def test_weights_are_not_a_state(tmp_path):
+    net = small_net()
+    path = tmp_path / "resume.safetensors"
+    checkpoint.write(path, {f"model.{k}": v for k, v in net.state_dict().items()}, {"arch": "toy"})
+    with pytest.raises(UserError, match="is not the saved state of a run"):
+        checkpoint.load_state(path, net, make_optimizer(net, 0.1, 0.9, 0.0), "toy", {})

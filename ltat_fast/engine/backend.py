@@ -41,7 +41,8 @@ def choose_backend(asked: str, build: Callable[[str], TrainStep], x: Tensor, y: 
         if not problem and frames == 0:
             problem = "torch.compile compiled nothing"
         if not distributed.any_process(bool(problem), x.device):
-            log.say(f"step: backend {backend}, checked against eager on one batch; {frames} compiled frames")
+            twice = "; not the student, whose loss is differentiated twice" if step.method.differentiates_twice else ""
+            log.say(f"step: backend {backend}, checked against eager on one batch; {frames} compiled frames{twice}")
             return step
         log.say(f"WARNING: backend {backend} is not used: {problem or 'it fails in another process'}")
     log.say("step: backend eager")

@@ -18,6 +18,7 @@ from ltat_fast.engine.fit import Stage, fit
 from ltat_fast.engine.run import Images, RunData
 from ltat_fast.engine.schedule import first_drop
 from ltat_fast.engine.step import frozen_twin
+from ltat_fast.errors import UserError
 from ltat_fast.methods import METHODS, Method, Setting
 
 
@@ -26,6 +27,8 @@ def train(config: Config, method: Method, hardware: Hardware) -> None:
     if config.deterministic:
         make_deterministic()
     run_dir = config.run_dir
+    if method.differentiates_twice and distributed.current().size > 1:
+        raise UserError(f"--method {method.name} as configured differentiates twice: it runs in one process alone")
     if config.teacher is not None:
         checkpoint.read(run.weights_in(config.teacher))  # before any long work
     with distributed.main_first():  # it decodes; the others read its cache

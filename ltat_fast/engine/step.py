@@ -85,7 +85,8 @@ class TrainStep:
         if backend in ("step", "graph"):
             # func.grad traces forward and input gradient into one graph, where autograd.grad would break it.
             self._ascend = torch.compile(self._ascend_once, fullgraph=True, dynamic=False)
-            self._student = torch.compile(self._student, dynamic=False)
+            if not method.differentiates_twice:
+                self._student = torch.compile(self._student, dynamic=False)
 
     def __call__(self, x: Tensor, y: Tensor, *, lr: float, progress: float, seed: int) -> None:
         """x: float32 images in [0, 1]. y: int64 labels. seed: of the attack's start noise."""
@@ -159,7 +160,7 @@ class TrainStep:
         totals = dict(totals or {})
         self.count.fill_(totals.pop("steps", 0.0))
         self.first_bad.fill_(totals.pop("first_bad", -1.0))
-        for name in totals.keys() | self.sums.keys():
+        for name in [*self.sums, *totals]:
             # In place where it exists: a captured step adds to this very tensor.
             self.sums.setdefault(name, torch.zeros_like(self.count)).fill_(totals.get(name, 0.0))
 
@@ -187,9 +188,11 @@ class TrainStep:
         saved = [(tensor, tensor.clone()) for tensor in self._state()]
         known_sums = set(self.sums)
         self.restart()
-        self(x, y, lr=float(self.lr), progress=1.0, seed=seed)
-        loss = self.totals()["loss"]
-        self._put_back(saved, known_sums)
+        try:
+            self(x, y, lr=float(self.lr), progress=1.0, seed=seed)
+            loss = self.totals()["loss"]
+        finally:  # a backend may fail half-way, and the run goes on without it
+            self._put_back(saved, known_sums)
         self.frozen.refresh()
         self.generator.manual_seed(seed)
         return self.perturb(x, y), loss

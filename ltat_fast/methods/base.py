@@ -42,6 +42,9 @@ class Method:
     standard training on all of it"""
     attacks: ClassVar[bool] = True
     """False: ``x_adv`` is ``x``"""
+    differentiates_twice: ClassVar[bool] = False
+    """The loss holds a gradient of the student's. Neither torch.compile nor synchronised batch norm can differentiate
+    that, so the student is not compiled, and more than one process is refused."""
 
     def check(self) -> None:
         """Refuse hyper-parameters that cannot work: here, numbers that are negative or not finite.

@@ -1,11 +1,19 @@
 """The training methods, by the name ``--method`` takes. A new one is a file here and a line below."""
 
+from ltat_fast.methods.adaad import AdaAd
+from ltat_fast.methods.adaiad import AdaIad
+from ltat_fast.methods.akd import Akd
+from ltat_fast.methods.ard import Ard
 from ltat_fast.methods.at_bsl import AtBsl
 from ltat_fast.methods.base import Method, Setting
+from ltat_fast.methods.iad import Iad
+from ltat_fast.methods.igd import Igd
 from ltat_fast.methods.ltat import Ltat
 from ltat_fast.methods.natural import Natural
 from ltat_fast.methods.pgd_at import PgdAt
+from ltat_fast.methods.rslad import Rslad
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (PgdAt, AtBsl, Ltat, Natural)}
+_ALL = (Natural, PgdAt, AtBsl, Ltat, Ard, Iad, Akd, Rslad, AdaAd, AdaIad, Igd)
+METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}
 
 __all__ = ["METHODS", "Method", "Setting"]

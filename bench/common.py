@@ -1,9 +1,10 @@
 """What every benchmark shares: timing, copy bandwidth, peak memory, launch counts, provenance, CSV.
 
 Rules the numbers follow. Variants are timed in interleaved rounds, so drift of clocks or of a shared machine hits all
-of them. On the CPU a sample is a batch of calls of at least 2 ms by perf_counter. On CUDA a sample is one call between
-two events, after a write of 256 MB that evicts L2 and gives the host time to run ahead: device time, with launch gaps
-where the host cannot keep up. Reported: median, 20th and 80th percentile.
+of them. On the CPU a sample is a batch of calls of about 2 ms on the wall clock, which means something on an idle
+machine only; with one thread (OMP_NUM_THREADS=1) it is processor time, which other load leaves nearly alone. On CUDA a
+sample is one call between two events, after a write of 256 MB that evicts L2 and gives the host time to run ahead:
+device time, with launch gaps where the host cannot keep up. Reported: median, 20th and 80th percentile.
 """
 
 import csv
@@ -55,20 +56,26 @@ def time_interleaved(
 
 
 def _cpu_sampler(calls):
+    clock = time.process_time if cpu_clock() == "process" else time.perf_counter
     repeats = {}
     for name, call in calls.items():
         call()
-        begin = time.perf_counter()
+        begin = clock()
         call()
-        repeats[name] = max(1, round(CPU_SAMPLE_SECONDS / (time.perf_counter() - begin)))
+        repeats[name] = max(1, round(CPU_SAMPLE_SECONDS / (clock() - begin)))
 
     def sample(name, call):
-        begin = time.perf_counter()
+        begin = clock()
         for _ in range(repeats[name]):
             call()
-        return 1e3 * (time.perf_counter() - begin) / repeats[name]
+        return 1e3 * (clock() - begin) / repeats[name]
 
     return sample
+
+
+def cpu_clock() -> str:
+    """What a CPU sample counts: "process" time on one thread, else the "wall" clock."""
+    return "process" if torch.get_num_threads() == 1 else "wall"
 
 
 def _cuda_sampler(device):
@@ -154,6 +161,7 @@ def provenance(device: torch.device) -> dict[str, object]:
         "git": git_hash(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "threads": torch.get_num_threads(),
+        "clock": "events" if device.type == "cuda" else cpu_clock(),
         "load": round(os.getloadavg()[0], 1),  # of the minute before; near 0 on a machine fit to be timed
         "torch": torch.__version__,
         "triton": triton_version,

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 CASES = sorted(path.name for path in Path(__file__).parent.glob("cases_*.py"))
 
@@ -29,7 +28,6 @@ def test_interpreted(case_file):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("case_file", CASES)
 def test_on_the_gpu(case_file):
     run(case_file, "0")

@@ -65,7 +65,7 @@ class FrozenTwin(nn.Module):
 
         live = dict(named_tensors(model))
         precise = [module for module in model.modules() if isinstance(module, FullPrecisionLinear)]
-        self._full_precision = {id(t) for module in precise for t in module.parameters()}
+        self._full_precision = {id(t) for module in precise for _, t in named_tensors(module)}
         shares = not fold_bn and all(self._convert(t).data_ptr() == t.data_ptr() for t in live.values())
         # Deep-copying with these stand-ins in the memo copies the module tree and no tensor.
         memo = {id(t): self._convert(t, copy=not shares) for t in live.values()}

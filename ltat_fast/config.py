@@ -115,8 +115,11 @@ PRESETS: dict[str, dict] = {
     "tinyimagenet-lt": {**_PAPER, "imbalance_ratio": 10.0, "arch": "preactresnet18"},
     "imagefolder-lt": {**_PAPER, "imbalance_ratio": None},
 }
+# Options of a method by (dataset or network, method); those of the dataset, then those of the network.
 METHOD_PRESETS: dict[tuple[str, str], dict] = {
     ("digits-lt", "ltat"): {"alpha": 10.0},
+    ("wrn-34-10", "mart"): {"beta": 6.0},
+    ("cifar100-lt", "robal"): {"robal_dataset": "cifar100"},
 }
 # What may differ between a run and its resumption: where and how it runs, not what is trained. Another device or
 # evaluation batch moves results by rounding and by the start noise of PGD-20 alone.
@@ -233,13 +236,14 @@ def parse_args(argv: list[str] | None = None) -> tuple[Config, Method]:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--dataset", default=Config.dataset)
     first.add_argument("--method")
+    first.add_argument("--arch")
     first.add_argument("--out", type=Path)
     first.add_argument("--resume", action="store_true")
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # what is wrong is for tyro to say, below
             seen, _ = first.parse_known_args(argv)
     except SystemExit:
-        seen = argparse.Namespace(dataset=Config.dataset, method=None, out=None, resume=False)
+        seen = argparse.Namespace(dataset=Config.dataset, method=None, arch=None, out=None, resume=False)
 
     default = None
     if seen.resume and seen.out and (seen.out / "config.json").exists():
@@ -253,7 +257,8 @@ def parse_args(argv: list[str] | None = None) -> tuple[Config, Method]:
         name = seen.method or Config.method
         _choose("method", name, METHODS)
         default = Config(dataset=seen.dataset, **PRESETS[seen.dataset])
-        method = METHODS[name](**METHOD_PRESETS.get((seen.dataset, name), {}))
+        presets = (METHOD_PRESETS.get((key, name), {}) for key in (seen.dataset, seen.arch or default.arch))
+        method = METHODS[name](**{option: value for preset in presets for option, value in preset.items()})
 
     options = dataclasses.field(default_factory=lambda: method)
     arguments = dataclasses.make_dataclass(

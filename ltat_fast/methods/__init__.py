@@ -5,15 +5,20 @@ from ltat_fast.methods.adaiad import AdaIad
 from ltat_fast.methods.akd import Akd
 from ltat_fast.methods.ard import Ard
 from ltat_fast.methods.at_bsl import AtBsl
+from ltat_fast.methods.awp import Awp
 from ltat_fast.methods.base import Method, Setting
 from ltat_fast.methods.iad import Iad
 from ltat_fast.methods.igd import Igd
 from ltat_fast.methods.ltat import Ltat
+from ltat_fast.methods.mart import Mart
 from ltat_fast.methods.natural import Natural
 from ltat_fast.methods.pgd_at import PgdAt
+from ltat_fast.methods.reat import Reat
+from ltat_fast.methods.robal import Robal
 from ltat_fast.methods.rslad import Rslad
+from ltat_fast.methods.trades import Trades
 
-_ALL = (Natural, PgdAt, AtBsl, Ltat, Ard, Iad, Akd, Rslad, AdaAd, AdaIad, Igd)
+_ALL = (Natural, PgdAt, Trades, Mart, Awp, Robal, Reat, AtBsl, Ltat, Ard, Iad, Akd, Rslad, AdaAd, AdaIad, Igd)
 METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}
 
 __all__ = ["METHODS", "Method", "Setting"]

@@ -55,8 +55,9 @@ class Config:
     """step: a tenth from 75 %, 90 % and the last epoch on (AT-BSL); onecycle: linear up, linear down"""
     gamma: float | None = None
     """images a class in the teacher's balanced set, in units of the smallest class; the paper's IR / 2 if not given"""
-    teacher: Path | None = None
-    """a finished run or a .safetensors file to use as the teacher, instead of training one"""
+    teacher: str | None = None
+    """use this teacher instead of training one: a finished run, a .safetensors file, torchvision:NAME[@FILE],
+    timm:NAME[@FILE] or module:PACKAGE.MODULE:NAME (docs/teachers.md)"""
 
     eps: str = "8/255"
     """radius of the L_inf ball, a fraction or a decimal, pixels in [0, 1]"""
@@ -197,7 +198,7 @@ def from_json(settings: dict) -> tuple[Config, Method]:
     unknown = set(settings) - {field.name for field in dataclasses.fields(Config)}
     if unknown:
         raise UserError(f"config.json has settings this version does not know: {', '.join(sorted(unknown))}")
-    for name in ("data_dir", "out", "teacher"):
+    for name in ("data_dir", "out"):
         if settings.get(name) is not None:
             settings[name] = Path(settings[name])
     config = Config(**settings)

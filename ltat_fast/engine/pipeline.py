@@ -11,7 +11,7 @@ from ltat_fast.attacks import AttackConfig
 from ltat_fast.attacks.evaluation import parse_attacks
 from ltat_fast.config import Config, ratio
 from ltat_fast.data import DeviceLoader
-from ltat_fast.engine import checkpoint, distributed, log, run, tables
+from ltat_fast.engine import distributed, log, run, tables, teachers
 from ltat_fast.engine.device import Hardware, make_deterministic
 from ltat_fast.engine.evaluation import evaluate
 from ltat_fast.engine.fit import Stage, fit
@@ -30,7 +30,7 @@ def train(config: Config, method: Method, hardware: Hardware) -> None:
     if method.differentiates_twice and distributed.current().size > 1:
         raise UserError(f"--method {method.name} as configured differentiates twice: it runs in one process alone")
     if config.teacher is not None:
-        checkpoint.read(run.weights_in(config.teacher))  # before any long work
+        teachers.find(config.teacher, config.arch)  # before any long work
     with distributed.main_first():  # it decodes; the others read its cache
         data = run.load_data(config, hardware.device)
     # What can be refused is, before anything is written: a refused start leaves no half-made run in the way.
@@ -57,9 +57,9 @@ def train(config: Config, method: Method, hardware: Hardware) -> None:
 def teacher_or_stage(config: Config, kind: str, data: RunData, hardware: Hardware) -> nn.Module | Stage:
     """The teacher that was given, or the stage that trains one of this ``kind`` (:class:`Method` lists them)."""
     if config.teacher is not None:
-        path = run.weights_in(config.teacher)
-        log.say(f"teacher: {path}")
-        return run.load_model(path, hardware.device, config.arch, data)
+        log.say(f"teacher: {config.teacher}")
+        with distributed.main_first():  # it may download
+            return teachers.load(config.teacher, config.arch, data, hardware)
     method = METHODS["natural" if kind == "natural" else "pgd-at"]()
     indices = run.balanced_indices(config, data) if kind == "balanced" else None
     return _stage(config, "teacher", method, data, hardware, indices)

@@ -1,7 +1,7 @@
 """What pyproject.toml cannot say: ``kernels/`` is installed as ``ltat_fast.kernels``, and the C++ extension ``_C``.
 
-The extension is optional. Without torch or a compiler, or with LTAT_BUILD_EXT=0, the package installs without it, says so,
-and runs plain torch in its place. LTAT_REQUIRE_EXT=1 makes a failed build an error instead. CUDA sources are built where
+The extension is optional. Without torch or a compiler, or with LTAT_BUILD_EXT=0, the package installs without it, says
+so, and runs plain torch in its place. LTAT_REQUIRE_EXT=1 makes a failed build an error. CUDA sources are built where
 torch has CUDA and a toolkit is found, for TORCH_CUDA_ARCH_LIST (default: the GPU present, else 8.0 and 9.0).
 """
 

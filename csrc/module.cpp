@@ -71,6 +71,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("balanced_softmax_kl_backward", balanced_softmax_kl_backward_cpu, no_gil);
   m.def("igdm", igdm_cpu, no_gil);
   m.def("igdm_backward", igdm_backward_cpu, no_gil);
+  m.def("balanced_softmax_kl_autograd", balanced_softmax_kl_autograd, no_gil);
+  m.def("igdm_autograd", igdm_autograd, no_gil);
 #ifdef LTAT_CUDA
   m.def("igdm_cuda", igdm_cuda, no_gil);
   m.def("igdm_backward_cuda", igdm_backward_cuda, no_gil);

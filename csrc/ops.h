@@ -38,6 +38,15 @@ std::tuple<Tensor, Tensor> igdm_backward_cpu(const Tensor& grad_loss, const Tens
                                              const Tensor& teacher_minus, std::string_view divergence,
                                              std::string_view reduction);
 
+// The same with gradients, on any device (autograd.cpp).
+std::tuple<Tensor, Tensor> balanced_softmax_kl_autograd(const Tensor& logits, const Tensor& labels,
+                                                        const Tensor& class_counts,
+                                                        const std::optional<Tensor>& teacher_logits, double tau,
+                                                        double kl_weight, double temperature,
+                                                        std::string_view reduction);
+Tensor igdm_autograd(const Tensor& student_plus, const Tensor& student_minus, const Tensor& teacher_plus,
+                     const Tensor& teacher_minus, std::string_view divergence, std::string_view reduction);
+
 #ifdef LTAT_CUDA
 Tensor igdm_cuda(const Tensor& student_plus, const Tensor& student_minus, const Tensor& teacher_plus,
                  const Tensor& teacher_minus, std::string_view divergence, std::string_view reduction);

@@ -4,46 +4,74 @@
 // logarithms of the sums are kept apart for the backward for the same reason.
 
 template <typename T, bool kTeacher>
+struct BalancedRow {  // one chunk of a row at a time
+  using W = work_t<T>;
+  const T *logits, *teacher;
+  const W* prior;
+  Chunk<W> b, s, t;  // balanced, student and teacher logits
+
+  BalancedRow(const BalancedSoftmaxKl& a, int64_t i)
+      : logits(static_cast<const T*>(a.logits) + i * a.logits_stride),
+        teacher(kTeacher ? static_cast<const T*>(a.teacher) + i * a.teacher_stride : nullptr),
+        prior(static_cast<const W*>(a.log_prior)) {}
+
+  LTAT_INLINE void read(int64_t first, int64_t size, Doubles doubles) {
+    b.fill(size, doubles, [&](int64_t l) { return load(logits[first + l]) + prior[first + l]; });
+    if constexpr (kTeacher) {
+      s.fill(size, doubles, [&](int64_t l) { return load(logits[first + l]); });
+      t.fill(size, doubles, [&](int64_t l) { return load(teacher[first + l]); });
+    }
+  }
+};
+
+template <typename T, bool kTeacher>
 void balanced_softmax_kl_forward_rows(const BalancedSoftmaxKl& a, int64_t begin, int64_t end) {
   using W = work_t<T>;
-  const W* prior = static_cast<const W*>(a.log_prior);
   W* stats = static_cast<W*>(a.stats);
-  const W inv_temperature = 1 / a.temperature, infinity = INFINITY;
+  const W inv_temperature = 1 / a.temperature;
   for (int64_t i = begin; i < end; ++i) {
-    const T* z = static_cast<const T*>(a.logits) + i * a.logits_stride;
-    const T* t = kTeacher ? static_cast<const T*>(a.teacher) + i * a.teacher_stride : nullptr;
-    W max_b = -infinity, max_s = -infinity, max_t = -infinity;
-#pragma omp simd reduction(max : max_b, max_s, max_t)
-    for (int64_t c = 0; c < a.classes; ++c) {
-      const W zc = load(z[c]), bc = zc + prior[c];
-      max_b = bc > max_b ? bc : max_b;
-      if constexpr (kTeacher) {
-        const W tc = load(t[c]);
-        max_s = zc > max_s ? zc : max_s;
-        max_t = tc > max_t ? tc : max_t;
+    BalancedRow<T, kTeacher> row(a, i);
+    W max_b = -INFINITY, max_s = -INFINITY, max_t = -INFINITY;
+    each_chunk(a.classes, [&](int64_t first, int64_t size) {
+      row.read(first, size, Doubles::minus_infinity);
+      const int64_t padded = row.b.padded;
+      W top_b = max_b, top_s = max_s, top_t = max_t;
+#pragma omp simd reduction(max : top_b, top_s, top_t)
+      for (int64_t l = 0; l < padded; ++l) {
+        top_b = row.b[l] > top_b ? row.b[l] : top_b;
+        if constexpr (kTeacher) {
+          top_s = row.s[l] > top_s ? row.s[l] : top_s;
+          top_t = row.t[l] > top_t ? row.t[l] : top_t;
+        }
       }
-    }
-    W sum_b = 0, sum_s = 0, sum_t = 0, dot = 0;
-#pragma omp simd reduction(+ : sum_b, sum_s, sum_t, dot)
-    for (int64_t c = 0; c < a.classes; ++c) {
-      const W zc = load(z[c]);
-      sum_b += exp(zc + prior[c] - max_b);
-      if constexpr (kTeacher) {
-        const W log_q = (zc - max_s) * inv_temperature, log_p = (load(t[c]) - max_t) * inv_temperature;  // unnormalised
-        const W p = exp(log_p);
-        sum_s += exp(log_q);
-        sum_t += p;
-        dot += p == 0 ? W{0} : p * (log_p - log_q);  // p log p -> 0; and 0 * inf is none of ours
+      max_b = top_b, max_s = top_s, max_t = top_t;
+    });
+    W sum_b = 0, sum_s = 0, sum_t = 0, sum_dot = 0;
+    each_chunk(a.classes, [&](int64_t first, int64_t size) {
+      if (a.classes > kChunk) row.read(first, size, Doubles::minus_infinity);
+      const int64_t padded = row.b.padded;
+      W part_b = 0, part_s = 0, part_t = 0, part_dot = 0;
+#pragma omp simd reduction(+ : part_b, part_s, part_t, part_dot)
+      for (int64_t l = 0; l < padded; ++l) {
+        part_b += exp(row.b[l] - max_b);
+        if constexpr (kTeacher) {
+          const W log_q = (row.s[l] - max_s) * inv_temperature, log_p = (row.t[l] - max_t) * inv_temperature;
+          const W p = exp(log_p);  // p and q are short of their normalisers
+          part_s += exp(log_q);
+          part_t += p;
+          part_dot += p == 0 ? W{0} : p * (log_p - log_q);  // 0 log 0 = 0, also where log_q is -inf
+        }
       }
-    }
+      sum_b += part_b, sum_s += part_s, sum_t += part_t, sum_dot += part_dot;
+    });
     const int64_t y = a.labels[i];
-    const W log_b = std::log(sum_b);
-    W loss = log_b - (load(z[y]) + prior[y] - max_b);
+    const W log_b = log(sum_b);
+    W loss = log_b - (load(row.logits[y]) + row.prior[y] - max_b);
     stats[i] = max_b;
     stats[a.rows + i] = log_b;
     if constexpr (kTeacher) {
-      const W log_s = std::log(sum_s), log_t = std::log(sum_t);
-      loss += static_cast<W>(a.kl_weight) * (dot / sum_t + log_s - log_t);
+      const W log_s = log(sum_s), log_t = log(sum_t);
+      loss += static_cast<W>(a.kl_weight) * (sum_dot / sum_t + (log_s - log_t));
       stats[2 * a.rows + i] = max_s;
       stats[3 * a.rows + i] = log_s;
       stats[4 * a.rows + i] = max_t;
@@ -56,31 +84,31 @@ void balanced_softmax_kl_forward_rows(const BalancedSoftmaxKl& a, int64_t begin,
 template <typename T, bool kTeacher>
 void balanced_softmax_kl_backward_rows(const BalancedSoftmaxKl& a, int64_t begin, int64_t end) {
   using W = work_t<T>;
-  const W* prior = static_cast<const W*>(a.log_prior);
   const W* stats = static_cast<const W*>(a.stats);
   const W inv_temperature = 1 / a.temperature, weight = a.kl_weight / a.temperature;
   for (int64_t i = begin; i < end; ++i) {
-    const T* z = static_cast<const T*>(a.logits) + i * a.logits_stride;
-    const T* t = kTeacher ? static_cast<const T*>(a.teacher) + i * a.teacher_stride : nullptr;
-    T* grad_z = static_cast<T*>(a.grad_logits) + i * a.classes;
-    const W grad = row_gradient<W>(a.grad_loss, i);
-    const W max_b = stats[i], log_b = stats[a.rows + i];
+    BalancedRow<T, kTeacher> row(a, i);
+    T* grad_logits = static_cast<T*>(a.grad_logits) + i * a.classes;
+    const int64_t y = a.labels[i];
+    const W grad = row_gradient<W>(a.grad_loss, i), max_b = stats[i], log_b = stats[a.rows + i];
     const W max_s = kTeacher ? stats[2 * a.rows + i] : 0, log_s = kTeacher ? stats[3 * a.rows + i] : 0;
     const W max_t = kTeacher ? stats[4 * a.rows + i] : 0, log_t = kTeacher ? stats[5 * a.rows + i] : 0;
-    const auto slope = [&](int64_t c) {  // d loss / d z_c, short of the label's -1
-      const W zc = load(z[c]);
-      W d = exp(zc + prior[c] - max_b - log_b);
-      if constexpr (kTeacher) {
-        const W q = exp((zc - max_s) * inv_temperature - log_s);
-        const W p = exp((load(t[c]) - max_t) * inv_temperature - log_t);
-        d += weight * (q - p);
-      }
-      return d;
-    };
+    each_chunk(a.classes, [&](int64_t first, int64_t size) {
+      row.read(first, size, Doubles::keep);
+      const int64_t padded = row.b.padded;
 #pragma omp simd
-    for (int64_t c = 0; c < a.classes; ++c) grad_z[c] = store<T>(grad * slope(c));
-    const int64_t y = a.labels[i];
-    grad_z[y] = store<T>(grad * (slope(y) - 1));
+      for (int64_t l = 0; l < padded; ++l) {
+        W d = exp(row.b[l] - max_b - log_b);
+        if constexpr (kTeacher) {
+          const W q = exp((row.s[l] - max_s) * inv_temperature - log_s);
+          const W p = exp((row.t[l] - max_t) * inv_temperature - log_t);
+          d += weight * (q - p);
+        }
+        row.b[l] = d;
+      }
+      row.b.write([&](int64_t l, W d) { grad_logits[first + l] = store<T>(grad * d); });
+      if (first <= y && y < first + size) grad_logits[y] = store<T>(grad * (row.b[row.b.entry(y - first)] - 1));
+    });
   }
 }
 

@@ -1,38 +1,57 @@
 // Indirect gradient matching, by row. See ltat_fast/ops/igdm.py for the formulas.
 
 template <typename T>
-struct IgdmRow {  // the two logit differences of one sample
+struct IgdmRow {  // the logit differences of one sample
+  using W = work_t<T>;
   const T *student_plus, *student_minus, *teacher_plus, *teacher_minus;
-  IgdmRow(const Igdm& args, int64_t i)
+
+  LTAT_INLINE IgdmRow(const Igdm& args, int64_t i)
       : student_plus(static_cast<const T*>(args.student_plus) + i * args.classes),
         student_minus(static_cast<const T*>(args.student_minus) + i * args.classes),
         teacher_plus(static_cast<const T*>(args.teacher_plus) + i * args.classes),
         teacher_minus(static_cast<const T*>(args.teacher_minus) + i * args.classes) {}
-  LTAT_INLINE work_t<T> a(int64_t c) const { return load(student_plus[c]) - load(student_minus[c]); }
-  LTAT_INLINE work_t<T> b(int64_t c) const { return load(teacher_plus[c]) - load(teacher_minus[c]); }
+  LTAT_INLINE W student(int64_t c) const { return load(student_plus[c]) - load(student_minus[c]); }
+  LTAT_INLINE W teacher(int64_t c) const { return load(teacher_plus[c]) - load(teacher_minus[c]); }
 };
 
 template <typename T>
-struct IgdmSoftmax {  // maxima and sums of exponentials of both differences
+struct IgdmSoftmaxes {  // of both differences, relative to their maxima; a and b hold the row's last chunk
   using W = work_t<T>;
+  const IgdmRow<T>& row;
+  Chunk<W> a, b;
   W max_a = -INFINITY, max_b = -INFINITY, sum_a = 0, sum_b = 0, dot = 0;
-  LTAT_INLINE IgdmSoftmax(const IgdmRow<T>& row, int64_t classes) {
-    W top_a = -INFINITY, top_b = -INFINITY, total_a = 0, total_b = 0, total = 0;
+
+  LTAT_INLINE void read(int64_t first, int64_t size, Doubles doubles) {
+    a.fill(size, doubles, [&](int64_t l) { return row.student(first + l); });
+    b.fill(size, doubles, [&](int64_t l) { return row.teacher(first + l); });
+  }
+
+  LTAT_INLINE IgdmSoftmaxes(const IgdmRow<T>& from, int64_t classes) : row(from) {
+    each_chunk(classes, [&](int64_t first, int64_t size) {
+      read(first, size, Doubles::minus_infinity);
+      const int64_t padded = a.padded;
+      W top_a = max_a, top_b = max_b;
 #pragma omp simd reduction(max : top_a, top_b)
-    for (int64_t c = 0; c < classes; ++c) {
-      const W a = row.a(c), b = row.b(c);
-      top_a = a > top_a ? a : top_a;
-      top_b = b > top_b ? b : top_b;
-    }
-#pragma omp simd reduction(+ : total_a, total_b, total)
-    for (int64_t c = 0; c < classes; ++c) {
-      const W log_q = row.a(c) - top_a, log_p = row.b(c) - top_b;
-      const W p = exp(log_p);
-      total_a += exp(log_q);
-      total_b += p;
-      total += p == 0 ? W{0} : p * (log_p - log_q);
-    }
-    max_a = top_a, max_b = top_b, sum_a = total_a, sum_b = total_b, dot = total;
+      for (int64_t l = 0; l < padded; ++l) {
+        top_a = a[l] > top_a ? a[l] : top_a;
+        top_b = b[l] > top_b ? b[l] : top_b;
+      }
+      max_a = top_a, max_b = top_b;
+    });
+    each_chunk(classes, [&](int64_t first, int64_t size) {
+      if (classes > kChunk) read(first, size, Doubles::minus_infinity);
+      const int64_t padded = a.padded;
+      const W top_a = max_a, top_b = max_b;
+      W part_a = 0, part_b = 0, part_dot = 0;
+#pragma omp simd reduction(+ : part_a, part_b, part_dot)
+      for (int64_t l = 0; l < padded; ++l) {
+        const W log_q = a[l] - top_a, log_p = b[l] - top_b, p = exp(log_p);  // short of their normalisers
+        part_a += exp(log_q);
+        part_b += p;
+        part_dot += p == 0 ? W{0} : p * (log_p - log_q);  // 0 log 0 = 0, also where log_q is -inf
+      }
+      sum_a += part_a, sum_b += part_b, dot += part_dot;
+    });
   }
 };
 
@@ -43,14 +62,17 @@ void igdm_forward_rows(const Igdm& args, int64_t begin, int64_t end) {
     const IgdmRow<T> row(args, i);
     W loss = 0;
     if (args.divergence == Divergence::kl) {
-      const IgdmSoftmax<T> s(row, args.classes);
-      loss = s.dot / s.sum_b + std::log(s.sum_a) - std::log(s.sum_b);
+      const IgdmSoftmaxes<T> s(row, args.classes);
+      loss = s.dot / s.sum_b + (log(s.sum_a) - log(s.sum_b));
     } else if (args.divergence == Divergence::l1) {
 #pragma omp simd reduction(+ : loss)
-      for (int64_t c = 0; c < args.classes; ++c) loss += std::abs(row.a(c) - row.b(c));
+      for (int64_t c = 0; c < args.classes; ++c) loss += std::abs(row.student(c) - row.teacher(c));
     } else {
 #pragma omp simd reduction(+ : loss)
-      for (int64_t c = 0; c < args.classes; ++c) loss += (row.a(c) - row.b(c)) * (row.a(c) - row.b(c));
+      for (int64_t c = 0; c < args.classes; ++c) {
+        const W gap = row.student(c) - row.teacher(c);
+        loss += gap * gap;
+      }
     }
     static_cast<W*>(args.loss)[i] = loss;
   }
@@ -64,29 +86,29 @@ void igdm_backward_rows(const Igdm& args, int64_t begin, int64_t end) {
     const W grad = row_gradient<W>(args.grad_loss, i);
     T* plus = static_cast<T*>(args.grad_plus) + i * args.classes;
     T* minus = static_cast<T*>(args.grad_minus) + i * args.classes;
+    const auto write = [&](int64_t c, W d) {
+      plus[c] = store<T>(d);
+      minus[c] = store<T>(-d);
+    };
     if (args.divergence == Divergence::kl) {
-      const IgdmSoftmax<T> s(row, args.classes);
-      const W inv_a = 1 / s.sum_a, inv_b = 1 / s.sum_b;
+      IgdmSoftmaxes<T> s(row, args.classes);
+      const W max_a = s.max_a, max_b = s.max_b, scale_a = grad / s.sum_a, scale_b = grad / s.sum_b;
+      each_chunk(args.classes, [&](int64_t first, int64_t size) {
+        s.read(first, size, Doubles::keep);
+        const int64_t padded = s.a.padded;
 #pragma omp simd
-      for (int64_t c = 0; c < args.classes; ++c) {
-        const W d = grad * (exp(row.a(c) - s.max_a) * inv_a - exp(row.b(c) - s.max_b) * inv_b);
-        plus[c] = store<T>(d);
-        minus[c] = store<T>(-d);
-      }
+        for (int64_t l = 0; l < padded; ++l) s.a[l] = exp(s.a[l] - max_a) * scale_a - exp(s.b[l] - max_b) * scale_b;
+        s.a.write([&](int64_t l, W d) { write(first + l, d); });
+      });
     } else if (args.divergence == Divergence::l1) {
 #pragma omp simd
       for (int64_t c = 0; c < args.classes; ++c) {
-        const W gap = row.a(c) - row.b(c), d = (gap > 0 ? grad : W{0}) - (gap < 0 ? grad : W{0});
-        plus[c] = store<T>(d);
-        minus[c] = store<T>(-d);
+        const W gap = row.student(c) - row.teacher(c);
+        write(c, (gap > 0 ? grad : W{0}) - (gap < 0 ? grad : W{0}));
       }
     } else {
 #pragma omp simd
-      for (int64_t c = 0; c < args.classes; ++c) {
-        const W d = 2 * grad * (row.a(c) - row.b(c));
-        plus[c] = store<T>(d);
-        minus[c] = store<T>(-d);
-      }
+      for (int64_t c = 0; c < args.classes; ++c) write(c, 2 * grad * (row.student(c) - row.teacher(c)));
     }
   }
 }

@@ -73,8 +73,10 @@ LTAT_INLINE float log(float x) {
   const float m = bits_to<float>((u & 0x007fffffu) + 0x3f3504f3u);
   const float s = (m - 1.f) / (m + 1.f), s2 = s * s;
   const float series = 1.f + s2 * (1.f / 3 + s2 * (1.f / 5 + s2 * (1.f / 7 + s2 * (1.f / 9))));
-  return n * 0.693359375f + (2.f * s * series - n * 2.12194440e-4f);
+  const float result = n * 0.693359375f + (2.f * s * series - n * 2.12194440e-4f);
+  return x == x ? result : x;
 }
+LTAT_INLINE double log(double x) { return std::log(x); }
 
 // sine and cosine of `turn` full turns, 0 <= turn <= 1: nearest quarter turn, and Taylor series of the rest (1e-9)
 LTAT_INLINE void sincos_turns(float turn, float& sine, float& cosine) {
@@ -86,6 +88,56 @@ LTAT_INLINE void sincos_turns(float turn, float& sine, float& cosine) {
   const float sine_size = k & 1 ? c : s, cosine_size = k & 1 ? s : c;
   sine = k & 2 ? -sine_size : sine_size;
   cosine = (k + 1) & 2 ? -cosine_size : cosine_size;
+}
+
+// Rows are worked through in chunks, widened to the working type. No loop over exponentials has a scalar remainder, which
+// for 100 classes would be half the time: the last vector of a chunk holds its last kLanes classes, whether or not the
+// vector before had some of them already, and in a sum those doubles are -inf, for exp(-inf) = 0.
+constexpr int64_t kChunk = 256;
+constexpr int kLanes = 16;
+enum class Doubles { keep, minus_infinity };
+
+template <typename W>
+struct Chunk {
+  alignas(64) W data[kChunk];
+  int64_t size, whole, padded;  // classes held; those in whole vectors; entries to compute
+
+  LTAT_INLINE W& operator[](int64_t l) { return data[l]; }
+  LTAT_INLINE bool overlaps() const { return whole < size && size >= kLanes; }
+  LTAT_INLINE int64_t entry(int64_t l) const { return l >= whole && overlaps() ? l + padded - size : l; }
+
+  template <typename F>
+  LTAT_INLINE void fill(int64_t classes, Doubles doubles, F value) {  // from value(l), l = 0 ... classes - 1
+    size = classes, whole = size / kLanes * kLanes, padded = (size + kLanes - 1) / kLanes * kLanes;
+    for (int64_t l = 0; l < whole; ++l) data[l] = value(l);
+    if (overlaps()) {
+      const int64_t last = size - kLanes;
+      const int doubled = doubles == Doubles::keep ? 0 : padded - size;
+#pragma omp simd  // or it is unrolled into scalars
+      for (int l = 0; l < kLanes; ++l) {
+        const W v = value(last + l);
+        data[whole + l] = l < doubled ? -static_cast<W>(INFINITY) : v;
+      }
+    } else {
+      for (int64_t l = whole; l < size; ++l) data[l] = value(l);
+      for (int64_t l = size; l < padded; ++l) data[l] = -static_cast<W>(INFINITY);
+    }
+  }
+  template <typename F>
+  LTAT_INLINE void write(F sink) const {  // sink(l, entry) for each class; filled with Doubles::keep
+    for (int64_t l = 0; l < whole; ++l) sink(l, data[l]);
+    if (overlaps()) {
+#pragma omp simd
+      for (int l = 0; l < kLanes; ++l) sink(size - kLanes + l, data[whole + l]);
+    } else {
+      for (int64_t l = whole; l < size; ++l) sink(l, data[l]);
+    }
+  }
+};
+
+template <typename F>
+LTAT_INLINE void each_chunk(int64_t classes, F visit) {  // visit(first class, number of classes)
+  for (int64_t first = 0; first < classes; first += kChunk) visit(first, classes - first < kChunk ? classes - first : kChunk);
 }
 
 template <typename W>

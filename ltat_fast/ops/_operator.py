@@ -22,6 +22,7 @@ except ImportError:
 
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_PLAIN_TYPES = {Tensor, torch.nn.Parameter, type(None), float, int, str}
 _LIBRARY = torch.library.Library("ltat", "FRAGMENT")
 
 
@@ -37,6 +38,7 @@ class Operator:
         name = schema[: schema.index("(")]
         self.schema = f"ltat::{schema}"
         self.kernels = {}
+        self.autograd = getattr(_ext.C, f"{name}_autograd", None)
         if _ext.HAS_EXT:
             self.kernels["cpu"] = getattr(_ext.C, name)
             if hasattr(_ext.C, f"{name}_cuda"):
@@ -56,7 +58,10 @@ class Operator:
 
     def __call__(self, *args):
         if is_plain_call(*args):
-            return self.kernels[args[0].device.type](*args)
+            if not (torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args)):
+                return self.kernels[args[0].device.type](*args)
+            if self.autograd is not None:
+                return self.autograd(*args)
         return self.dispatched(*args)
 
 
@@ -68,7 +73,7 @@ def is_plain_call(*args) -> bool:
         or _len_torch_dispatch_stack()
         or _len_torch_function_stack()
         or torch.jit.is_tracing()
-        or any(isinstance(arg, Tensor) and type(arg) not in (Tensor, torch.nn.Parameter) for arg in args)
+        or not _PLAIN_TYPES.issuperset(map(type, args))
     )
 
 

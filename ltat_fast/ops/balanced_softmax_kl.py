@@ -18,12 +18,12 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ltat_fast import _ext
 from ltat_fast.ops._operator import (
     Operator,
     check_float,
     check_like,
     check_reduction,
-    is_plain_call,
     no_double_backward,
     triton_why_not,
 )
@@ -118,27 +118,12 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, grad_loss, grad_stats=None):
-    return _backward(grad_loss, *ctx.saved_tensors, *ctx.scalars), *[None] * 7
+    grad_logits = _backward(grad_loss, *ctx.saved_tensors, *ctx.scalars)
+    return grad_logits, None, None, None, None, None, None, None
 
 
 torch.library.register_autograd("ltat::balanced_softmax_kl", _differentiate, setup_context=_save)
 torch.library.register_autograd("ltat::balanced_softmax_kl_backward", no_double_backward("balanced_softmax_kl"))
-
-
-class _Eager(torch.autograd.Function):
-    """What register_autograd builds, less its machinery: for plain eager calls."""
-
-    @staticmethod
-    def forward(ctx, *args):
-        loss, stats = _forward(*args)
-        ctx.save_for_backward(*args[:4], stats)
-        ctx.scalars = args[4:]
-        return loss
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_loss):
-        return _differentiate(ctx, grad_loss)
 
 
 def balanced_softmax_kl(
@@ -165,8 +150,8 @@ def balanced_softmax_kl(
 
     Returns float32 (float64 for float64): shape () or, for "none", (B,). An empty batch sums to 0 and averages to NaN.
 
-    Nothing synchronises with the device. So a label out of range raises ValueError on the CPU, and on CUDA makes the
-    loss and the gradient of its sample NaN, as a negative count in a tensor makes every loss that it touches. Differentiating twice raises RuntimeError.
+    Nothing synchronises with the device. So a label out of range or a negative count raises ValueError on the CPU, and
+    on CUDA makes the losses and gradients it touches NaN. Differentiating twice raises RuntimeError.
 
     Raises ValueError for shapes, devices or numbers that do not fit, TypeError for dtypes.
     """
@@ -182,7 +167,7 @@ def balanced_softmax_kl(
         teacher_logits = None
     elif teacher_logits is not None:
         check_like("teacher_logits", teacher_logits, "logits", logits)
-        teacher_logits = teacher_logits.detach()
+        teacher_logits = teacher_logits.detach() if teacher_logits.requires_grad else teacher_logits
         if teacher_logits.dtype != logits.dtype:
             common = torch.promote_types(logits.dtype, teacher_logits.dtype)
             logits, teacher_logits = logits.to(common), teacher_logits.to(common)
@@ -198,25 +183,24 @@ def balanced_softmax_kl(
             temperature=temperature,
             reduction=reduction,
         )
-    args = (logits, labels, class_counts, teacher_logits, tau, kl_weight, temperature, reduction)
-    if logits.requires_grad and torch.is_grad_enabled() and is_plain_call(*args):
-        return _Eager.apply(*args)
-    return _forward(*args)[0]
+    return _forward(logits, labels, class_counts, teacher_logits, tau, kl_weight, temperature, reduction)[0]
 
 
 def _checked_labels(labels: Tensor, logits: Tensor) -> Tensor:
-    if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
-        raise TypeError(f"labels must be integers, got {labels.dtype}")
+    if labels.dtype != torch.int64:
+        if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
+            raise TypeError(f"labels must be integers, got {labels.dtype}")
+        labels = labels.long()
     if labels.shape != logits.shape[:1]:
         raise ValueError(f"labels must have shape ({logits.shape[0]},), got {tuple(labels.shape)}")
     if labels.device != logits.device:
         raise ValueError(f"labels are on {labels.device}, but logits is on {logits.device}")
-    if not _forward.runs_on(logits) and logits.device.type == "cpu" and not torch.compiler.is_compiling():
-        # the kernel makes this check itself
+    if logits.device.type == "cpu" and not _ext.HAS_EXT and not torch.compiler.is_compiling():
+        # what the C++ kernel would do
         wrong = labels[(labels < 0) | (labels >= logits.shape[1])]
         if wrong.numel():
             raise ValueError(f"label {wrong[0].item()} is outside [0, {logits.shape[1]})")
-    return labels.long()
+    return labels
 
 
 def _checked_counts(class_counts: Tensor | Sequence[float], logits: Tensor) -> Tensor:

@@ -22,7 +22,6 @@ from ltat_fast.ops._operator import (
     check_float,
     check_like,
     check_reduction,
-    is_plain_call,
     no_double_backward,
 )
 
@@ -82,25 +81,12 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, grad_loss):
-    return *_backward(grad_loss, *ctx.saved_tensors, ctx.divergence, ctx.reduction), None, None, None, None
+    grads = _backward(grad_loss, *ctx.saved_tensors, ctx.divergence, ctx.reduction)
+    return *grads, None, None, None, None
 
 
 torch.library.register_autograd("ltat::igdm", _differentiate, setup_context=_save)
 torch.library.register_autograd("ltat::igdm_backward", no_double_backward("igdm_loss"))
-
-
-class _Eager(torch.autograd.Function):
-    """What register_autograd builds, less its machinery: for plain eager calls."""
-
-    @staticmethod
-    def forward(ctx, *args):
-        _save(ctx, args, None)
-        return _forward(*args)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_loss):
-        return _differentiate(ctx, grad_loss)
 
 
 def igdm_loss(
@@ -133,15 +119,13 @@ def igdm_loss(
     check_reduction(reduction)
     if divergence not in ("kl", "l1", "l2"):
         raise ValueError(f"divergence must be 'kl', 'l1' or 'l2', got {divergence!r}")
-    logits = (student_plus, student_minus, teacher_plus.detach(), teacher_minus.detach())
-    if any(t.dtype != student_plus.dtype for t in logits):
+    if teacher_plus.requires_grad or teacher_minus.requires_grad:
+        teacher_plus, teacher_minus = teacher_plus.detach(), teacher_minus.detach()
+    logits = (student_plus, student_minus, teacher_plus, teacher_minus)
+    if not student_plus.dtype == student_minus.dtype == teacher_plus.dtype == teacher_minus.dtype:
         common = reduce(torch.promote_types, (t.dtype for t in logits))
         logits = tuple(t.to(common) for t in logits)
 
     if not _forward.runs_on(logits[0]):
         return igdm_loss_ref(*logits, divergence=divergence, reduction=reduction)
-    args = (*logits, divergence, reduction)
-    needs_grad = torch.is_grad_enabled() and (logits[0].requires_grad or logits[1].requires_grad)
-    if needs_grad and is_plain_call(*args):
-        return _Eager.apply(*args)
-    return _forward(*args)
+    return _forward(*logits, divergence, reduction)

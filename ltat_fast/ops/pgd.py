@@ -5,8 +5,8 @@
     project(v) = min(max(v, x - eps), x + eps),     clip = clamp to [lower, upper],     sign(0) = sign(NaN) = 0
 
 Any shape, the same for all tensors of a call. float32, bfloat16 and float16, computed in float32 and rounded once;
-float64 on the CPU. Neither op has a gradient: sign is flat, and an attack is a constant of the outer loss. Used by every
-attack, and so by every training method.
+float64 on the CPU. Neither op has a gradient: sign is flat, and an attack is a constant of the outer loss. Used by
+every attack, and so by every training method.
 """
 
 import torch

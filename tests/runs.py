@@ -60,7 +60,7 @@ def write_images(root: Path, names=("ant", "bee", "cow"), seed: int = 0) -> Path
     return root
 
 
-TIMES = {"seconds", "images_per_second"}
+TIMES = {"seconds", "images_per_second", "share_of_ceiling"}
 
 
 def outcome(run_dir: Path) -> dict:

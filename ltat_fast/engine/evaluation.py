@@ -1,6 +1,7 @@
 """The paper's metrics: accuracy under each attack, over all classes, per group of classes and per class."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -34,6 +35,20 @@ def spread(labels: np.ndarray, limit: int | None) -> np.ndarray:
     return np.sort(order[np.linspace(0, len(order) - 1, limit).round().astype(np.int64)])
 
 
+@contextlib.contextmanager
+def float32_without_shortcuts() -> Iterator[None]:
+    """No TF32 on a GPU, where torch by default lets convolutions round to 10 bits of mantissa."""
+    switches = [torch.backends.cudnn, torch.backends.cuda.matmul]
+    before = [switch.allow_tf32 for switch in switches]
+    try:
+        for switch in switches:
+            switch.allow_tf32 = False
+        yield
+    finally:
+        for switch, allowed in zip(switches, before, strict=True):
+            switch.allow_tf32 = allowed
+
+
 def evaluate(
     model: nn.Module,
     images: Tensor,
@@ -61,7 +76,8 @@ def evaluate(
         index = torch.from_numpy(chosen).to(images.device)
         y = labels[index]
         part = (world.rank, world.size)
-        mine = correct_under(name, frozen, images[index], y, eps, batch_size=batch_size, part=part)
+        with float32_without_shortcuts():
+            mine = correct_under(name, frozen, images[index], y, eps, batch_size=batch_size, part=part)
         correct = torch.cat(distributed.gather_in_turn(list(mine.split(batch_size))))
         results[name] = accuracies(correct, y, groups, num_classes)
         say(f"  {name}: {results[name]['all']:.2f} % of {len(y)} images")

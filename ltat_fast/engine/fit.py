@@ -11,7 +11,7 @@ from torch import nn
 from ltat_fast import seeding
 from ltat_fast.attacks.pgd import AttackConfig
 from ltat_fast.data import DeviceLoader
-from ltat_fast.engine import checkpoint, distributed, log
+from ltat_fast.engine import checkpoint, distributed, log, speed
 from ltat_fast.engine.backend import choose_backend
 from ltat_fast.engine.checkpoint import Progress
 from ltat_fast.engine.device import Hardware
@@ -88,15 +88,19 @@ def fit(stage: Stage, hardware: Hardware) -> Progress:
             return progress
         log.say(f"{stage.name}: goes on after epoch {progress.epoch}, step {progress.step}")
     wrapped = distributed.wrap(stage.model)
-    step = choose_backend(
-        stage.backend,
-        lambda backend: TrainStep(stage.model, stage.method, optimizer, stage.attack, hardware, backend, wrapped),
-        *next(stage.loader.batches(progress.epoch)),
-    )
+
+    def build(backend: str) -> TrainStep:
+        return TrainStep(stage.model, stage.method, optimizer, stage.attack, hardware, backend, wrapped)
+
+    x, y = next(stage.loader.batches(progress.epoch))
+    step = choose_backend(stage.backend, build, x, y)
+    flops = speed.flops_per_image(build("eager"), x, y)
+    ceiling = speed.matmul_ceiling(hardware.device, hardware.dtype)
+    log.say(f"{stage.name}: {flops / 1e9:.3g} GFLOP an image; matrix products reach {ceiling / 1e12:.3g} TFLOP/s")
     record = log.StageLog(stage.folder, progress.epoch) if distributed.current().is_main else log.NoLog()
     try:
         with StopOnSignal() as stop:
-            _Fit(stage, step, progress, record, stop).run()
+            _Fit(stage, step, progress, record, stop, flops / ceiling).run()
     finally:
         record.close()
     return progress
@@ -105,8 +109,18 @@ def fit(stage: Stage, hardware: Hardware) -> Progress:
 class _Fit:
     """The loop of :func:`fit`. In several processes each runs it; what is decided here is decided alike in all."""
 
-    def __init__(self, stage: Stage, step: TrainStep, progress: Progress, record: log.StageLog, stop: StopOnSignal):
+    def __init__(
+        self,
+        stage: Stage,
+        step: TrainStep,
+        progress: Progress,
+        record: log.StageLog,
+        stop: StopOnSignal,
+        seconds_per_image: float,
+    ):
+        """seconds_per_image: what a step takes for each image at the ceiling of one device's matrix products."""
         self.stage, self.step, self.progress, self.record, self.stop = stage, step, progress, record, stop
+        self.seconds_per_image = seconds_per_image
         self.per_epoch = len(stage.loader)
         self.last_save = time.monotonic()
         self.world = distributed.current()
@@ -150,7 +164,9 @@ class _Fit:
         entry = {"epoch": epoch, "steps": steps, "lr": self._rate(done - 1)}
         entry |= {name: total / max(steps, 1) for name, total in totals.items() if name != "first_bad"}
         entry["seconds"] = round(seconds, 3)
-        entry["images_per_second"] = round(steps * stage.loader.batch_size / seconds, 1)
+        images_per_second = steps * stage.loader.batch_size / seconds
+        entry["images_per_second"] = round(images_per_second, 1)
+        entry["share_of_ceiling"] = round(images_per_second * self.seconds_per_image / self.world.size, 4)
 
         finished = epoch == stage.epochs or self._out_of_steps(done)
         if stage.evaluate and (stage.evaluate_when(epoch - 1) or finished):
@@ -214,6 +230,7 @@ class _Fit:
 
 
 def _line(entry: dict, epochs: int) -> str:
-    skip = {"epoch", "steps", "seconds", "images_per_second", "lr"}
+    skip = {"epoch", "steps", "seconds", "images_per_second", "share_of_ceiling", "lr"}
     numbers = "  ".join(f"{name} {value:.4g}" for name, value in entry.items() if name not in skip)
-    return f"{entry['epoch']:>3}/{epochs}  lr {entry['lr']:.4g}  {numbers}  {entry['seconds']:.1f} s"
+    rate = f"{entry['seconds']:.1f} s  {entry['images_per_second']:.0f} images/s"
+    return f"{entry['epoch']:>3}/{epochs}  lr {entry['lr']:.4g}  {numbers}  {rate}"

@@ -3,6 +3,7 @@
 import functools
 
 import numpy as np
+import torch
 from torch import nn
 
 from ltat_fast import config as configuration
@@ -26,6 +27,8 @@ def train(config: Config, method: Method, hardware: Hardware) -> None:
     """Train and evaluate ``config`` into its run folder, from wherever that folder says it is."""
     if config.deterministic:
         make_deterministic()
+    elif hardware.device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # every step has the same shapes
     run_dir = config.run_dir
     if method.differentiates_twice and distributed.current().size > 1:
         raise UserError(f"--method {method.name} as configured differentiates twice: it runs in one process alone")

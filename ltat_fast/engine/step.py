@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ltat_fast.attacks.pgd import AttackConfig, pgd
+from ltat_fast.attacks.pgd import AttackConfig, ascent_step, pgd
 from ltat_fast.engine import distributed
 from ltat_fast.engine.device import Hardware
 from ltat_fast.methods import Method
@@ -79,12 +79,11 @@ class TrainStep:
         self.first_bad = torch.full((), -1.0, dtype=torch.float64, device=self.device)
         self.sums: dict[str, Tensor] = {}
 
-        self._ascend: Callable = self._ascend_once
+        self._ascend: Callable = self._ascend_eager
         self._student: Callable = train_model or model
         self._graph: torch.cuda.CUDAGraph | None = None
         if backend in ("step", "graph"):
-            # func.grad traces forward and input gradient into one graph, where autograd.grad would break it.
-            self._ascend = torch.compile(self._ascend_once, fullgraph=True, dynamic=False)
+            self._ascend = torch.compile(self._ascend_traced, fullgraph=True, dynamic=False)
             if not method.differentiates_twice:
                 self._student = torch.compile(self._student, dynamic=False)
 
@@ -122,7 +121,15 @@ class TrainStep:
 
         return pgd(self.frozen, x, None, self.attack, self.generator, step)
 
-    def _ascend_once(self, x: Tensor, x_adv: Tensor, target: Tensor) -> Tensor:
+    def _ascend_eager(self, x: Tensor, x_adv: Tensor, target: Tensor) -> Tensor:
+        def objective(point: Tensor, logits: Tensor) -> Tensor:
+            return self.method.objective(point, logits, target)
+
+        return ascent_step(self.frozen, x, x_adv, objective, self.attack)
+
+    def _ascend_traced(self, x: Tensor, x_adv: Tensor, target: Tensor) -> Tensor:
+        """The same; func.grad is traced with the forward into one graph, where autograd.grad would break it."""
+
         def objective(point: Tensor) -> Tensor:
             return self.method.objective(point, self.frozen(point), target)
 

@@ -88,7 +88,7 @@ def stage(folder, method=None, **changes) -> Stage:
     return Stage(**(settings | changes))
 
 
-TIMES = {"seconds", "images_per_second"}
+TIMES = {"seconds", "images_per_second", "share_of_ceiling"}
 
 
 def outcome(folder):
@@ -102,6 +102,7 @@ def outcome(folder):
 def assert_same_outcome(ours, theirs):
     (metrics, files), (expected_metrics, expected_files) = ours, theirs
     assert metrics == expected_metrics
+    assert [list(record) for record in metrics] == [list(record) for record in expected_metrics]  # in the same order
     for name, (tensors, card) in files.items():
         expected, expected_card = expected_files[name]
         assert card == expected_card

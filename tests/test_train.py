@@ -152,10 +152,12 @@ def test_sigterm_saves_exits_75_and_resumes(tmp_path, digits_run):
     said, _ = runs.finish(process, status=75)
     assert other == 2
     assert f"python -m ltat_fast.train --out {out} --resume" in said
+    assert (out / "interrupted").exists()
     state = checkpoint.read(out / "checkpoints" / "resume.safetensors")[1]
     assert not state["finished"]
     assert state["epoch"] >= 1
     runs.finish(runs.start("--out", str(out), "--resume"))
+    assert not (out / "interrupted").exists()
     assert_same(out, digits_run)
 
 

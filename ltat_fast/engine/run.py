@@ -163,7 +163,10 @@ def load_model(path: Path, device: torch.device, arch: str, data: RunData) -> nn
         raise UserError(f"{path} knows other classes than the data: {other[0][0]!r} where the data has {other[0][1]!r}")
     model = build_model(arch, data.num_classes, in_channels=data.in_channels)
     if "method" in card:
-        method = METHODS[card["method"]](**card["method_options"])
+        try:
+            method = METHODS[card["method"]](**card["method_options"])
+        except (KeyError, TypeError):
+            raise UserError(f"{path} is of a method this version does not know, {card['method']!r}") from None
         model = method.wrap_model(model, torch.tensor(card["class_counts"]))
     checkpoint.load_weights(model, tensors, path, arch)
     return model.to(device, memory_format=torch.channels_last)

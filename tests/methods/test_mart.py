@@ -1,0 +1,75 @@
+"""MART against its formula, where float32 would lose it, and its preset."""
+
+import pytest
+import torch
+from three_steps import COUNTS, N, Twin, assert_three_steps_equal, picked
+
+from ltat_fast.config import parse_args
+from ltat_fast.methods import Setting
+from ltat_fast.methods.mart import Mart
+
+
+def formula(clean, adv, y, beta, log_prior=0.0):
+    """As it stands in the paper's code, with its constants, one sample at a time."""
+    p, q, b = clean.softmax(1), adv.softmax(1), (adv + log_prior).softmax(1)
+    wrong = torch.stack([torch.cat([row[:c], row[c + 1 :]]).max() for row, c in zip(b, y.tolist(), strict=True)])
+    boosted = -picked(b, y).log() - (1.0001 - wrong + 1e-12).log()
+    divergence = (p * (p.log() - (q + 1e-12).log())).sum(1)
+    return (boosted + beta * (1.0000001 - picked(p, y)) * divergence).mean()
+
+
+class MartTwin(Twin):
+    beta, log_prior = 5.0, 0.0
+
+    def loss(self, x, x_adv, y):
+        return formula(self.logits(x), self.logits(x_adv), y, self.beta, self.log_prior)
+
+
+class BalancedTwin(MartTwin):
+    beta, log_prior = 6.0, N.log()
+
+
+@pytest.mark.parametrize(
+    ("method", "twin"), [(Mart(), MartTwin), (Mart(beta=6.0, balanced=True), BalancedTwin)], ids=["", "balanced"]
+)
+def test_three_steps_equal_the_formula(method, twin):
+    assert method.noise == "gaussian"
+    assert_three_steps_equal(method, twin)
+
+
+@pytest.mark.parametrize("size", [1.0, 12.0, 25.0])
+def test_float32_keeps_what_the_formula_says(size):
+    """Sure of the wrong class, 1.0001 - q has a few bits left in float32; and log(q + 1e-12) meets q = 0."""
+    generator = torch.Generator().manual_seed(0)
+    clean, adv = size * torch.randn(2, 40, 7, generator=generator, dtype=torch.float64)
+    y = torch.randint(7, (40,), generator=generator)
+    expected = formula(clean.requires_grad_(), adv.requires_grad_(), y, 5.0)
+    expected_grads = torch.autograd.grad(expected, (clean, adv))
+
+    method = Mart()
+    method.setup(Setting(torch.tensor(COUNTS)))
+    points = [z.detach().float().requires_grad_() for z in (clean, adv)]
+    logits = iter(points)
+    loss, _ = method.loss(lambda x: next(logits), None, None, y, None)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    for grad, theirs in zip(torch.autograd.grad(loss, points), expected_grads, strict=True):
+        torch.testing.assert_close(grad.double(), theirs, atol=1e-6, rtol=1e-3)
+
+
+def test_extreme_logits_stay_finite():
+    method = Mart()
+    method.setup(Setting(torch.tensor(COUNTS)))
+    z = torch.tensor([[1e4, -1e4, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 3e3]]).requires_grad_()
+    loss, _ = method.loss(lambda x: z, None, None, torch.tensor([1, 2]), None)
+    (grad,) = torch.autograd.grad(loss, z)
+    assert loss.isfinite()
+    assert grad.isfinite().all()
+
+
+def test_beta_goes_by_the_network():
+    def beta(*flags):
+        return parse_args(["--method", "mart", *flags])[1].beta
+
+    assert beta() == beta("--dataset", "cifar10-lt") == beta("--arch", "preactresnet18") == 5.0
+    assert beta("--dataset", "cifar10-lt", "--arch", "wrn-34-10") == 6.0
+    assert beta("--arch", "wrn-34-10", "--beta", "4") == 4.0

@@ -1,0 +1,207 @@
+"""REAT against its formulas; the class weights: what they are, that they change no example, and that a resume keeps
+them."""
+
+import numpy as np
+import pytest
+import torch
+from three_steps import (
+    CLASSES,
+    COUNTS,
+    HARDWARE,
+    N,
+    ToyClassifier,
+    Twin,
+    assert_three_steps_equal,
+    batch,
+    cross_entropy,
+    toy_classifier,
+    train_step,
+)
+
+from ltat_fast.attacks import AttackConfig
+from ltat_fast.data import DeviceLoader
+from ltat_fast.engine.fit import Stage, fit
+from ltat_fast.methods import Setting
+from ltat_fast.methods.reat import Reat, effective_number_weights
+
+TAIL = {5, 6}  # floor(7 / 3) * 2 + 1 and on
+
+
+def reat_twin(tail_weight: float, pairwise: bool) -> type[Twin]:
+    """The loops of the authors' code, one pair of samples at a time."""
+
+    class ReatTwin(Twin):
+        def loss(self, x, x_adv, y):
+            h = self.net.features(x_adv)
+            z, q, labels = h @ self.net.fc.weight.T + self.net.fc.bias, h.softmax(1), y.tolist()
+            omega = (N.sum() / N).sqrt()
+            tail = [b for b, label in enumerate(labels) if label in TAIL]
+            assert tail, "the batch is to have tail samples"
+            total = 0.0
+            for b in tail:
+                held = q[b].detach()
+                divergences = [(held * (held.log() - q_j.log())).sum() for q_j in q]
+                weights = [(-1 if y_j == labels[b] else 1) * (omega[labels[b]] + omega[y_j]) for y_j in labels]
+                if pairwise:
+                    total = total + sum(w * d for w, d in zip(weights, divergences, strict=True)) / len(y)
+                else:
+                    k = sum(divergences) / (len(y) * h.shape[1])
+                    total = total + k * sum(weights) / len(y)
+            return cross_entropy(z + N.log(), y) + tail_weight * total / len(tail)
+
+    return ReatTwin
+
+
+@pytest.mark.parametrize(
+    ("options", "twin"),
+    [
+        ({}, reat_twin(1.0, pairwise=False)),
+        ({"tail_weight": 60.0}, reat_twin(60.0, pairwise=False)),  # as coded it is so small that 1 would hide mistakes
+        ({"tail_form": "pairwise"}, reat_twin(1.0, pairwise=True)),
+    ],
+    ids=str,
+)
+def test_three_steps_equal_the_formulas(options, twin):
+    """The twin's attack ascends plain cross-entropy, without the class weights."""
+    method = Reat(**options)
+    assert method.noise == "uniform"
+    assert_three_steps_equal(method, twin, tolerance=1e-6)
+
+
+@pytest.mark.parametrize("form", ["as-coded", "pairwise"])
+def test_a_batch_without_tail_samples_has_no_tail_term(form):
+    method = Reat(tail_form=form)
+    net = toy_classifier(method)
+    train_step(method, net)
+    x, _ = batch()
+    loss, parts = method.loss(net, x, x, torch.arange(16) % 5, None)
+    loss.backward()
+    assert parts["tail"] == 0
+    assert loss == parts["bsl"]
+    assert all(p.grad.isfinite().all() for p in net.parameters())
+
+
+@pytest.mark.parametrize(("classes", "first"), [(2, 1), (10, 7), (100, 67), (200, 133)])
+def test_tail_classes(classes, first):
+    method = Reat()
+    method.setup(Setting(torch.full((classes,), 5)))
+    assert method._is_tail.nonzero()[:, 0].tolist() == list(range(first, classes))
+
+
+# -- the class weights ----------------------------------------------------------------------------------------------
+
+
+def test_class_weights_are_inverse_effective_numbers():
+    n, seen = [5000, 500, 50, 1, 1, 20], [9000, 0, 3, 0, 7, 20]
+    effective = []
+    for n_c, m_c in zip(n, seen, strict=True):
+        b = (n_c - 1) / n_c
+        effective.append((1 - b**m_c) / (1 - b))
+    inverse = [1 / (e + 1e-5) for e in effective]
+    expected = [w * len(n) / sum(inverse) for w in inverse]
+    assert effective_number_weights(torch.tensor(n), torch.tensor(seen)).tolist() == pytest.approx(expected, rel=1e-6)
+
+
+def test_class_weights_do_not_change_the_sign_attack():
+    method = Reat()
+    step = train_step(method, toy_classifier(method))
+    x, y = batch()
+    examples = []
+    for weights in (torch.ones(CLASSES), torch.tensor([1e-6, 3.0, 0.2, 7.0, 1e3, 1.0, 0.03])):
+        method.class_weights.copy_(weights)
+        step.generator.manual_seed(0)
+        examples.append(step.perturb(x, y))
+    assert torch.equal(*examples)
+
+    logits = torch.randn(16, CLASSES, generator=torch.Generator().manual_seed(0))
+    weighted = sum(weights[c] * cross_entropy(row[None], c[None]) for row, c in zip(logits, y, strict=True))
+    assert method.objective(x, logits, y).item() == pytest.approx(weighted.item(), rel=1e-5), "but they are there"
+
+
+def test_predictions_of_an_epoch_weigh_the_next():
+    method = Reat()
+    net = toy_classifier(method)
+    step = train_step(method, net)
+    from_counts = effective_number_weights(torch.tensor(COUNTS), torch.tensor(COUNTS))
+    predicted = []
+    net.register_forward_hook(
+        lambda module, _, out: predicted.append(out[0].argmax(1)) if isinstance(out, tuple) else None
+    )
+    method.on_epoch_start(0)
+    for seed in range(3):
+        assert torch.equal(method.class_weights, from_counts)
+        step(*batch(seed), lr=0.125, progress=0.5, seed=seed)
+    counted = torch.cat(predicted).bincount(minlength=CLASSES)
+    assert len(predicted) == 3
+    assert torch.equal(method.predicted, counted)
+    assert counted.sum() == 48
+    method.on_epoch_start(1)
+    assert torch.equal(method.class_weights, effective_number_weights(torch.tensor(COUNTS), counted))
+    assert method.predicted.sum() == 0
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL."""
+
+
+def stage(folder, die_at: int | None = None) -> Stage:
+    """Three epochs of five steps, saved after every step; ``die_at``: the step, from 1, whose loss is never reached."""
+    rng = np.random.RandomState(0)
+    loader = DeviceLoader(
+        rng.randint(0, 256, (42, 3, 6, 6)).astype(np.uint8),
+        rng.randint(0, CLASSES, 42),
+        batch_size=8,
+        seed=1,
+        pad=1,
+        flip=True,
+        device="cpu",
+    )
+    method, calls = Reat(), []
+    loss = method.loss
+
+    def counted(*args):
+        calls.append(1)
+        if len(calls) == die_at:
+            raise Killed
+        return loss(*args)
+
+    method.loss = counted
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        model = method.wrap_model(ToyClassifier(), torch.tensor(COUNTS))
+    method.setup(Setting(torch.tensor(COUNTS)))
+    return Stage(
+        name="student",
+        folder=folder,
+        model=model,
+        arch="toy",
+        method=method,
+        loader=loader,
+        attack=AttackConfig(0.1, 0.05, 2),
+        epochs=3,
+        lr=0.1,
+        lr_schedule="onecycle",
+        momentum=0.9,
+        weight_decay=5e-4,
+        seed=3,
+        card=lambda epoch: {"arch": "toy", "epoch": epoch},
+        backend="none",
+        save_minutes=1e-9,
+    )
+
+
+def test_a_resumed_run_keeps_its_counts(tmp_path):
+    """Killed in the middle of the second epoch, it ends with the weights and counts of a run that was not."""
+    whole = stage(tmp_path / "whole")
+    fit(whole, HARDWARE)
+    with pytest.raises(Killed):
+        fit(stage(tmp_path / "killed", die_at=8), HARDWARE)
+    resumed = stage(tmp_path / "killed")
+    fit(resumed, HARDWARE)
+    assert whole.method.predicted.sum() == 40
+    for name, tensor in whole.method.state().items():
+        assert torch.equal(resumed.method.state()[name], tensor), name
+    from_counts = effective_number_weights(torch.tensor(COUNTS), torch.tensor(COUNTS))
+    assert not torch.equal(resumed.method.class_weights, from_counts)
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], tensor), name

@@ -12,7 +12,7 @@ from toys import small_net
 
 from ltat_fast.attacks import AttackConfig
 from ltat_fast.data import DeviceLoader
-from ltat_fast.engine import checkpoint, log
+from ltat_fast.engine import checkpoint, log, speed
 from ltat_fast.engine.device import Hardware
 from ltat_fast.engine.fit import Diverged, Interrupted, Stage, fit
 from ltat_fast.engine.schedule import learning_rate
@@ -24,6 +24,14 @@ from ltat_fast.methods.pgd_at import PgdAt
 HARDWARE = Hardware(torch.device("cpu"), torch.float32, "test")
 EPOCHS, PER_EPOCH = 3, 5
 SCORES = [30.0, 50.0, 50.0]  # of epochs 1, 2, 3
+
+
+@pytest.fixture(autouse=True)
+def unmeasured(monkeypatch):
+    """No time for the FLOPs of a step and the speed of the machine. The uninterrupted stage does measure them: that the
+    others end with its numbers also shows that measuring changes nothing."""
+    monkeypatch.setattr(speed, "flops_per_image", lambda eager, x, y: 1e9)
+    monkeypatch.setattr(speed, "matmul_ceiling", lambda device, dtype: 1e12)
 
 
 class Killed(BaseException):
@@ -187,6 +195,13 @@ def test_a_finished_stage_gives_its_weights_and_trains_no_more(tmp_path, uninter
     assert torch.equal(later.model.state_dict()["0.weight"], uninterrupted[1]["last"][0]["0.weight"])
 
 
+def test_images_a_second_and_the_share_of_the_ceiling(tmp_path):
+    fit(stage(tmp_path), HARDWARE)
+    for record in log.read_metrics(tmp_path / "metrics.jsonl"):
+        assert record["images_per_second"] == pytest.approx(40 / record["seconds"], rel=0.1)
+        assert record["share_of_ceiling"] == pytest.approx(record["images_per_second"] * 1e9 / 1e12, abs=1e-3)
+
+
 # -- signals --------------------------------------------------------------------------------------------------------
 
 
@@ -253,6 +268,39 @@ def test_a_second_interrupt_does_not_wait(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         fit(stage(tmp_path, Method(twice)), HARDWARE)
+
+
+class Counting(Method):
+    """A method with a tensor of its own, one that its loss depends on."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.seen, self.epochs = torch.zeros(()), []
+
+    def state(self):
+        return {"seen": self.seen}
+
+    def on_epoch_start(self, epoch):
+        self.epochs.append(epoch)
+
+    def loss(self, model, x, x_adv, y, progress):
+        loss, parts = super().loss(model, x, x_adv, y, progress)
+        self.seen += 1
+        return loss * (1 + self.seen / 10), parts
+
+
+@pytest.mark.parametrize("at", [1, 5, 7])
+def test_what_a_method_keeps_is_resumed_with_the_rest(tmp_path, at):
+    whole = Counting()
+    fit(stage(tmp_path / "whole", whole), HARDWARE)
+    assert whole.epochs == [0, 1, 2]
+    first, second = Counting(send(signal.SIGTERM, at)), Counting()
+    with pytest.raises(Interrupted):
+        fit(stage(tmp_path / "parts", first), HARDWARE)
+    fit(stage(tmp_path / "parts", second), HARDWARE)
+    assert first.epochs + second.epochs == [0, 1, 2]
+    assert second.seen == whole.seen
+    assert_same_outcome(outcome(tmp_path / "parts"), outcome(tmp_path / "whole"))
 
 
 # -- kills ----------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ class UserError(Exception):
 
 
 def exit_on_user_error(main):
-    """Decorate an entry point: a :class:`UserError` becomes one line on stderr and exit status 2."""
+    """Decorate an entry point: a :class:`UserError` becomes one line on stderr and exit status 2; Ctrl-C gives 130."""
     import functools
     import sys
 
@@ -20,5 +20,8 @@ def exit_on_user_error(main):
         except UserError as error:
             print(f"ltat_fast: error: {error}", file=sys.stderr)
             raise SystemExit(2) from None
+        except KeyboardInterrupt:
+            print("ltat_fast: interrupted; what is finished is kept", file=sys.stderr)
+            raise SystemExit(130) from None
 
     return wrapper

@@ -24,7 +24,8 @@ def main(argv: list[str] | None = None) -> int:
     config, method = parse_args(argv)
 
     from ltat_fast.engine import device, distributed, log, pipeline, run
-    from ltat_fast.engine.fit import Diverged, Interrupted
+    from ltat_fast.engine.fit import Diverged
+    from ltat_fast.engine.signals import Interrupted, stop_at_once
 
     hardware = device.choose(config.device, config.precision)
     is_main = distributed.launched().is_main
@@ -33,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     else:
         log.quiet()
     try:
-        with run.claim(config.run_dir) if is_main else contextlib.nullcontext():
+        with run.claim(config.run_dir) if is_main else contextlib.nullcontext(), stop_at_once():
             (config.run_dir / "interrupted").unlink(missing_ok=True)
             distributed.start(hardware.device.type == "cuda")
             pipeline.train(config, method, hardware)
@@ -41,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"ltat_fast: {error}", file=sys.stderr)
         return EXIT_DIVERGED
     except Interrupted as error:
-        if is_main:
+        if is_main and (config.run_dir / "config.json").exists():
             (config.run_dir / "interrupted").write_text(f"{error}\n")
         log.say(f"{error}; go on with: python -m ltat_fast.train --out {shlex.quote(str(config.run_dir))} --resume")
         return EXIT_INTERRUPTED

@@ -144,7 +144,7 @@ def test_best_that_is_last_is_attacked_once(run, attacked):
     assert results["best"] == results["last"]
 
 
-def test_an_interrupted_evaluation_goes_on(run, monkeypatch):
+def test_an_interrupted_evaluation_goes_on(run, monkeypatch, capfd):
     (run / "eval.json").unlink()
     original, done = pipeline.evaluate, []
 
@@ -156,8 +156,9 @@ def test_an_interrupted_evaluation_goes_on(run, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr(pipeline, "evaluate", second_is_interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            evaluate(run, "--attacks", "clean,pgd5,fgsm", "--limit-eval", "20", "--checkpoint", "last")
+        flags = ("--attacks", "clean,pgd5,fgsm", "--limit-eval", "20", "--checkpoint", "last")
+        assert runs.status_of("evaluate", str(run), *flags) == 130
+    assert capfd.readouterr().err == "ltat_fast: interrupted; what is finished is kept\n"
     kept = json.loads((run / "eval.json").read_text())["last"]
     assert list(kept) == ["clean"]
     results = evaluate(run, "--attacks", "clean,pgd5,fgsm", "--limit-eval", "20", "--checkpoint", "last")["last"]

@@ -11,7 +11,7 @@ import runs
 import torch
 from safetensors.torch import save_file
 
-from ltat_fast.engine import checkpoint, log
+from ltat_fast.engine import checkpoint, log, pipeline
 from ltat_fast.models import build_model
 
 pytestmark = pytest.mark.xdist_group("runs")  # they share a run
@@ -159,6 +159,39 @@ def test_sigterm_saves_exits_75_and_resumes(tmp_path, digits_run):
     runs.finish(runs.start("--out", str(out), "--resume"))
     assert not (out / "interrupted").exists()
     assert_same(out, digits_run)
+
+
+def test_sigterm_while_evaluating_stops_at_once(tmp_path, digits_run, monkeypatch):
+    """No step to finish, perhaps hours of AutoAttack to go: what is measured is kept, the rest is for the resume."""
+    copy = shutil.copytree(digits_run, tmp_path / "copy")
+    (copy / "eval.json").unlink()
+    evaluate, attacks = pipeline.evaluate, []
+
+    def signalled(model, images, labels, names, *args, **kwargs):
+        attacks.extend(names)
+        if names == ["pgd20"]:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return evaluate(model, images, labels, names, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline, "evaluate", signalled)
+        assert runs.train("--out", str(copy), "--resume") == 75
+    assert attacks == ["clean", "pgd20"]
+    assert (copy / "interrupted").exists()
+    assert list(json.loads((copy / "eval.json").read_text())["best"]) == ["clean"]
+    assert runs.train("--out", str(copy), "--resume") == 0
+    assert not (copy / "interrupted").exists()
+    assert_same(copy, digits_run)
+
+
+def test_a_signal_before_there_is_anything_to_resume(tmp_path, monkeypatch):
+    def load_data(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline.run, "load_data", load_data)
+        assert runs.train("--out", str(tmp_path / "run")) == 75
+    assert_free(tmp_path / "run")
 
 
 def test_a_finished_run_resumes_to_itself(tmp_path, digits_run):

@@ -16,7 +16,7 @@ from ltat_fast.engine.backend import choose_backend
 from ltat_fast.engine.checkpoint import Progress
 from ltat_fast.engine.device import Hardware
 from ltat_fast.engine.schedule import learning_rate
-from ltat_fast.engine.signals import StopOnSignal
+from ltat_fast.engine.signals import Interrupted, StopOnSignal
 from ltat_fast.engine.step import TrainStep, make_optimizer
 from ltat_fast.methods import Method
 from ltat_fast.models.sync_batch_norm import synchronise_batch_norm
@@ -30,10 +30,6 @@ Evaluate = Callable[[nn.Module], dict[str, float]]
 
 class Diverged(Exception):
     """The loss is not a finite number. The run keeps its last good checkpoint."""
-
-
-class Interrupted(Exception):
-    """A signal asked the run to stop; its state is saved."""
 
 
 @dataclass

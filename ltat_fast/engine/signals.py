@@ -1,19 +1,48 @@
-"""Signals that ask a run to stop, heard between steps."""
+"""Signals that ask a run to stop: between steps while it trains, at once while it does anything else."""
 
+import contextlib
 import signal
 import threading
+from collections.abc import Callable, Iterator
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop; its state is saved."""
+
+
+@contextlib.contextmanager
+def handled_by(handler: Callable) -> Iterator[None]:
+    """``handler(number, frame)`` hears :data:`SIGNALS` while open.
+
+    Python lets no other thread than the main one do this: there nothing changes, and a run cannot be stopped like this.
+    """
+    signals = SIGNALS if threading.current_thread() is threading.main_thread() else ()
+    before = {s: signal.signal(s, handler) for s in signals}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+
+def stop_at_once() -> contextlib.AbstractContextManager[None]:
+    """While open, a signal raises :class:`Interrupted`: for work that keeps by itself what it has finished."""
+
+    def stop(number: int, frame) -> None:
+        raise Interrupted(f"stopped by {signal.Signals(number).name}; what is finished is kept")
+
+    return handled_by(stop)
 
 
 class StopOnSignal:
-    """While open, SIGTERM, SIGINT and SIGUSR1 set ``asked`` instead of killing: the step in hand is finished first."""
-
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    """While open, a signal sets ``asked`` instead: the step in hand is finished first."""
 
     def __enter__(self) -> "StopOnSignal":
         self.asked: str | None = None
-        # Python lets no other thread handle signals: from one, training runs and cannot be stopped like this.
-        signals = self.SIGNALS if threading.current_thread() is threading.main_thread() else ()
-        self._before = {s: signal.signal(s, self._note) for s in signals}
+        self._handlers = handled_by(self._note)
+        self._handlers.__enter__()
         return self
 
     def _note(self, number: int, frame) -> None:
@@ -22,5 +51,4 @@ class StopOnSignal:
         self.asked = signal.Signals(number).name
 
     def __exit__(self, *exc) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        self._handlers.__exit__(*exc)

@@ -16,7 +16,7 @@ from ltat_fast.engine import checkpoint, log, speed
 from ltat_fast.engine.device import Hardware
 from ltat_fast.engine.fit import Diverged, Interrupted, Stage, fit
 from ltat_fast.engine.schedule import learning_rate
-from ltat_fast.engine.signals import StopOnSignal
+from ltat_fast.engine.signals import SIGNALS
 from ltat_fast.errors import UserError
 from ltat_fast.methods import Setting
 from ltat_fast.methods.pgd_at import PgdAt
@@ -254,10 +254,10 @@ def test_a_signal_during_an_evaluation_is_not_lost(tmp_path, uninterrupted, epoc
 
 
 def test_the_handlers_of_before_are_back_afterwards(tmp_path):
-    before = [signal.getsignal(s) for s in StopOnSignal.SIGNALS]
+    before = [signal.getsignal(s) for s in SIGNALS]
     with pytest.raises(Interrupted):
         fit(stage(tmp_path, Method(send(signal.SIGINT, 2))), HARDWARE)
-    assert [signal.getsignal(s) for s in StopOnSignal.SIGNALS] == before
+    assert [signal.getsignal(s) for s in SIGNALS] == before
 
 
 def test_a_second_interrupt_does_not_wait(tmp_path):

@@ -1,0 +1,62 @@
+"""Every method from the command line on the digits: trained, evaluated, finite; and captured on a GPU."""
+
+import json
+import math
+
+import pytest
+import runs
+import torch
+
+from ltat_fast.attacks import AttackConfig
+from ltat_fast.engine import log
+from ltat_fast.engine.backend import disagreement
+from ltat_fast.engine.device import Hardware
+from ltat_fast.engine.step import TrainStep, frozen_twin, make_optimizer
+from ltat_fast.methods import METHODS, Setting
+from ltat_fast.models import build_model
+
+SHORT = ("--epochs", "1", "--teacher-epochs", "1", "--max-steps", "2", "--attack-steps", "2")
+SHORT += ("--eval-attacks", "clean,pgd20", "--limit-eval", "50")
+VARIANTS = [
+    ("awp", "--awp-base", "trades", "--awp-from", "1"),
+    ("mart", "--balanced"),
+    ("reat", "--tail-form", "pairwise"),
+]
+
+
+@pytest.mark.parametrize("flags", [*((name,) for name in METHODS), *VARIANTS], ids=" ".join)
+def test_a_short_run_ends_finite(flags, tmp_path):
+    run = tmp_path / "run"
+    assert runs.train("--method", *flags, "--out", str(run), *SHORT) == 0
+    (record,) = log.read_metrics(run / "metrics.jsonl")
+    assert record["steps"] == 2
+    assert all(math.isfinite(value) for value in record.values())
+    scores = json.loads((run / "eval.json").read_text())
+    assert set(scores["last"]) == {"clean", "pgd20"}
+    assert scores["last"]["pgd20"]["images"] == 50
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if not method.differentiates_twice])
+def test_a_captured_step_is_the_eager_step(name):
+    device = torch.device("cuda")
+    hardware = Hardware(device, torch.float32, "test")
+    generator = torch.Generator(device).manual_seed(0)
+    counts = torch.arange(100, 0, -10)
+
+    def network(method, seed):
+        torch.manual_seed(seed)
+        model = method.wrap_model(build_model("smallresnet", 10, in_channels=1), counts)
+        return model.to(device, memory_format=torch.channels_last)
+
+    method = METHODS[name]()
+    model, teacher = network(method, 0), network(METHODS["pgd-at"](), 1)
+    method.setup(Setting(counts.to(device), frozen_twin(teacher, hardware)))
+    optimizer = make_optimizer(model, 0.1, 0.9, 5e-4)
+    x = torch.rand(32, 1, 8, 8, device=device, generator=generator).contiguous(memory_format=torch.channels_last)
+    y = torch.randint(10, (32,), device=device, generator=generator)
+    trials = {}
+    for backend in ("eager", "graph"):
+        step = TrainStep(model, method, optimizer, AttackConfig(0.1, 0.025, 3, method.noise), hardware, backend)
+        trials[backend] = step.trial(x, y)
+    assert disagreement(trials["graph"], trials["eager"], step) == ""

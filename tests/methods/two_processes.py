@@ -1,0 +1,42 @@
+"""What each process of test_two_processes.py runs: steps of AWP and of REAT on its share of a batch."""
+
+import sys
+from pathlib import Path
+
+import torch
+from three_steps import COUNTS, HARDWARE, batch, toy_classifier
+
+from ltat_fast.attacks import AttackConfig
+from ltat_fast.engine import distributed
+from ltat_fast.engine.step import TrainStep, make_optimizer
+from ltat_fast.methods import METHODS, Setting
+from ltat_fast.models.sync_batch_norm import synchronise_batch_norm
+
+# The tail term of REAT forms its pairs within a process, so without it.
+OPTIONS = {"awp": {"awp_gamma": 0.3}, "reat": {"tail_weight": 0.0}}
+
+
+def outcome(name: str) -> dict[str, torch.Tensor]:
+    """Weights, buffers and the state of the method after two steps, over all processes."""
+    world = distributed.current()
+    method = METHODS[name](**OPTIONS[name])
+    model = synchronise_batch_norm(toy_classifier(method).float())
+    method.setup(Setting(torch.tensor(COUNTS)))
+    # No random start: it is drawn for each process's share.
+    attack = AttackConfig(0.1, 0.05, 2, noise="none")
+    optimizer = make_optimizer(model, 0.1, 0.9, 5e-4)
+    step = TrainStep(model, method, optimizer, attack, HARDWARE, train_model=distributed.wrap(model))
+    for seed in range(2):
+        x, y = batch(seed)
+        share = slice(world.rank, None, world.size)
+        step(x[share].float(), y[share], lr=0.1, progress=1.0, seed=seed)
+    return model.state_dict() | method.state()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    distributed.start(use_cuda=False)
+    outcomes = {name: outcome(name) for name in OPTIONS}
+    if distributed.current().is_main:
+        torch.save(outcomes, Path(sys.argv[1]))
+    distributed.stop()

@@ -1,0 +1,43 @@
+"""AKD against its formula, which is cross-entropy with labels mixed with predictions."""
+
+import pytest
+import torch
+from distilled import DistilledTwin, assert_equals_the_formula
+from three_steps import cross_entropy, kl
+
+from ltat_fast.methods.akd import Akd
+
+
+class AkdTwin(DistilledTwin):
+    """Cross-entropy with the target (1 - m) onehot(y) + m p; the part of the loss that no weight moves is added."""
+
+    def base(self, adv, x, x_adv, y):
+        m = self.options.get("teacher_weight", 0.5)
+        p = self.taught(x if self.options.get("teacher_input") == "clean" else x_adv).softmax(1)
+        mixed = (1 - m) * torch.eye(adv.shape[1], dtype=torch.float64)[y] + m * p
+        return -(mixed * adv.log_softmax(1)).sum(1).mean() + m * (p * p.log()).sum(1).mean()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"igdm_alpha": 9.0},
+        {"teacher_weight": 0.9, "teacher_input": "clean"},
+        {"teacher_weight": 1.0, "igdm_alpha": 3.0},
+        {"teacher_weight": 0.0},
+    ],
+    ids=str,
+)
+def test_three_steps_equal_the_formula(options):
+    assert_equals_the_formula(Akd, AkdTwin, options)
+
+
+def test_the_mixed_label_is_the_mixed_loss():
+    """So the twin above also checks the sum of two terms in the docstring."""
+    torch.manual_seed(0)
+    z, t, y = torch.randn(5, 7).double(), torch.randn(5, 7).double(), torch.arange(5)
+    p = t.softmax(1)
+    mixed = 0.3 * torch.eye(7).double()[y] + 0.7 * p
+    other = -(mixed * z.log_softmax(1)).sum(1).mean() + 0.7 * (p * p.log()).sum(1).mean()
+    torch.testing.assert_close(0.3 * cross_entropy(z, y) + 0.7 * kl(p, z.softmax(1)), other)

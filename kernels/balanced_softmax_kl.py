@@ -27,7 +27,7 @@ LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 def tile(num_classes: int) -> tuple[int, int, int]:
     """(rows, columns, warps) of a program: several short rows, one row, or one row walked in pieces.
 
-    4 to 16 elements a thread: enough 16-byte loads in flight, and two tensors and their exponentials without spilling.
+    At most 16 elements a thread: enough 16-byte loads in flight, and two tensors and their exponentials do not spill.
     """
     columns = min(triton.next_power_of_2(num_classes), 4096)
     rows = min(max(1024 // columns, 1), 32)

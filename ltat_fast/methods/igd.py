@@ -14,7 +14,7 @@ v_i = d(1 - cos_i)/d g_S,i held fixed,
     grad_w sum_i v_i . grad_x S(x_i)[y_i]  ~  grad_w sum_i (S(x_i + h_i v_i)[y_i] - S(x_i - h_i v_i)[y_i]) / (2 h_i)
 
 up to how the images of a batch act on each other through its statistics. The step is as long as an attack: over the
-kinks of ReLU a short one gives rare, large terms (on digits the gradient was three to ten times too long at 1/255, and
+kinks of ReLU a short one gives rare, large terms (on digits the gradient was three to five times too long at 1/255, and
 the alignment reached is that of the double backward at 8/255). The student is shown two more batches near the clean
 one, so batch norm's running statistics lean towards clean.
 """

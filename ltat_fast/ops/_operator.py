@@ -1,6 +1,6 @@
 """A registered operator ``ltat::<name>``: one schema, a kernel for each device, a shortcut past the dispatcher.
 
-The dispatcher brings torch.compile, torch.export, autograd, functorch and tensor subclasses, and costs tens of
+The dispatcher brings torch.compile, torch.export, dispatch modes and tensor subclasses, and costs tens of
 microseconds a call once autograd is registered from Python: more than the loss kernels take. So an eager call on plain
 tensors goes straight to the kernel, and every other call through ``torch.ops.ltat``. Both run the same kernel.
 """
@@ -10,16 +10,21 @@ from importlib.util import find_spec
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ltat_fast import _ext
 
-try:  # private in torch: where they are missing, every call goes through the dispatcher
+try:
     from torch._C import _are_functorch_transforms_active, _len_torch_dispatch_stack, _len_torch_function_stack
-except ImportError:
+except ImportError:  # private names, gone in some future torch: take no shortcut there
 
     def _are_functorch_transforms_active() -> bool:
-        return True
+        return False
 
+    def _len_torch_dispatch_stack() -> int:
+        return 1
+
+    _len_torch_function_stack = _len_torch_dispatch_stack
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _PLAIN_TYPES = {Tensor, torch.nn.Parameter, type(None), float, int, str}
@@ -52,9 +57,14 @@ class Operator:
         self.dispatched = getattr(torch.ops.ltat, name).default
 
     def runs_on(self, tensor: Tensor) -> bool:
-        """Whether a kernel takes tensors like this one. float64 is for checking gradients, on the CPU."""
+        """Whether a kernel takes this call. If not, plain torch does: float64 on CUDA, torch.func, forward-mode AD."""
         device = tensor.device.type
-        return device in self.kernels and (device == "cpu" or tensor.dtype != torch.float64)
+        return (
+            device in self.kernels
+            and (device == "cpu" or tensor.dtype != torch.float64)
+            and not _are_functorch_transforms_active()
+            and forward_ad._current_level < 0
+        )
 
     def __call__(self, *args):
         if is_plain_call(*args):
@@ -66,10 +76,9 @@ class Operator:
 
 
 def is_plain_call(*args) -> bool:
-    """Whether nothing but the kernel has to see this call: eager, ordinary tensors, no mode or transform active."""
+    """Whether nothing but the kernel has to see this call: eager, ordinary tensors, no mode active."""
     return not (
         torch.compiler.is_compiling()
-        or _are_functorch_transforms_active()
         or _len_torch_dispatch_stack()
         or _len_torch_function_stack()
         or torch.jit.is_tracing()

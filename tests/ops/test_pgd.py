@@ -1,0 +1,430 @@
+"""pgd_init and pgd_step: values, invariants, layouts, noise, registration, errors."""
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from op_cases import DEVICES, DTYPES, assert_same, generator, normal
+
+from ltat_fast.ops import pgd_init, pgd_step, pgd_step_ref
+from ltat_fast.ops.pgd import GAUSSIAN_STD
+
+EPS, STEP = 8 / 255, 2 / 255
+SHAPES = [(1,), (7,), (41,), (1271,), (2, 3, 5, 7), (4, 3, 32, 32), (70_001,), ()]
+
+
+def image_batch(shape, dtype=torch.float32, device="cpu"):
+    """Point, gradient with zeros of both signs and NaN, and centre; some pixels at the ends of the range."""
+    x = torch.rand(shape, generator=generator(1)).mul(1.2).sub(0.1).clamp(0, 1).to(device, dtype)
+    x_adv = (x + 1.3 * EPS * normal(*shape, dtype=dtype, device=device, seed=2)).clamp(0, 1)
+    grad = normal(*shape, device=device, seed=3)
+    for value, every in ((0.0, 3), (-0.0, 5), (float("nan"), 11), (float("inf"), 13), (1e-42, 7)):
+        grad.view(-1)[every - 1 :: every] = value
+    return x_adv, grad.to(dtype), x
+
+
+# --- step ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_step_is_the_reference_bit_for_bit(shape, dtype, device):
+    x_adv, grad, x = image_batch(shape, dtype, device)
+    assert_same(pgd_step(x_adv, grad, x, STEP, EPS), pgd_step_ref(x_adv, grad, x, STEP, EPS))
+
+
+def test_step_by_hand():
+    x = torch.tensor([0.5, 0.5, 0.5, 0.5, 0.0, 1.0, 0.5])
+    x_adv = torch.tensor([0.5, 0.59, 0.41, 0.5, 0.0, 1.0, 0.9])
+    grad = torch.tensor([3.0, 1.0, -1.0, 0.0, -1.0, 1.0, 0.0])
+    expected = torch.tensor(
+        [0.55, 0.6, 0.4, 0.5, 0.0, 1.0, 0.6]
+    )  # ascend, two projections, sign(0), two clamps, pull in
+    torch.testing.assert_close(pgd_step(x_adv, grad, x, 0.05, 0.1), expected)
+    torch.testing.assert_close(pgd_step(x, -torch.ones(7), x, -0.05, 0.1, upper=2), (x + 0.05))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_step_against_float64(device):
+    x_adv, grad, x = image_batch((4, 3, 32, 32), device=device)
+    exact = pgd_step_ref(x_adv.double(), grad.double(), x.double(), STEP, EPS)
+    torch.testing.assert_close(pgd_step(x_adv, grad, x, STEP, EPS).double(), exact, rtol=0, atol=2**-23)
+
+
+def test_step_takes_float64_on_the_cpu():
+    x_adv, grad, x = (t.double() for t in image_batch((1271,)))
+    assert_same(pgd_step(x_adv, grad, x, STEP, EPS), pgd_step_ref(x_adv, grad, x, STEP, EPS))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("grad_dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_step_takes_a_gradient_of_any_dtype(dtype, grad_dtype, device):
+    x_adv, grad, x = image_batch((3, 41), dtype, device)
+    grad = grad.to(grad_dtype)
+    if grad_dtype == torch.float64:
+        grad[0, 0] = 1e-60  # positive, though 0 in float32
+    if grad_dtype == torch.float64 and device == "cuda":
+        pytest.skip("float64 gradients are for the CPU")
+    assert_same(pgd_step(x_adv, grad, x, STEP, EPS), pgd_step_ref(x_adv, grad, x, STEP, EPS))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_nan_in_a_point_or_centre_stays(device):
+    x_adv, grad, x = image_batch((50,), device=device)
+    x_adv[3] = x[7] = float("nan")
+    stepped = pgd_step(x_adv, grad, x, STEP, EPS)
+    assert stepped.isnan().nonzero().flatten().tolist() == [3, 7]
+    assert pgd_init(x, EPS).isnan().nonzero().flatten().tolist() == [7]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_no_ball_and_no_range(device):
+    x_adv, grad, x = image_batch((50,), device=device)
+    inf = float("inf")
+    assert_same(pgd_step(x_adv, grad, x, 3.0, inf, -inf, inf), pgd_step_ref(x_adv, grad, x, 3.0, inf, -inf, inf))
+
+
+LAYOUTS = {
+    "contiguous": lambda t: t.contiguous(),
+    "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
+    "permuted": lambda t: t.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0),
+    "sliced": lambda t: torch.cat([t, t], dim=3)[..., ::2].copy_(t),
+    "one channel": lambda t: t[:, :1].contiguous(memory_format=torch.channels_last),
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_step_keeps_the_layout(layout, device):
+    x_adv, grad, x = (LAYOUTS[layout](t) for t in image_batch((4, 3, 6, 8), device=device))
+    stepped = pgd_step(x_adv, grad, x, STEP, EPS)
+    assert stepped.stride() == torch.empty_like(x_adv).stride()
+    torch.testing.assert_close(stepped, pgd_step_ref(x_adv, grad, x, STEP, EPS), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("grad_layout", LAYOUTS.keys() - {"one channel"})
+@pytest.mark.parametrize("out_layout", LAYOUTS.keys() - {"one channel"})
+def test_step_mixes_layouts(grad_layout, out_layout, device):
+    x_adv, grad, x = image_batch((4, 3, 6, 8), device=device)
+    expected = pgd_step_ref(x_adv, grad, x, STEP, EPS)
+    x_adv, grad = LAYOUTS["channels_last"](x_adv), LAYOUTS[grad_layout](grad)
+    torch.testing.assert_close(pgd_step(x_adv, grad, x, STEP, EPS), expected, rtol=0, atol=0)
+    out = LAYOUTS[out_layout](torch.zeros_like(x))
+    strides = out.stride()
+    assert pgd_step(x_adv, grad, x, STEP, EPS, out=out) is out
+    assert out.stride() == strides
+    torch.testing.assert_close(out, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_broadcast_centre_is_read_right(device):
+    x_adv, grad, x = image_batch((4, 3, 6, 8), device=device)
+    x = x[:1].expand(4, -1, -1, -1)
+    assert_same(pgd_step(x_adv, grad, x, STEP, EPS), pgd_step_ref(x_adv, grad, x, STEP, EPS))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_step_in_place(dtype, device):
+    x_adv, grad, x = image_batch((1271,), dtype, device)
+    expected = pgd_step_ref(x_adv, grad, x, STEP, EPS)
+    assert pgd_step(x_adv, grad, x, STEP, EPS, out=x_adv) is x_adv
+    assert_same(x_adv, expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_step_has_no_gradient_and_autograd_knows_of_out(device):
+    x_adv, grad, x = image_batch((10,), device=device)
+    x_adv, x = x_adv.requires_grad_(), x.requires_grad_()
+    assert not pgd_step(x_adv, grad, x, STEP, EPS).requires_grad
+    square = x_adv**2  # saves x_adv for its backward
+    pgd_step(x_adv, grad, x, STEP, EPS, out=x_adv)
+    assert x_adv.is_leaf
+    assert x_adv.requires_grad
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        square.sum().backward()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    size=st.integers(1, 200),
+    seed=st.integers(0, 2**31),
+    eps=st.floats(0, 1),
+    step=st.floats(0, 1),
+    steps=st.integers(1, 4),
+)
+def test_an_attack_never_leaves_the_ball_or_the_range(size, seed, eps, step, steps):
+    x = torch.rand(size, generator=generator(seed))
+    x_adv = pgd_init(x, eps, generator=generator(seed))
+    for k in range(steps):
+        x_adv = pgd_step(x_adv, normal(size, seed=seed + k), x, step, eps)
+    assert (x_adv >= 0).all()
+    assert (x_adv <= 1).all()
+    assert ((x_adv.double() - x.double()).abs() <= eps + 2**-24).all()  # one rounding of x +- eps, below 1
+
+
+def test_step_errors():
+    x = torch.rand(2, 3)
+    with pytest.raises(ValueError, match=r"grad has shape \(3, 2\), but x_adv has shape \(2, 3\)"):
+        pgd_step(x, torch.rand(3, 2), x, STEP, EPS)
+    with pytest.raises(ValueError, match="x has shape"):
+        pgd_step(x, x, x[0], STEP, EPS)
+    with pytest.raises(ValueError, match="grad is on meta"):
+        pgd_step(x, x.to("meta"), x, STEP, EPS)
+    with pytest.raises(TypeError, match=r"x is torch\.float64, but x_adv is torch.float32"):
+        pgd_step(x, x, x.double(), STEP, EPS)
+    with pytest.raises(TypeError, match="x_adv must be float32"):
+        pgd_step(x.byte(), x, x, STEP, EPS)
+    with pytest.raises(TypeError, match=r"out is torch\.bfloat16"):
+        pgd_step(x, x, x, STEP, EPS, out=x.bfloat16())
+    with pytest.raises(ValueError, match="out has shape"):
+        pgd_step(x, x, x, STEP, EPS, out=torch.empty(3, 2))
+    for eps in (-0.1, float("nan"), torch.tensor(0.1)):
+        with pytest.raises(ValueError, match="eps must be a number >= 0"):
+            pgd_step(x, x, x, STEP, eps)
+        with pytest.raises(ValueError, match="eps must be a number >= 0"):
+            pgd_init(x, eps)
+    with pytest.raises(ValueError, match="step_size must be a number"):
+        pgd_step(x, x, x, float("nan"), EPS)
+    with pytest.raises(ValueError, match="lower must not exceed upper"):
+        pgd_step(x, x, x, STEP, EPS, 1.0, 0.0)
+
+
+def test_out_that_partly_overlaps_an_input_is_refused():
+    buffer = torch.rand(20)
+    x = torch.rand(10)
+    with pytest.raises(ValueError, match="overlaps"):
+        pgd_step(buffer[:10], x, x, STEP, EPS, out=buffer[1:11])
+    square = torch.rand(4, 4)
+    with pytest.raises(ValueError, match="overlaps"):
+        pgd_step(square, torch.rand(4, 4), torch.rand(4, 4), STEP, EPS, out=square.T)
+    expected = pgd_step_ref(buffer[:10], x, x, STEP, EPS)
+    assert_same(pgd_step(buffer[:10], x, x, STEP, EPS, out=buffer[10:]), expected)  # side by side is fine
+
+
+# --- start --------------------------------------------------------------------------------------------------------
+
+
+def philox(counter, key):
+    """Philox4x32-10 in Python integers: four words."""
+    c, k = [counter & 0xFFFFFFFF, counter >> 32, 0, 0], [key & 0xFFFFFFFF, key >> 32]
+    for _ in range(10):
+        p, q = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+        c = [q >> 32 ^ c[1] ^ k[0], q & 0xFFFFFFFF, p >> 32 ^ c[3] ^ k[1], p & 0xFFFFFFFF]
+        k = [(k[0] + 0x9E3779B9) & 0xFFFFFFFF, (k[1] + 0xBB67AE85) & 0xFFFFFFFF]
+    return c
+
+
+def uniforms(count, seed):
+    """What pgd_init makes of the words, in [0, 1]."""
+    words = np.array([philox(i, seed % 2**64) for i in range(-(-count // 4))], dtype=np.uint32).ravel()[:count]
+    k = words.view(np.int32).astype(np.int64)
+    return np.where(k < 0, -k - 1, k).astype(np.float32).astype(np.float64) / 2**31
+
+
+def drawn_seed(seed):
+    bounds = -(2**63), 2**63 - 1
+    return torch.randint(*bounds, (1,), dtype=torch.int64, generator=generator(seed)).item()
+
+
+def test_philox_is_the_published_one():
+    assert philox(0, 0) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]  # Random123's known answer
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("count", [1, 7, 41, 1271])
+def test_uniform_noise_is_philox(count, seed):
+    noise = pgd_init(torch.zeros(count, dtype=torch.float64), 1.0, generator=generator(seed), lower=-1, upper=1)
+    expected = 2 * uniforms(count, drawn_seed(seed)) - 1
+    np.testing.assert_allclose(noise.numpy(), expected, atol=2**-24)
+
+
+@pytest.mark.parametrize("count", [1, 7, 1271])
+def test_gaussian_noise_is_box_muller(count):
+    x = torch.zeros(count, dtype=torch.float64)
+    noise = pgd_init(x, 1.0, "gaussian", generator=generator(3), lower=-1, upper=1)
+    u = uniforms(-(-count // 2) * 2, drawn_seed(3)).reshape(-1, 2)
+    radius, angle = np.sqrt(-2 * np.log(np.maximum(u[:, 0], 1e-7))), 2 * np.pi * u[:, 1]
+    expected = np.stack([radius * np.cos(angle), radius * np.sin(angle)], 1).ravel()[:count]
+    np.testing.assert_allclose(noise.numpy(), GAUSSIAN_STD * expected, rtol=1e-5, atol=2e-6 * GAUSSIAN_STD)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_noise_has_the_stated_distribution(device):
+    gen = torch.Generator(device).manual_seed(5)
+    x = torch.full((200_000,), 0.5, device=device)
+    uniform = (pgd_init(x, 0.25, generator=gen) - x).cpu().numpy()
+    assert scipy.stats.kstest(uniform, scipy.stats.uniform(-0.25, 0.5).cdf).pvalue > 1e-3
+    gaussian = (pgd_init(x, 0.25, "gaussian", generator=gen) - x).cpu().numpy()
+    assert scipy.stats.kstest(gaussian, scipy.stats.norm(0, GAUSSIAN_STD).cdf).pvalue > 1e-3
+    assert abs(np.corrcoef(uniform[:-1], uniform[1:])[0, 1]) < 0.01
+    assert abs(np.corrcoef(gaussian[::2], gaussian[1::2])[0, 1]) < 0.01
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("noise", ["uniform", "gaussian"])
+def test_start_stays_in_the_ball_and_the_range(noise, dtype, device):
+    x = torch.rand(4, 3, 33, 31, generator=generator(0)).to(device, dtype)
+    eps = 0.0005  # less than the gaussian's standard deviation, so that the projection bites
+    start = pgd_init(x, eps, noise)
+    ulp = torch.finfo(dtype).eps / 2
+    assert ((start.double() - x.double()).abs() <= eps + ulp).all()
+    assert ((start >= 0) & (start <= 1)).all()
+    assert_same(pgd_init(x, 0.0, noise), x)
+    assert (pgd_init(x, 0.3, noise, lower=0.4, upper=0.6) >= 0.4).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_start_follows_its_generator(device):
+    x = torch.full((2, 3, 5, 7), 0.5, device=device)
+
+    def draw(seed):
+        return pgd_init(x, 0.1, generator=torch.Generator(device).manual_seed(seed))
+
+    assert_same(draw(1), draw(1))
+    assert (draw(1) != draw(2)).float().mean() > 0.99
+    gen = torch.Generator(device).manual_seed(1)
+    first, second = pgd_init(x, 0.1, generator=gen), pgd_init(x, 0.1, generator=gen)
+    assert_same(first, draw(1))
+    assert (first != second).float().mean() > 0.99
+    torch.manual_seed(7)
+    a = pgd_init(x, 0.1)
+    torch.manual_seed(7)
+    assert_same(a, pgd_init(x, 0.1))
+
+
+def test_start_does_not_depend_on_the_number_of_threads():
+    x = torch.full((300_007,), 0.5)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = pgd_init(x, 0.1, generator=generator(1))
+        torch.set_num_threads(2)
+        assert_same(pgd_init(x, 0.1, generator=generator(1)), alone)
+        assert_same(pgd_step(alone, -alone, x, 0.3, 0.2), pgd_step_ref(alone, -alone, x, 0.3, 0.2))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_start_keeps_layout_and_input(layout, device):
+    x = LAYOUTS[layout](torch.rand(4, 3, 6, 8, device=device)).requires_grad_()
+    before = x.detach().clone()
+    start = pgd_init(x, 0.1)
+    assert start.stride() == torch.empty_like(x).stride()
+    assert not start.requires_grad
+    assert ((start - x).abs() <= 0.1 + 1e-7).all()
+    assert (start != x).float().mean() > 0.9
+    assert torch.equal(x, before)
+
+
+def test_start_errors():
+    x = torch.rand(3)
+    with pytest.raises(ValueError, match="noise must be 'uniform' or 'gaussian', got 'normal'"):
+        pgd_init(x, EPS, "normal")
+    with pytest.raises(TypeError, match="x must be float32"):
+        pgd_init(x.int(), EPS)
+    with pytest.raises(ValueError, match="lower must not exceed upper"):
+        pgd_init(x, EPS, lower=2.0)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_empty(device):
+    x = torch.empty(0, 3, 4, 4, device=device)
+    assert pgd_init(x, EPS).shape == x.shape
+    assert pgd_step(x, x, x, STEP, EPS).shape == x.shape
+    assert pgd_step(x, x, x, STEP, EPS, out=x) is x
+
+
+# --- registration -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "permuted", "sliced"])
+def test_opcheck(layout, device):
+    x_adv, grad, x = (LAYOUTS[layout](t) for t in image_batch((2, 3, 4, 6), device=device))
+    seed = torch.tensor([11], device=device)
+    ops = torch.ops.ltat
+    torch.library.opcheck(ops.pgd_init.default, (x, seed, EPS, 1e-3, 0.0, 1.0, "uniform"))
+    torch.library.opcheck(ops.pgd_step.default, (x_adv, grad, x, STEP, EPS, 0.0, 1.0))
+    torch.library.opcheck(ops.pgd_step_out.default, (x_adv, grad, x, STEP, EPS, 0.0, 1.0, torch.empty_like(x)))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_fullgraph_is_eager(backend, device):
+    x_adv, grad, x = (LAYOUTS["channels_last"](t) for t in image_batch((2, 3, 4, 6), device=device))
+
+    def three_steps(x_adv, grad, x):
+        x_adv = pgd_step(x_adv, grad, x, STEP, EPS)
+        x_adv = pgd_step(x_adv, grad * 2, x, -STEP, EPS, out=torch.empty_like(x))
+        pgd_step(x_adv, grad, x, STEP, EPS / 2, out=x_adv)
+        return x_adv
+
+    def start(x):
+        return pgd_init(x, EPS)
+
+    compiled = torch.compile(three_steps, fullgraph=True, backend=backend)
+    assert_same(compiled(x_adv, grad, x), three_steps(x_adv, grad, x))
+    compiled_start = torch.compile(start, fullgraph=True, backend=backend)
+    first, second = compiled_start(x), compiled_start(x)
+    assert first.stride() == x.stride()
+    assert ((first - x).abs() <= EPS + 1e-7).all()
+    assert (first != second).float().mean() > 0.8
+
+
+def test_function_transforms_see_a_constant():
+    x_adv, grad, x = image_batch((3, 41))
+    weighted = torch.func.grad(lambda x_adv: (x_adv * pgd_step(x_adv, grad, x, STEP, EPS)).sum())(x_adv)
+    assert_same(weighted, pgd_step(x_adv, grad, x, STEP, EPS))
+    mapped = torch.vmap(lambda x_adv, grad, x: pgd_step(x_adv, grad, x, STEP, EPS))(x_adv, grad, x)
+    assert_same(mapped, pgd_step(x_adv, grad, x, STEP, EPS))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_step_writes_the_callers_tensor(backend):
+    x_adv, grad, x = image_batch((2, 3, 4, 6))
+    expected = pgd_step_ref(x_adv, grad, x, STEP, EPS)
+
+    @torch.compile(fullgraph=True, backend=backend)
+    def step_in_place(x_adv, grad, x):
+        pgd_step(x_adv, grad, x, STEP, EPS, out=x_adv)
+
+    step_in_place(x_adv, grad, x)
+    assert_same(x_adv, expected)
+
+
+@pytest.mark.gpu
+def test_graph_replays_draw_fresh_noise_and_step_right():
+    x_adv, grad, x = image_batch((4, 3, 8, 8), device="cuda")
+    static = x_adv.clone()
+
+    def work():
+        start = pgd_init(x, EPS)
+        pgd_step(static, grad, x, STEP, EPS, out=static)
+        return start
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        work()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        start = work()
+    static.copy_(x_adv)
+    expected, starts = x_adv, []
+    for _ in range(3):
+        graph.replay()
+        starts.append(start.clone())
+        expected = pgd_step_ref(expected, grad, x, STEP, EPS)
+        assert_same(static, expected)
+    assert (starts[0] != starts[1]).float().mean() > 0.8
+    assert (starts[1] != starts[2]).float().mean() > 0.8

@@ -37,13 +37,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from bench import common
 from bench.reference import ReferenceStep
 from ltat_fast.attacks import AttackConfig
 from ltat_fast.engine.device import Hardware
+from ltat_fast.engine.speed import MATMUL_SIZE, FlopCounter
 from ltat_fast.engine.step import TrainStep, make_optimizer
 from ltat_fast.methods import METHODS, Setting
 from ltat_fast.models import ARCHS, build_model
@@ -52,22 +51,6 @@ from ltat_fast.ops import pgd_init
 
 LR = 0.01  # on one batch over and over, the paper's 0.1 would run away before the loss says anything
 LOSS_STEPS = 3
-MATMUL = {"cpu": 2048, "cuda": 8192}
-
-
-class FlopCounter(TorchDispatchMode):
-    """Sums the operations of convolutions and matrix products, 2 a multiply-add, by torch's formulas.
-
-    torch's own FlopCounterMode also hooks into modules, which autograd.grad refuses.
-    """
-
-    total = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if formula := flop_registry.get(func._overloadpacket):
-            self.total += formula(*args, **(kwargs or {}), out_val=out)
-        return out
 
 
 @dataclass(frozen=True)
@@ -221,8 +204,8 @@ def count_flops(problem: Problem) -> int:
 
 
 def matmul_ceiling(device: torch.device) -> float:
-    """TFLOP/s of a large bf16 matrix product."""
-    n = MATMUL[device.type]
+    """TFLOP/s of a large bf16 matrix product, on the clock of the rows."""
+    n = MATMUL_SIZE[device.type]
     a, b = (torch.randn(n, n, device=device).bfloat16() for _ in range(2))
     out = torch.empty_like(a)
     return 2 * n**3 / common.time_interleaved({"mm": lambda: torch.mm(a, b, out=out)}, device)["mm"].median / 1e9

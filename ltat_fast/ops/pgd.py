@@ -74,6 +74,7 @@ def _pgd_step_out_cuda(x_adv, grad, x, step_size, eps, lower, upper, out):
 
     dense = torch.empty_like(out)  # has the strides of out, unless out is a slice with no memory order to walk
     target = out if _same_strides(dense, out) else dense
+    grad = grad.sign() if grad.dtype == torch.float64 else grad  # 1e-60 is 0 in the kernel's float32
     launch_step(*(_in_layout_of(target, t) for t in (x_adv, grad, x)), target, step_size, eps, lower, upper)
     if target is not out:
         out.copy_(target)

@@ -1,0 +1,142 @@
+"""Building and loading: what the wheel holds, and what happens when something that a full build needs is missing."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import pytest
+import torch
+
+from ltat_fast import _ext
+
+ROOT = Path(__file__).parents[1]
+NEEDS_EXT = pytest.mark.skipif(not _ext.HAS_EXT, reason=f"no C++ extension: {_ext.WHY_NOT}")
+
+
+def build_wheel(tmp_path, *, expect=0, **environment):
+    """The wheel built from a copy of the sources (None if expected to fail), and what the build printed."""
+    source = tmp_path / "source"
+    for name in ("ltat_fast", "kernels", "csrc", "tests"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    ran = subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "-v", "--no-build-isolation", "--no-deps", "-w", "dist", "."],
+        cwd=source, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert (ran.returncode != 0) == expect, ran.stdout + ran.stderr
+    return next((source / "dist").glob("*.whl"), None), ran.stdout + ran.stderr
+
+
+def files_of(wheel):
+    return {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+
+
+def test_wheel_without_the_extension(tmp_path):
+    wheel, printed = build_wheel(tmp_path, LTAT_BUILD_EXT="0")
+    assert "LTAT_BUILD_EXT=0: installing without the C++ extension" in printed
+    files = files_of(wheel)
+    kernels = {f"ltat_fast/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "ltat_fast").rglob("*.py")}
+    assert kernels | modules == {name for name in files if name.endswith(".py")}
+    assert not [name for name in files if name.startswith(("tests", "csrc"))]
+    if not any(name.endswith(".so") for name in files):
+        assert wheel.name.endswith("py3-none-any.whl")
+
+    # installed on its own, it imports and runs from any directory
+    target = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(target)
+    code = (
+        "import torch, ltat_fast.kernels; from ltat_fast import _ext, ops\n"
+        "assert 'site' in ops.__file__ and not _ext.HAS_EXT and 'not built' in _ext.WHY_NOT, _ext.WHY_NOT\n"
+        "x = torch.rand(2, 3); assert ops.pgd_step(x, x, x, 0.1, 0.2).shape == x.shape"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(target)}, check=True
+    )
+
+
+def test_a_compiler_that_fails_costs_only_the_extension(tmp_path):
+    wheel, printed = build_wheel(tmp_path, CXX="false", CC="false")
+    assert "the C++ extension did not build" in printed
+    assert not [name for name in files_of(wheel) if "_C." in name]
+
+
+def test_a_compiler_that_fails_is_an_error_on_request(tmp_path):
+    build_wheel(tmp_path, expect=1, CXX="false", CC="false", LTAT_REQUIRE_EXT="1")
+
+
+def test_torch_missing_costs_only_the_extension(tmp_path):
+    no_torch = tmp_path / "no_torch"
+    no_torch.mkdir()
+    (no_torch / "torch.py").write_text("raise ImportError('No module named torch')\n")
+    wheel, printed = build_wheel(tmp_path, PYTHONPATH=str(no_torch))
+    assert "no C++ extension: No module named torch. Install torch first" in printed
+    assert "ltat_fast/kernels/pgd.py" in files_of(wheel)
+
+
+def test_torch_is_not_a_build_requirement():
+    build_system = (ROOT / "pyproject.toml").read_text().split("[project]")[0]
+    requires = re.search(r"^requires = (.*)$", build_system, re.MULTILINE).group(1)
+    assert "torch" not in requires
+
+
+@NEEDS_EXT
+def test_build_info():
+    info = _ext.C.build_info()
+    assert info["schema_version"] == _ext.SCHEMA_VERSION
+    assert info["torch"] == torch.__version__
+    assert info["cpu_isa"] in info["cpu_builds"].split()
+    assert (info["cuda"] is None) == (info["cuda_archs"] == "")
+    assert re.search(r"(gcc|clang) \d+", info["compiler"])
+    assert _ext.WHY_NOT == ""
+
+
+def test_the_two_schema_versions_are_one():
+    header = (ROOT / "csrc/ops.h").read_text()
+    assert re.search(r'#define LTAT_SCHEMA_VERSION "(.*)"', header).group(1) == _ext.SCHEMA_VERSION
+
+
+@NEEDS_EXT
+@pytest.mark.parametrize(
+    ("change", "why_not"),
+    [
+        (lambda binary: binary.replace(b":schema=1;", b":schema=0;"), "has op schema 0, this code needs 1"),
+        (lambda binary: binary.replace(b";torch=2", b";torch=1"), r"was built for torch 1.*, this is 2"),
+        (lambda binary: binary.replace(b"ltat-fast-build:", b"xxxx-xxxx-xxxxx:"), "carries no build stamp"),
+        (lambda binary: b"", "carries no build stamp"),
+        (lambda binary: b"\0" * 64 + binary[64:], "does not load"),
+    ],
+    ids=["old schema", "old torch", "unknown", "empty", "broken"],
+)
+def test_a_library_that_does_not_fit_is_left_alone(tmp_path, change, why_not):
+    """In a copy of the package: import works, plain torch runs, and the reason names the remedy."""
+    package = tmp_path / "ltat_fast"
+    shutil.copytree(ROOT / "ltat_fast", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    library = Path(_ext.C.__file__)
+    (package / library.name).write_bytes(change(library.read_bytes()))
+    code = (
+        "import torch; from ltat_fast import _ext, ops\n"
+        "assert not _ext.HAS_EXT and _ext.C is None\n"
+        "x = torch.rand(2, 3); ops.pgd_step(x, x, x, 0.1, 0.2)\n"
+        "print(_ext.__file__, ops.backend_info()['pgd_step']['cpu'])"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert str(tmp_path) in ran.stdout
+    assert re.search(why_not, ran.stdout), ran.stdout
+    assert "rebuild with pip install" in ran.stdout
+
+
+def test_a_library_for_another_python_is_named(tmp_path):
+    assert _ext._load(tmp_path) == (None, f"C++ extension not built: {_ext.INSTALL}")
+    (tmp_path / "_C.cpython-38-x86_64-linux-gnu.so").touch()
+    module, why_not = _ext._load(tmp_path)
+    assert module is None
+    assert "built only for another Python (_C.cpython-38" in why_not
+    assert "_C.cpython-38-x86_64-linux-gnu.so" not in [f"_C{suffix}" for suffix in EXTENSION_SUFFIXES]

@@ -70,6 +70,8 @@ class Config:
 
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 where the hardware has it; evaluation is always fp32"""
+    attack_precision: Literal["same", "fp32"] = "same"
+    """same: the attack of training runs in --precision; fp32: to check what that costs"""
     compile: Literal["auto", "none", "step", "graph"] = "auto"
     """how the step runs: eager (none), torch.compile (step) or one CUDA graph; auto: graph on a GPU, else eager"""
     device: Literal["auto", "cpu", "cuda"] = "auto"

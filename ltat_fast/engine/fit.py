@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -15,13 +15,17 @@ from ltat_fast.engine import checkpoint, distributed, log, speed
 from ltat_fast.engine.backend import choose_backend
 from ltat_fast.engine.checkpoint import Progress
 from ltat_fast.engine.device import Hardware
+from ltat_fast.engine.precision import gradient_health
 from ltat_fast.engine.schedule import learning_rate
 from ltat_fast.engine.signals import Interrupted, StopOnSignal
-from ltat_fast.engine.step import TrainStep, make_optimizer
+from ltat_fast.engine.step import TrainStep, frozen_twin, make_optimizer
 from ltat_fast.methods import Method
 from ltat_fast.models.sync_batch_norm import synchronise_batch_norm
 
 AGREE_EVERY = 10  # steps between the moments at which several processes agree to save or to stop
+# Recorded, but not worth the terminal's width, or shown in a form of their own.
+NOT_IN_LINE = {"epoch", "steps", "lr", "seconds", "images_per_second"}
+NOT_IN_LINE |= {"share_of_ceiling", "zero_gradients", "sign_disagreement"}
 CHECK_EVERY = 50  # steps between looks at the device: for a loss that is not finite, and for the progress bar
 
 # Evaluates the model as it stands: flat names to numbers.
@@ -57,6 +61,8 @@ class Stage:
     select_by: str = ""
     """which of the evaluated numbers picks the best epoch"""
     backend: str = "auto"
+    attack_fp32: bool = False
+    """attack in float32, whatever the precision of the training step"""
     max_steps: int | None = None
     save_minutes: float = 10.0
 
@@ -86,7 +92,8 @@ def fit(stage: Stage, hardware: Hardware) -> Progress:
     wrapped = distributed.wrap(stage.model)
 
     def build(backend: str) -> TrainStep:
-        return TrainStep(stage.model, stage.method, optimizer, stage.attack, hardware, backend, wrapped)
+        twin = frozen_twin(stage.model, replace(hardware, dtype=torch.float32) if stage.attack_fp32 else hardware)
+        return TrainStep(stage.model, stage.method, optimizer, stage.attack, hardware, backend, wrapped, twin)
 
     x, y = next(stage.loader.batches(progress.epoch))
     step = choose_backend(stage.backend, build, x, y)
@@ -117,6 +124,7 @@ class _Fit:
         """seconds_per_image: what a step takes for each image at the ceiling of one device's matrix products."""
         self.stage, self.step, self.progress, self.record, self.stop = stage, step, progress, record, stop
         self.seconds_per_image = seconds_per_image
+        self.check_batch = next(stage.loader.batches(0))
         self.per_epoch = len(stage.loader)
         self.last_save = time.monotonic()
         self.world = distributed.current()
@@ -168,6 +176,8 @@ class _Fit:
         if stage.evaluate and (stage.evaluate_when(epoch - 1) or finished):
             scores = stage.evaluate(stage.model)
             entry |= scores
+            if stage.method.attacks:
+                entry |= gradient_health(self.step, *self.check_batch)
             if scores[stage.select_by] > progress.best.get(stage.select_by, -1.0):
                 progress.best = {"epoch": epoch, **scores}
                 self._save_weights("best", epoch)
@@ -226,7 +236,6 @@ class _Fit:
 
 
 def _line(entry: dict, epochs: int) -> str:
-    skip = {"epoch", "steps", "seconds", "images_per_second", "share_of_ceiling", "lr"}
-    numbers = "  ".join(f"{name} {value:.4g}" for name, value in entry.items() if name not in skip)
+    numbers = "  ".join(f"{name} {value:.4g}" for name, value in entry.items() if name not in NOT_IN_LINE)
     rate = f"{entry['seconds']:.1f} s  {entry['images_per_second']:.0f} images/s"
     return f"{entry['epoch']:>3}/{epochs}  lr {entry['lr']:.4g}  {numbers}  {rate}"

@@ -190,6 +190,7 @@ def _stage(
         seed=config.seed,
         card=functools.partial(run.model_card, config, data, method),
         backend=config.compile,
+        attack_fp32=config.attack_precision == "fp32",
         max_steps=config.max_steps,
         save_minutes=config.save_minutes,
     )

@@ -1,0 +1,29 @@
+"""Whether an attack in reduced precision still sees the gradient: PGD takes its sign, so what underflows is lost."""
+
+import torch
+from torch import Tensor
+
+from ltat_fast.engine.step import TrainStep
+from ltat_fast.models.frozen import FrozenTwin
+
+
+def gradient_health(step: TrainStep, x: Tensor, y: Tensor) -> dict[str, float]:
+    """Of the input gradients that the attack of ``step`` would start from at the images ``x``, in percent:
+
+    ``zero_gradients``, exactly zero, where a sign step stands still; ``sign_disagreement``, of another sign than the
+    float32 network says (not given for an attack in float32). Everything stays as it was.
+    """
+    step.frozen.refresh()
+    grad = _input_gradient(step, step.frozen, x, y)
+    health = {"zero_gradients": 100 * (grad == 0).float().mean().item()}
+    if step.frozen.dtype not in (None, torch.float32):
+        exact = _input_gradient(step, FrozenTwin(step.model, fold_bn=False), x, y)
+        health["sign_disagreement"] = 100 * (grad.sign() != exact.sign()).float().mean().item()
+    return health
+
+
+def _input_gradient(step: TrainStep, network: FrozenTwin, x: Tensor, y: Tensor) -> Tensor:
+    with torch.no_grad():
+        target = step.method.target(network, x, y)
+    point = x.detach().requires_grad_()
+    return torch.autograd.grad(step.method.objective(point, network(point), target), point)[0]

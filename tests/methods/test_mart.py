@@ -56,6 +56,23 @@ def test_float32_keeps_what_the_formula_says(size):
         torch.testing.assert_close(grad.double(), theirs, atol=1e-6, rtol=1e-3)
 
 
+def test_the_small_constants_count_in_float32():
+    """Clean prediction sure and right, adversarial one sure and wrong, with 1 - p about as small as the constants."""
+    clean = torch.tensor([[17.0, 0, 0, 0, 0, 0, 0], [0, 0, 40.0, 0, 0, 0, 0]], dtype=torch.float64)
+    adv = torch.tensor([[0, 12.3, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 14.1, 0]], dtype=torch.float64)
+    for c, a, y in zip(clean[:, None], adv[:, None], torch.tensor([[0], [2]]), strict=True):
+        method = Mart()
+        method.setup(Setting(torch.tensor(COUNTS)))
+        logits = iter((c.float(), a.float()))
+        _, parts = method.loss(lambda x, logits=logits: next(logits), None, None, y, None)
+        boosted = formula(c, a, y, 0.0).item()
+        assert parts["bce"].item() == pytest.approx(boosted, rel=3e-7)
+        # The formula's own subtraction from 1.0000001 leaves nine digits in float64.
+        assert parts["weighted_kl"].item() == pytest.approx(
+            formula(c, a, y, 1e6).item() / 1e6 - boosted / 1e6, rel=1e-5
+        )
+
+
 def test_extreme_logits_stay_finite():
     method = Mart()
     method.setup(Setting(torch.tensor(COUNTS)))

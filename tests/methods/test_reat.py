@@ -9,7 +9,6 @@ from three_steps import (
     COUNTS,
     HARDWARE,
     N,
-    ToyClassifier,
     Twin,
     assert_three_steps_equal,
     batch,
@@ -166,9 +165,7 @@ def stage(folder, die_at: int | None = None) -> Stage:
         return loss(*args)
 
     method.loss = counted
-    with torch.random.fork_rng():
-        torch.manual_seed(5)
-        model = method.wrap_model(ToyClassifier(), torch.tensor(COUNTS))
+    model = toy_classifier(method, seed=5).float()
     method.setup(Setting(torch.tensor(COUNTS)))
     return Stage(
         name="student",
@@ -201,7 +198,7 @@ def test_a_resumed_run_keeps_its_counts(tmp_path):
     assert whole.method.predicted.sum() == 40
     for name, tensor in whole.method.state().items():
         assert torch.equal(resumed.method.state()[name], tensor), name
-    from_counts = effective_number_weights(torch.tensor(COUNTS), torch.tensor(COUNTS))
-    assert not torch.equal(resumed.method.class_weights, from_counts)
+    # Three classes at least, or these weights would hardly depend on how much was counted.
+    assert whole.method.class_weights.unique().numel() > 3
     for name, tensor in whole.model.state_dict().items():
         assert torch.equal(resumed.model.state_dict()[name], tensor), name

@@ -36,27 +36,41 @@ def test_a_short_run_ends_finite(flags, tmp_path):
     assert scores["last"]["pgd20"]["images"] == 50
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if not method.differentiates_twice])
-def test_a_captured_step_is_the_eager_step(name):
-    device = torch.device("cuda")
-    hardware = Hardware(device, torch.float32, "test")
-    generator = torch.Generator(device).manual_seed(0)
-    counts = torch.arange(100, 0, -10)
+COUNTS = torch.arange(100, 0, -10)
+
+
+def trial(name: str, hardware: Hardware, backend: str = "eager") -> tuple[TrainStep, tuple[torch.Tensor, float]]:
+    """A step of ``name`` on noise, and the adversarial examples and loss it would have."""
 
     def network(method, seed):
         torch.manual_seed(seed)
-        model = method.wrap_model(build_model("smallresnet", 10, in_channels=1), counts)
-        return model.to(device, memory_format=torch.channels_last)
+        model = method.wrap_model(build_model("smallresnet", 10, in_channels=1), COUNTS)
+        return model.to(hardware.device, memory_format=torch.channels_last)
 
     method = METHODS[name]()
     model, teacher = network(method, 0), network(METHODS["pgd-at"](), 1)
-    method.setup(Setting(counts.to(device), frozen_twin(teacher, hardware)))
-    optimizer = make_optimizer(model, 0.1, 0.9, 5e-4)
-    x = torch.rand(32, 1, 8, 8, device=device, generator=generator).contiguous(memory_format=torch.channels_last)
-    y = torch.randint(10, (32,), device=device, generator=generator)
-    trials = {}
-    for backend in ("eager", "graph"):
-        step = TrainStep(model, method, optimizer, AttackConfig(0.1, 0.025, 3, method.noise), hardware, backend)
-        trials[backend] = step.trial(x, y)
-    assert disagreement(trials["graph"], trials["eager"], step) == ""
+    method.setup(Setting(COUNTS.to(hardware.device), frozen_twin(teacher, hardware)))
+    attack = AttackConfig(0.1, 0.025, 3, method.noise)
+    step = TrainStep(model, method, make_optimizer(model, 0.1, 0.9, 5e-4), attack, hardware, backend)
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.rand(32, 1, 8, 8, generator=generator), torch.randint(10, (32,), generator=generator)
+    x = x.to(hardware.device).contiguous(memory_format=torch.channels_last)
+    return step, step.trial(x, y.to(hardware.device))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_bf16_gives_about_the_loss_of_float32(name):
+    device = torch.device("cpu")
+    _, (_, loss) = trial(name, Hardware(device, torch.float32, ""))
+    _, (_, in_bf16) = trial(name, Hardware(device, torch.bfloat16, ""))
+    assert in_bf16 == pytest.approx(loss, rel=0.03)
+    assert in_bf16 != loss
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if not method.differentiates_twice])
+def test_a_captured_step_is_the_eager_step(name):
+    hardware = Hardware(torch.device("cuda"), torch.float32, "")
+    _, eager = trial(name, hardware)
+    step, captured = trial(name, hardware, "graph")
+    assert disagreement(captured, eager, step) == ""

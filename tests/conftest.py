@@ -29,28 +29,44 @@ def pytest_terminal_summary(terminalreporter):
 
 
 @pytest.fixture(scope="session")
-def digits_run(tmp_path_factory):
+def shared(tmp_path_factory):
+    """``shared(name, make)``: the folder that ``make(folder)`` filled once for all workers, whoever came first."""
+    from ltat_fast.data.lock import exclusive
+
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+
+    def once(name, make):
+        with exclusive(root / f"{name}.lock", lambda text: None):
+            if not (root / f"{name}.made").exists():
+                make(root / name)
+                (root / f"{name}.made").touch()
+        return root / name
+
+    return once
+
+
+@pytest.fixture(scope="session")
+def digits_run(shared):
     """A short, finished LTAT run on the digits, from the command line. Copy it before changing anything in it."""
     import runs
 
-    run_dir = tmp_path_factory.mktemp("runs") / "digits"
-    runs.finish(runs.start("--out", str(run_dir), *runs.QUICK))
-    return run_dir
+    return shared("digits", lambda out: runs.finish(runs.start("--out", str(out), *runs.QUICK)))
 
 
 @pytest.fixture(scope="session")
-def image_tree(tmp_path_factory):
+def image_tree(shared):
     """Folders of 8x8 colour images of three classes, 24, 12 and 8 to train on and 5 each to test on."""
     import runs
 
-    return runs.write_images(tmp_path_factory.mktemp("images") / "a b")
+    return shared("images a b", runs.write_images)
 
 
 @pytest.fixture(scope="session")
-def folder_run(tmp_path_factory, image_tree):
+def folder_run(shared, image_tree):
     """Three steps of LTAT on those, evaluated."""
     import runs
 
-    run_dir = tmp_path_factory.mktemp("runs") / "folder"
-    assert runs.train(*runs.FOLDER, "--data-dir", str(image_tree), "--out", str(run_dir)) == 0
-    return run_dir
+    flags = (*runs.FOLDER, "--data-dir", str(image_tree))
+    return shared("folder", lambda out: runs.finish(runs.start("--out", str(out), *flags)))

@@ -13,7 +13,7 @@ from ltat_fast.engine import checkpoint, log
 
 # Ten seconds with start-up: teacher and student, 100 test images.
 QUICK = ("--epochs", "3", "--teacher-epochs", "2", "--attack-steps", "3", "--eval-every", "2")
-QUICK += ("--limit-eval", "100", "--eval-attacks", "clean,pgd20")
+QUICK += ("--limit-eval", "100", "--eval-attacks", "clean,pgd20", "--alpha", "10")
 FOLDER = ("--dataset", "imagefolder-lt", "--arch", "smallresnet", "--batch-size", "8", "--teacher-batch-size", "4")
 FOLDER += ("--max-steps", "3", "--precision", "fp32", "--eval-attacks", "clean,pgd20", "--attack-steps", "2")
 

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from ltat_fast import config as configuration
-from ltat_fast.config import PRESETS, Config, differences, parse_args, ratio
+from ltat_fast.config import METHOD_PRESETS, PRESETS, Config, differences, parse_args, ratio
 from ltat_fast.errors import UserError
 from ltat_fast.methods import METHODS
 from ltat_fast.methods.at_bsl import AtBsl
@@ -81,7 +81,7 @@ def test_the_default_is_ltat_on_the_embedded_digits():
     config, method = parse()
     assert (config.dataset, config.method, config.arch) == ("digits-lt", "ltat", "smallresnet")
     assert (config.eps, config.step_size, config.lr_schedule) == ("0.1", "0.025", "onecycle")
-    assert method == Ltat(alpha=5.0)
+    assert method == Ltat(**METHOD_PRESETS["digits-lt", "ltat"])
 
 
 def test_every_dataset_has_a_preset():
@@ -288,7 +288,7 @@ def test_the_same_flags_again_differ_in_nothing(tmp_path):
     [
         (["--lr", "0.2"], ["lr (0.1 -> 0.2)"]),
         (["--epochs", "9", "--seed", "1"], ["epochs (40 -> 9)", "seed (0 -> 1)"]),
-        (["--alpha", "7"], ["alpha (5.0 -> 7.0)"]),
+        (["--tau", "7"], ["tau (1.0 -> 7.0)"]),
         (["--method", "pgd-at"], ["method (ltat -> pgd-at)"]),
         (["--dataset", "cifar10-lt"], ["dataset (digits-lt -> cifar10-lt)"]),
         (["--teacher", "x"], ["teacher (None -> x)"]),

@@ -16,8 +16,6 @@ from ltat_fast.data import load_dataset
 from ltat_fast.engine import checkpoint, pipeline
 from ltat_fast.models import build_model
 
-pytestmark = pytest.mark.xdist_group("runs")  # they share a run
-
 
 @pytest.fixture
 def run(digits_run, tmp_path):

@@ -14,9 +14,6 @@ from safetensors.torch import save_file
 from ltat_fast.engine import checkpoint, log, pipeline
 from ltat_fast.models import build_model
 
-pytestmark = pytest.mark.xdist_group("runs")  # they share a run
-
-
 # -- a whole run ----------------------------------------------------------------------------------------------------
 
 

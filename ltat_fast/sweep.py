@@ -1,0 +1,152 @@
+"""Sweep: a whole table of the paper, run or resumed row by row, ours printed beside the paper's.
+
+python -m ltat_fast.sweep --table 1                                     # on the table's own dataset
+python -m ltat_fast.sweep --table 1 --dataset digits-lt                 # the same methods on another
+python -m ltat_fast.sweep --table 5 --seeds 0 1 2 -- --data-dir DIR     # what follows -- goes to every run
+
+Finished rows are skipped, interrupted ones go on; a row that fails does not stop the others. ``--slurm-partition``
+submits each row as a job instead (needs submitit); call the sweep again later for the table.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+import tyro
+
+from ltat_fast.attacks.evaluation import parse_attacks
+from ltat_fast.config import PRESETS, Config, choose
+from ltat_fast.engine import log, tables
+from ltat_fast.engine.jobs import Job, train_all
+from ltat_fast.errors import UserError, exit_on_user_error
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """A whole table of the paper, ours beside the paper's."""
+
+    table: str
+    """number of the table in the LTAT paper"""
+    dataset: str | None = None
+    """run the table's methods on this dataset, with its preset, instead of on the table's own"""
+    seeds: tuple[int, ...] = ()
+    """each gives one run a row; as the paper (one, or five for table 10) if not given"""
+    out: Path | None = None
+    """where the runs go; runs/table<number>-<dataset> if not given"""
+    slurm_partition: str | None = None
+    """submit the rows as Slurm jobs to this partition"""
+    slurm_minutes: int = 720
+    """time limit of such a job"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table: its runs, one a seed, and what the paper has for it."""
+
+    title: str
+    paper: dict[str, dict[str, float | None]]
+    jobs: tuple[Job, ...]
+    comparable: bool
+    """whether the runs are on the paper's dataset"""
+
+
+@exit_on_user_error
+def main(argv: list[str] | None = None) -> int:
+    """Exit status 1 if a row failed."""
+    argv = sys.argv[1:] if argv is None else argv
+    split = argv.index("--") if "--" in argv else len(argv)
+    arguments = tyro.cli(Arguments, prog="python -m ltat_fast.sweep", args=argv[:split])
+    paper = json.loads((files("ltat_fast") / "paper_tables.json").read_text())
+    choose("table", arguments.table, paper)
+    if arguments.dataset is not None:
+        choose("dataset", arguments.dataset, PRESETS)
+    rows = list(plan(paper[arguments.table], arguments, tuple(argv[split + 1 :])))
+    todo = [job for row in rows for job in row.jobs if not is_finished(job)]
+    log.say(f"table {arguments.table}: {len(rows)} rows, {sum(len(row.jobs) for row in rows)} runs, {len(todo)} to do")
+    if arguments.slurm_partition is not None:
+        submit(todo, arguments.slurm_partition, arguments.slurm_minutes)
+        return 0
+    statuses = train_all(todo, show=lambda line: " test set" in line) if todo else {}
+    text = render(rows, paper[arguments.table]["notes"])
+    log.say(text)
+    (folder_of(arguments) / "table.md").write_text(text + "\n")
+    return 1 if any(statuses.values()) else 0
+
+
+def folder_of(arguments: Arguments) -> Path:
+    return arguments.out or Path("runs") / f"table{arguments.table}-{arguments.dataset or 'paper'}"
+
+
+def plan(table: dict, arguments: Arguments, extra: tuple[str, ...]) -> Iterator[Row]:
+    """The rows of a table of paper_tables.json, each with the runs that make it."""
+    several = len(table["experiments"]) > 1
+    for experiment in table["experiments"]:
+        own = arguments.dataset in (None, experiment["dataset"])
+        ratio = f"{experiment['imbalance_ratio']:g}"
+        flags = ["--dataset", arguments.dataset or experiment["dataset"]]
+        if own:
+            flags += ["--arch", experiment["arch"]]
+        if own or several:  # a table over imbalance ratios keeps them on any dataset
+            flags += ["--imbalance-ratio", ratio]
+        for row in experiment["rows"]:
+            title = f"{row['name']} IR {ratio}" if several else row["name"]
+            stem = title.lower().replace(" ", "")
+            jobs = tuple(
+                Job(folder_of(arguments) / f"{stem}-seed{seed}", (*flags, *row["flags"], "--seed", str(seed), *extra))
+                for seed in arguments.seeds or table.get("seeds", [0])
+            )
+            yield Row(title, row["paper"], jobs, own)
+
+
+def is_finished(job: Job) -> bool:
+    """Whether the run of ``job`` has been trained and evaluated under all the attacks it is to be evaluated under."""
+    try:
+        config, results = tables.load_results(job.run_dir)
+    except UserError:
+        return False
+    attacks = parse_attacks(config.get("eval_attacks", Config.eval_attacks))
+    return all(attack in results.get(which, {}) for which in ("best", "last") for attack in attacks)
+
+
+def submit(jobs: list[Job], partition: str, minutes: int) -> None:
+    """Each job as a Slurm job with one GPU."""
+    try:
+        import submitit
+    except ImportError:
+        raise UserError("--slurm-partition needs submitit: pip install submitit") from None
+    for job in jobs:
+        executor = submitit.AutoExecutor(job.log_file.parent / "slurm")
+        limits = {"slurm_partition": partition, "timeout_min": minutes, "gpus_per_node": 1}
+        executor.update_parameters(name=job.run_dir.name, **limits)
+        log.say(f"{job.run_dir.name}: Slurm job {executor.submit(subprocess.check_call, job.command).job_id}")
+
+
+def render(rows: list[Row], notes: list[str]) -> str:
+    """The table in Markdown: a line a row and checkpoint, the paper's number behind ours where they are comparable."""
+    headings = [heading for heading, _, _ in tables.COLUMNS]
+    lines = [
+        "| method | checkpoint | seeds | " + " | ".join(headings) + " |",
+        "|---|---|---|" + "---:|" * len(headings),
+    ]
+    for row in rows:
+        finished = [job.run_dir for job in row.jobs if (job.run_dir / "eval.json").exists()]
+        measured = {entry["checkpoint"]: entry for entry in tables.rows(finished)} if finished else {}
+        for which in ("best", "last"):
+            entry = measured.get(which, {"values": {}, "seeds": 0})
+            cells = []
+            for heading in headings:
+                ours = tables.cell(entry["values"].get(heading, []), entry["seeds"])
+                theirs = row.paper.get(which, {}).get(heading)
+                cells.append(f"{ours} ({theirs:g})" if row.comparable and theirs is not None else ours)
+            lines.append(f"| {row.title} | {which} | {entry['seeds']} | " + " | ".join(cells) + " |")
+    if any(row.comparable for row in rows):
+        lines += ["", "In brackets: the paper's numbers.", *(f"Of those: {note}." for note in notes)]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,80 @@
+"""A table of the paper as runs: the right rows with the right flags, finished ones skipped, ours beside the paper's."""
+
+import json
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+from runs import status_of
+
+from ltat_fast.sweep import Arguments, plan, render
+
+TABLES = json.loads((files("ltat_fast") / "paper_tables.json").read_text())
+QUICK = ("--epochs", "1", "--teacher-epochs", "1", "--max-steps", "1", "--attack-steps", "1", "--precision", "fp32")
+QUICK += ("--eval-attacks", "clean,pgd20", "--limit-eval", "50")
+
+
+def test_tables_hold_the_papers_numbers():
+    ours = TABLES["1"]["experiments"][0]["rows"][-1]
+    assert ours["name"] == "Ours"
+    assert ours["paper"]["last"] == {"Clean": 71.74, "PGD": 37.8, "AA": 33.74, "T-Clean": 74.7, "T-PGD": 36.2}
+    pgd_at = TABLES["2"]["experiments"][0]["rows"][0]
+    assert pgd_at["paper"]["best"]["T-PGD"] is None, "missing from the paper's text"
+    assert sorted(TABLES, key=int) == ["1", "2", "3", "4", "5", "7", "8", "10"]
+
+
+def test_a_table_on_its_own_dataset():
+    rows = list(plan(TABLES["1"], Arguments("1"), ("--data-dir", "images")))
+    assert [row.title for row in rows] == ["PGD-AT", "TRADES", "MART", "AWP", "RoBal", "REAT", "AT-BSL", "Ours"]
+    (job,) = rows[-1].jobs
+    flags = dict(zip(job.flags[::2], job.flags[1::2], strict=True))
+    assert flags["--dataset"] == "cifar10-lt"
+    assert flags["--arch"] == "resnet18"
+    assert flags["--imbalance-ratio"] == "50"
+    assert flags["--method"] == "ltat"
+    assert flags["--data-dir"] == "images"
+
+
+def test_another_dataset_brings_its_own_preset():
+    rows = list(plan(TABLES["1"], Arguments("1", dataset="digits-lt"), ()))
+    assert "--arch" not in rows[0].jobs[0].flags
+    assert "--imbalance-ratio" not in rows[0].jobs[0].flags
+
+
+def test_a_table_over_ratios_keeps_them():
+    rows = list(plan(TABLES["5"], Arguments("5", dataset="digits-lt", seeds=(3, 4)), ()))
+    assert len(rows) == 16
+    assert rows[0].title == "RoBal IR 50"
+    assert "--imbalance-ratio" in rows[0].jobs[0].flags
+    folders = [job.run_dir for row in rows for job in row.jobs]
+    assert len(set(folders)) == 32
+
+
+def test_run_skip_and_render(tmp_path, capsys):
+    sweep = ("--table", "10", "--dataset", "digits-lt", "--seeds", "0", "--out", str(tmp_path / "a table"))
+    assert status_of("sweep", *sweep, "--", *QUICK) == 0
+    assert "1 runs, 1 to do" in capsys.readouterr().out
+    assert status_of("sweep", *sweep, "--", *QUICK) == 0
+    assert "1 runs, 0 to do" in capsys.readouterr().out
+    table = (tmp_path / "a table" / "table.md").read_text()
+    assert table.count("| Ours |") == 2
+    assert "46.35" not in table, "another dataset is not compared with the paper's"
+
+
+def test_a_failed_row_does_not_stop_the_others(tmp_path, capsys):
+    sweep = ("--table", "10", "--dataset", "digits-lt", "--seeds", "0", "1", "--out", str(tmp_path))
+    (tmp_path / "ours-seed0").write_text("a file where the run should be")
+    assert status_of("sweep", *sweep, "--", *QUICK) == 1
+    assert (tmp_path / "ours-seed1" / "eval.json").exists()
+
+
+def test_the_papers_numbers_stand_beside_ours():
+    rows = list(plan(TABLES["1"], Arguments("1", out=Path("nowhere")), ()))
+    text = render(rows, TABLES["1"]["notes"])
+    assert "| Ours | last | 0 | - (71.74) | - (37.8) | - (33.74) | - (74.7) | - (36.2) |" in text
+
+
+@pytest.mark.parametrize("flags", [("--table", "9"), ("--table", "1", "--dataset", "mnist")])
+def test_unknown_names(flags, capsys):
+    assert status_of("sweep", *flags) == 2
+    assert "choose one of" in capsys.readouterr().err

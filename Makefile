@@ -11,10 +11,10 @@ demo: $(VENV)/.built
 	$(PY) -m ltat_fast.demo
 
 test: $(VENV)/.built $(VENV)/.dev
-	$(PY) -m pytest -n 2 --dist loadgroup -m "not slow"
+	$(PY) -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-all: $(VENV)/.built $(VENV)/.dev
-	$(PY) -m pytest -n 2 --dist loadgroup
+	$(PY) -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .

@@ -36,6 +36,8 @@ class World:
 
 def launched() -> World:
     """What torchrun says of this process; a world of one without it."""
+    if "WORLD_SIZE" not in os.environ:
+        return World()
     rank, size, local_rank = (int(os.environ.get(*d)) for d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     return World(rank, size, local_rank)
 

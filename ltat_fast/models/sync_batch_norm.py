@@ -29,7 +29,7 @@ class CpuSyncBatchNorm(nn.BatchNorm2d):
         x32 = x.float()
         moments = torch.stack([x32.mean((0, 2, 3)), x32.square().mean((0, 2, 3))])
         mean, square = _MeanOverProcesses.apply(moments)
-        variance = square - mean.square()
+        variance = (square - mean.square()).clamp_min(0)  # rounding can take it below
         with torch.no_grad():
             n = x.numel() / x.shape[1] * dist.get_world_size()
             self.running_mean.lerp_(mean, self.momentum)

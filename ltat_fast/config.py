@@ -57,8 +57,8 @@ class Config:
     gamma: float | None = None
     """images a class in the teacher's balanced set, in units of the smallest class; the paper's IR / 2 if not given"""
     teacher: str | None = None
-    """use this teacher instead of training one: a finished run (its student; its teacher is RUN/teacher), a .safetensors
-    file, torchvision:NAME[@FILE], timm:NAME[@FILE] or module:PACKAGE.MODULE:NAME (docs/teachers.md)"""
+    """use this teacher instead of training one: a finished run (its student; its teacher is RUN/teacher), a
+    .safetensors file, torchvision:NAME[@FILE], timm:NAME[@FILE] or module:PACKAGE.MODULE:NAME (docs/teachers.md)"""
 
     eps: str = "8/255"
     """radius of the L_inf ball, a fraction or a decimal, pixels in [0, 1]"""

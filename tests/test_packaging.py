@@ -97,6 +97,27 @@ def test_build_info():
     assert _ext.WHY_NOT == ""
 
 
+@NEEDS_EXT
+@pytest.mark.skipif(not _ext.HAS_EXT or "avx512" not in _ext.C.build_info()["cpu_builds"], reason="one build only")
+@pytest.mark.skipif(not shutil.which("objdump"), reason="no objdump")
+def test_wide_instructions_stay_in_their_own_build():
+    """One AVX-512 instruction elsewhere, say in an inline function that two builds share, would crash an older CPU."""
+    listing = subprocess.run(
+        ["objdump", "-d", "-C", "--no-show-raw-insn", _ext.C.__file__], capture_output=True, text=True, check=True
+    ).stdout
+    users = {"%zmm": set(), "%ymm": set()}
+    function = ""
+    for line in listing.splitlines():
+        if line.endswith(">:"):
+            function = line
+        for register, functions in users.items():
+            if register in line:
+                functions.add(function)
+    assert users["%zmm"]
+    assert not [name for name in users["%zmm"] if "ltat::avx512::" not in name]
+    assert not [name for name in users["%ymm"] if "ltat::avx512::" not in name and "ltat::avx2::" not in name]
+
+
 def test_the_two_schema_versions_are_one():
     header = (ROOT / "csrc/ops.h").read_text()
     assert re.search(r'#define LTAT_SCHEMA_VERSION "(.*)"', header).group(1) == _ext.SCHEMA_VERSION

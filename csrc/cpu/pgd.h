@@ -19,7 +19,7 @@ void pgd_step_loop(const PgdStep& a, int64_t begin, int64_t end) {
     v = v > high ? high : v;
     v = v < lower ? lower : v;
     v = v > upper ? upper : v;
-    out[i] = store<T>(centre == centre ? v : centre);  // and a NaN in x shows
+    out[i] = store<T>(low == low && high == high ? v : low + high);  // and a NaN in x, or inf - inf, shows
   }
 }
 

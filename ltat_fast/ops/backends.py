@@ -22,7 +22,10 @@ def _triton_backend(module: str) -> str:
         return f"torch ({why_not})"
     if not torch.cuda.is_available():
         return "torch (no CUDA device)"
-    importlib.import_module(f"ltat_fast.kernels.{module}")
+    try:
+        importlib.import_module(f"ltat_fast.kernels.{module}")
+    except ImportError as error:
+        return f"broken (Triton is installed but does not import: {error})"
     return "triton"
 
 

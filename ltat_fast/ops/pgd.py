@@ -136,6 +136,8 @@ def pgd_init(
     _check_ball(eps, lower, upper)
     if noise not in ("uniform", "gaussian"):
         raise ValueError(f"noise must be 'uniform' or 'gaussian', got {noise!r}")
+    if eps == float("inf"):
+        raise ValueError("eps must be finite: there is no start point in a ball without bound")
     x = x.detach()
     if not _pgd_init.runs_on(x):
         return pgd_init_ref(x, eps, noise, generator, lower=lower, upper=upper)

@@ -54,6 +54,17 @@ def test_step_against_float64(device):
     torch.testing.assert_close(pgd_step(x_adv, grad, x, STEP, EPS).double(), exact, rtol=0, atol=2**-23)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_half_precision_value_is_read_and_rounded_right(dtype, device):
+    """All 65,536 of them, moved by amounts that leave results between two values, subnormal, or too large."""
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).to(device)
+    inf = float("inf")
+    for amount in (0.0, 2**-26, 1e-7, 3e-5, 2**-9, 0.3, 17.0, 8.0, 2.0**118):
+        stepped = pgd_step(x, torch.ones_like(x), x, amount, inf, -inf, inf)
+        assert_same(stepped, pgd_step_ref(x, torch.ones_like(x), x, amount, inf, -inf, inf))
+
+
 def test_step_takes_float64_on_the_cpu():
     x_adv, grad, x = (t.double() for t in image_batch((1271,)))
     assert_same(pgd_step(x_adv, grad, x, STEP, EPS), pgd_step_ref(x_adv, grad, x, STEP, EPS))
@@ -329,6 +340,8 @@ def test_start_errors():
         pgd_init(x, EPS, "normal")
     with pytest.raises(TypeError, match="x must be float32"):
         pgd_init(x.int(), EPS)
+    with pytest.raises(ValueError, match="eps must be finite"):
+        pgd_init(x, float("inf"))
     with pytest.raises(ValueError, match="lower must not exceed upper"):
         pgd_init(x, EPS, lower=2.0)
 

@@ -140,7 +140,7 @@ HIDE_TRITON = """
 """
 
 
-@pytest.mark.parametrize("hidden", [HIDE_EXTENSION, HIDE_TRITON, HIDE_EXTENSION + HIDE_TRITON])
+@pytest.mark.parametrize("hidden", [HIDE_EXTENSION, HIDE_EXTENSION + HIDE_TRITON], ids=["_C", "_C and Triton"])
 def test_without_the_extension_or_triton(hidden, tmp_path):
     saved = tmp_path / "results.pt"
     code = (

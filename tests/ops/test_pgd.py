@@ -116,8 +116,8 @@ def test_step_keeps_the_layout(layout, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("grad_layout", LAYOUTS.keys() - {"one channel"})
-@pytest.mark.parametrize("out_layout", LAYOUTS.keys() - {"one channel"})
+@pytest.mark.parametrize("grad_layout", [name for name in LAYOUTS if name != "one channel"])
+@pytest.mark.parametrize("out_layout", [name for name in LAYOUTS if name != "one channel"])
 def test_step_mixes_layouts(grad_layout, out_layout, device):
     x_adv, grad, x = image_batch((4, 3, 6, 8), device=device)
     expected = pgd_step_ref(x_adv, grad, x, STEP, EPS)

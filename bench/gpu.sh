@@ -69,7 +69,7 @@ else
     small=(--arch smallresnet --image-size 8 --batch-size 8 --attack-steps 1 --rounds 2)
     large=("${small[@]}" --method at-bsl)
 fi
-part "GPU tests" 110 "$python" -m pytest -q -m gpu -p no:cacheprovider
+part "GPU tests" 120 "$python" -m pytest -q -m gpu -p no:cacheprovider
 part "bench.step, ResNet-18 at 32" 150 "$python" -m bench.step --device "$device" "${small[@]}" \
     --out "$out/step-resnet18-$device.csv"
 part "bench.ops" 70 "$python" -m bench.ops --device "$device" --quick --out "$out/ops-$device.csv"

@@ -1,4 +1,4 @@
-// Autograd nodes of the loss ops, for eager calls: what ltat_fast/ops registers from Python, at a tenth of its cost a call.
+// Autograd nodes of the loss ops for eager calls: what ltat_fast/ops registers from Python, at a fraction of its cost.
 // The kernels are those of the tensors' device, through the dispatcher.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -69,9 +69,10 @@ struct IgdmNode : torch::autograd::Function<IgdmNode> {
     static const auto op = find("ltat::igdm_backward", &igdm_backward_cpu);
     const variable_list saved = ctx->get_saved_variables();
     variable_list result(6);
+    const std::string_view divergence = ctx->saved_data["divergence"].toStringView();
+    const std::string_view reduction = ctx->saved_data["reduction"].toStringView();
     std::tie(result[0], result[1]) =
-        call_backward(op, grads[0], saved[0], saved[1], saved[2], saved[3], ctx->saved_data["divergence"].toStringView(),
-                      ctx->saved_data["reduction"].toStringView());
+        call_backward(op, grads[0], saved[0], saved[1], saved[2], saved[3], divergence, reduction);
     return result;
   }
 };

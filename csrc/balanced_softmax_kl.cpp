@@ -36,12 +36,14 @@ void with_args(const Tensor& logits, const Tensor& labels, const Tensor& class_c
   TORCH_CHECK_VALUE(stats.is_contiguous() && stats.dim() == 2 && stats.size(0) == (teacher_logits ? 6 : 2) &&
                         stats.size(1) == rows && stats.scalar_type() == work_type(logits),
                     "stats must be what the forward returned");
-  const Tensor y = labels.contiguous(), z = unit_columns(logits), t = teacher_logits ? unit_columns(*teacher_logits) : z;
+  const Tensor y = labels.contiguous(), z = unit_columns(logits);
+  const Tensor t = teacher_logits ? unit_columns(*teacher_logits) : z;
   TORCH_CHECK_VALUE(t.is_cpu() && t.sizes() == z.sizes(), "teacher_logits must have the shape of logits");
   TORCH_CHECK_TYPE(t.scalar_type() == z.scalar_type(), "logits and teacher_logits must have one dtype");
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t label = y.const_data_ptr<int64_t>()[i];
-    TORCH_CHECK_VALUE(label >= 0 && label < classes, "label ", label, " of sample ", i, " is outside [0, ", classes, ")");
+    TORCH_CHECK_VALUE(label >= 0 && label < classes, "label ", label, " of sample ", i, " is outside [0, ", classes,
+                      ")");
   }
   BalancedSoftmaxKl args{};
   args.logits = z.const_data_ptr();

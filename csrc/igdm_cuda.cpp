@@ -21,7 +21,8 @@ Tensor igdm_cuda(const Tensor& student_plus, const Tensor& student_minus, const 
   if (reduce_to == Reduction::none) return rows;
   const Tensor loss = call.new_loss({});
   const float scale = reduce_to == Reduction::mean ? 1.f / call.args.rows : 1.f;  // 0 * inf: an empty mean is NaN
-  C10_CUDA_CHECK(sum_rows_cuda(rows.const_data_ptr<float>(), call.args.rows, scale, loss.mutable_data_ptr<float>(), stream));
+  C10_CUDA_CHECK(
+      sum_rows_cuda(rows.const_data_ptr<float>(), call.args.rows, scale, loss.mutable_data_ptr<float>(), stream));
   return loss;
 }
 

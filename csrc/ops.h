@@ -8,7 +8,7 @@
 #include <string_view>
 #include <tuple>
 
-// Raised with any change to a schema or to what a kernel is given; ltat_fast/_ext.py refuses a library with another one.
+// Raised with any change to a schema or to a kernel's arguments: ltat_fast/_ext.py refuses a library with another one.
 #define LTAT_SCHEMA_VERSION "1"
 
 namespace ltat {

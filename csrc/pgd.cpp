@@ -40,7 +40,8 @@ Tensor pgd_init_cpu(const Tensor& x, const Tensor& seed, double eps, double std,
                      upper,
                      noise == "uniform" ? Noise::uniform : Noise::gaussian,
                      dtype_of(x)};
-  parallel((args.numel + 3) / 4, kExpGrain / 4, [&](int64_t begin, int64_t end) { kernels().pgd_init(args, begin, end); });
+  const int64_t quads = (args.numel + 3) / 4;
+  parallel(quads, kExpGrain / 4, [&](int64_t begin, int64_t end) { kernels().pgd_init(args, begin, end); });
   return out;
 }
 

@@ -1,4 +1,4 @@
-// Balanced softmax cross-entropy plus KL to a teacher, by row. See ltat_fast/ops/balanced_softmax_kl.py for the formulas.
+// Balanced softmax cross-entropy plus KL to a teacher, by row. Formulas: ltat_fast/ops/balanced_softmax_kl.py.
 //
 // Everything is relative to the row's maximum, also the KL, so that logits of 1e4 lose no digits. The maxima and the
 // logarithms of the sums are kept apart for the backward for the same reason.

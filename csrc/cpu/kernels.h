@@ -1,5 +1,5 @@
-// How the CPU kernels are found. The loops are built three times (baseline, AVX2, AVX-512; see table.h), without any torch
-// header, and the build that runs is chosen once, at run time (module.cpp).
+// How the CPU kernels are found. The loops are built three times (baseline, AVX2, AVX-512; see table.h), without any
+// torch header, and the build that runs is chosen once, at run time (module.cpp).
 //
 // Every kernel works on the half-open range [begin, end) of its own unit (elements, quads of elements, rows), gives the
 // same result however the range is cut, computes in float32 (float64 for float64) and rounds once, on the store.

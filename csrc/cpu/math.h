@@ -90,9 +90,9 @@ LTAT_INLINE void sincos_turns(float turn, float& sine, float& cosine) {
   cosine = (k + 1) & 2 ? -cosine_size : cosine_size;
 }
 
-// Rows are worked through in chunks, widened to the working type. No loop over exponentials has a scalar remainder, which
-// for 100 classes would be half the time: the last vector of a chunk holds its last kLanes classes, whether or not the
-// vector before had some of them already, and in a sum those doubles are -inf, for exp(-inf) = 0.
+// Rows are worked through in chunks, widened to the working type. No loop over exponentials has a scalar remainder,
+// which for 100 classes would be half the time: the last vector of a chunk holds its last kLanes classes, whether or
+// not the vector before had some of them already, and in a sum those doubles are -inf, for exp(-inf) = 0.
 constexpr int64_t kChunk = 256;
 constexpr int kLanes = 16;
 enum class Doubles { keep, minus_infinity };
@@ -137,7 +137,9 @@ struct Chunk {
 
 template <typename F>
 LTAT_INLINE void each_chunk(int64_t classes, F visit) {  // visit(first class, number of classes)
-  for (int64_t first = 0; first < classes; first += kChunk) visit(first, classes - first < kChunk ? classes - first : kChunk);
+  for (int64_t first = 0; first < classes; first += kChunk) {
+    visit(first, classes - first < kChunk ? classes - first : kChunk);
+  }
 }
 
 template <typename W>

@@ -1,5 +1,6 @@
 """Runs as the paper's table: Clean, PGD, AA, T-Clean, T-PGD for best and last, mean and std over seeds."""
 
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -9,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ltat_fast.errors import UserError
+from ltat_fast.methods import METHODS
 
 # heading, attack, group of classes
 COLUMNS = [
@@ -72,6 +74,15 @@ def cell(values: list[float], seeds: int) -> str:
     return f"{mean(values):.2f}{spread}" + (f" ({len(values)} of {seeds})" if len(values) < seeds else "")
 
 
+def label(config: dict) -> str:
+    """The method, and those of its options that are not its defaults: "ard igdm_alpha=20.0"."""
+    known = METHODS.get(config["method"])
+    defaults = dataclasses.asdict(known()) if known else {}
+    options = config.get("method_options", {})
+    changed = [f"{name}={value}" for name, value in options.items() if defaults.get(name) != value]
+    return " ".join([config["method"], *changed])
+
+
 def render(run_dirs: list[Path]) -> str:
     """The table as text."""
     table = Table(title=None)
@@ -81,7 +92,7 @@ def render(run_dirs: list[Path]) -> str:
     for row in entries:
         c = row["config"]
         ir = "as found" if c["imbalance_ratio"] is None else f"{c['imbalance_ratio']:g}"
-        name = [c["method"], c["dataset"], ir, c["arch"], row["checkpoint"], str(row["seeds"])]
+        name = [label(c), c["dataset"], ir, c["arch"], row["checkpoint"], str(row["seeds"])]
         table.add_row(*name, *(cell(row["values"][heading], row["seeds"]) for heading, _, _ in COLUMNS))
     out = io.StringIO()
     Console(file=out, width=250).print(table)  # more than it needs: a narrow console would cut the numbers short

@@ -62,7 +62,7 @@ def test_write_json_is_whole_or_not_there(tmp_path, monkeypatch):
 
 
 def test_text_is_not_markup(capsys, monkeypatch):
-    monkeypatch.setattr(log.console, "file", open(os.devnull, "w"))  # noqa: SIM115
+    monkeypatch.setattr(log.console, "_file", open(os.devnull, "w"))  # noqa: SIM115
     with log.console.capture() as captured:
         log.say("runs/[bold]a[/bold]/:smile: 50 %")
     assert captured.get() == "runs/[bold]a[/bold]/:smile: 50 %\n"

@@ -32,17 +32,17 @@ def choose_backend(asked: str, build: Callable[[str], TrainStep], x: Tensor, y: 
         if reference is None:
             reference = build("eager").trial(x, y)
         step = build(backend)
-        before = compiled_frames()
+        before = compiled_graphs()
         try:
             problem = disagreement(step.trial(x, y), reference, step)
         except Exception as error:  # whatever a compiler or a capture may raise: eager is always there
             problem = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-        frames = compiled_frames() - before
-        if not problem and frames == 0:
+        graphs = compiled_graphs() - before
+        if not problem and graphs == 0:
             problem = "torch.compile compiled nothing"
         if not distributed.any_process(bool(problem), x.device):
             twice = "; not the student, whose loss is differentiated twice" if step.method.differentiates_twice else ""
-            log.say(f"step: backend {backend}, checked against eager on one batch; {frames} compiled frames{twice}")
+            log.say(f"step: backend {backend}, checked against eager on one batch; {graphs} compiled graphs{twice}")
             return step
         log.say(f"WARNING: backend {backend} is not used: {problem or 'it fails in another process'}")
     log.say("step: backend eager")
@@ -61,6 +61,6 @@ def disagreement(ours: tuple[Tensor, float], eager: tuple[Tensor, float], step: 
     return ""
 
 
-def compiled_frames() -> int:
-    """How many frames torch.compile has compiled in this process."""
-    return counters["frames"]["ok"]
+def compiled_graphs() -> int:
+    """How many graphs torch.compile has compiled in this process."""
+    return counters["stats"]["unique_graphs"]

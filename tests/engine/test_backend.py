@@ -77,7 +77,7 @@ def said(monkeypatch):
 def compiled(monkeypatch):
     """Every look finds one more compiled frame."""
     frames = iter(range(1000))
-    monkeypatch.setattr(backends, "compiled_frames", lambda: next(frames))
+    monkeypatch.setattr(backends, "compiled_graphs", lambda: next(frames))
 
 
 def choose(setup, step_class, asked="step"):

@@ -121,7 +121,7 @@ PRESETS: dict[str, dict] = {
 }
 # Options of a method by (dataset or network, method); those of the dataset, then those of the network.
 METHOD_PRESETS: dict[tuple[str, str], dict] = {
-    ("digits-lt", "ltat"): {"alpha": 5.0},  # of 1, 3, 5, 10, 30: README, "Demo"
+    ("digits-lt", "ltat"): {"alpha": 5.0},  # one of 1, 3, 5, 10, 30: README, "Demo"
     ("digits-lt", "rslad"): {"loss_scale": 1.0},  # a tenth is slow: PGD-20 of 59 after 25 epochs, and of 69 with 1
     ("wrn-34-10", "mart"): {"beta": 6.0},
     ("cifar100-lt", "robal"): {"robal_dataset": "cifar100"},

@@ -185,7 +185,7 @@ class TrainStep:
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(self.generator)
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=stream):
             self._run(self._x, self._y)
         self._put_back(saved, known_sums)
         self._graph = graph

@@ -38,6 +38,7 @@ def main(argv: list[str] | None = None) -> int:
             (config.run_dir / "interrupted").unlink(missing_ok=True)
             distributed.start(hardware.device.type == "cuda")
             pipeline.train(config, method, hardware)
+            distributed.wait()  # a process that leaves early aborts one still in a collective
     except Diverged as error:
         print(f"ltat_fast: {error}", file=sys.stderr)
         return EXIT_DIVERGED

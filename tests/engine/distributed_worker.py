@@ -47,6 +47,7 @@ def main(out: Path) -> None:
     scores = evaluate(model, images, labels, ["clean", "pgd3"], groups, 10, 0.1, batch_size=10)
     if world.is_main:
         torch.save({"model": model.state_dict(), "totals": totals, "scores": scores}, out)
+    distributed.wait()  # a peer that has left aborts one that has not
     distributed.stop()
 
 

@@ -39,4 +39,5 @@ if __name__ == "__main__":
     outcomes = {name: outcome(name) for name in OPTIONS}
     if distributed.current().is_main:
         torch.save(outcomes, Path(sys.argv[1]))
+    distributed.wait()  # a peer that has left aborts one that has not
     distributed.stop()

@@ -138,6 +138,7 @@ def model_card(config: Config, data: RunData, method: Method, epoch: int) -> dic
         "arch": config.arch,
         "num_classes": data.num_classes,
         "in_channels": data.in_channels,
+        "image_size": list(data.train.images.shape[-2:]),
         "class_names": list(data.class_names),
         "dataset": config.dataset,
         "imbalance_ratio": config.imbalance_ratio,
@@ -151,25 +152,30 @@ def model_card(config: Config, data: RunData, method: Method, epoch: int) -> dic
 
 
 def load_model(path: Path, device: torch.device, arch: str, data: RunData) -> nn.Module:
-    """The network in a weights file; ``arch`` is used where the file does not say its own."""
+    """The network in a weights file, for ``data``; ``arch`` is used where the file does not say its own."""
     tensors, card = checkpoint.read(path)
-    arch = card.get("arch", arch)
-    if card.get("num_classes", data.num_classes) != data.num_classes:
+    card = {"arch": arch, "num_classes": data.num_classes, "in_channels": data.in_channels} | card
+    if card["num_classes"] != data.num_classes:
         raise UserError(f"{path} knows {card['num_classes']} classes, the data has {data.num_classes}")
-    if card.get("in_channels", data.in_channels) != data.in_channels:
+    if card["in_channels"] != data.in_channels:
         raise UserError(f"{path} takes {card['in_channels']} channels, the images have {data.in_channels}")
     names = list(zip(card.get("class_names", data.class_names), data.class_names, strict=True))
     if other := [pair for pair in names if pair[0] != pair[1]]:
         raise UserError(f"{path} knows other classes than the data: {other[0][0]!r} where the data has {other[0][1]!r}")
-    model = build_model(arch, data.num_classes, in_channels=data.in_channels)
+    return restore(path, tensors, card).to(device, memory_format=torch.channels_last)
+
+
+def restore(path: Path, tensors: dict[str, Tensor], card: dict) -> nn.Module:
+    """The network that the ``card`` of a weights file describes, with its ``tensors``."""
+    model = build_model(card["arch"], card["num_classes"], in_channels=card["in_channels"])
     if "method" in card:
         try:
             method = METHODS[card["method"]](**card["method_options"])
         except (KeyError, TypeError):
             raise UserError(f"{path} is of a method this version does not know, {card['method']!r}") from None
         model = method.wrap_model(model, torch.tensor(card["class_counts"]))
-    checkpoint.load_weights(model, tensors, path, arch)
-    return model.to(device, memory_format=torch.channels_last)
+    checkpoint.load_weights(model, tensors, path, card["arch"])
+    return model
 
 
 def weights_in(path: Path, which: str = "last") -> Path:

@@ -27,7 +27,8 @@ class FullPrecisionLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         x, device = x.to(self.weight.dtype), self.weight.device.type
-        if not torch.amp.is_autocast_available(device):  # shape propagation on "meta"
+        # No autocast: in an exported program, and in shape propagation on "meta".
+        if torch.compiler.is_exporting() or not torch.amp.is_autocast_available(device):
             return super().forward(x)
         with torch.autocast(device, enabled=False):
             return super().forward(x)

@@ -169,10 +169,10 @@ NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, CpuSyncBatchNorm)
 
 
 class _Tracer(torch.fx.Tracer):
-    """Takes our own layers as one node, as it does those of torch."""
+    """Takes a layer derived from one of torch's as one node, as it does those of torch."""
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return isinstance(module, (*NORMS, FullPrecisionLinear)) or super().is_leaf_module(module, name)
+        return isinstance(module, (*NORMS, nn.Linear)) or super().is_leaf_module(module, name)
 
 
 def is_plain_norm(module: nn.Module) -> bool:

@@ -1,0 +1,159 @@
+"""``python -m ltat_fast.export``: every file computes what the network does, and needs nothing of ours."""
+
+import json
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+import runs
+import torch
+from safetensors.torch import load_file
+
+from ltat_fast import export as exporting
+from ltat_fast.engine import checkpoint
+from ltat_fast.methods import METHODS
+from ltat_fast.models import ARCHS, build_model, standalone
+
+# A process in which this package cannot be imported.
+ELSEWHERE = """
+import sys
+class Refuse:
+    def find_spec(self, name, *_):
+        if name.split(".")[0] in ("ltat_fast", "kernels"):
+            raise ImportError("not here")
+sys.meta_path.insert(0, Refuse())
+import numpy as np
+from model import load_model; model = load_model(); logits = model(__import__("torch").from_numpy(np.load("in.npy")))
+np.save("out.npy", logits.detach().numpy())
+assert not model.training
+"""
+
+
+@pytest.fixture(scope="module")
+def exported(digits_run, tmp_path_factory):
+    out = tmp_path_factory.mktemp("exported") / "an export"
+    assert runs.status_of("export", str(digits_run), "--out", str(out)) == 0
+    return out
+
+
+@pytest.fixture
+def images():
+    return torch.rand(5, 1, 8, 8, generator=torch.Generator().manual_seed(3))
+
+
+def live(run, which="last"):
+    """The network as the checkpoint has it, built by hand."""
+    tensors, card = checkpoint.read(run / "checkpoints" / f"{which}.safetensors")
+    model = build_model(card["arch"], card["num_classes"], in_channels=card["in_channels"])
+    model.load_state_dict(tensors)
+    return model.eval()
+
+
+def test_three_lines_without_this_package(exported, digits_run, images):
+    np.save(exported / "in.npy", images.numpy())
+    subprocess.run([sys.executable, "-c", ELSEWHERE], cwd=exported, check=True, timeout=120)
+    assert np.array_equal(np.load(exported / "out.npy"), live(digits_run)(images).detach().numpy())
+
+
+def test_the_weights_are_the_checkpoints(exported, digits_run):
+    tensors, _ = checkpoint.read(digits_run / "checkpoints" / "last.safetensors")
+    written = load_file(exported / "model.safetensors")
+    assert tensors.keys() == written.keys()
+    assert all(torch.equal(tensors[name], written[name]) for name in tensors)
+
+
+@pytest.mark.parametrize("batch", [1, 5, 64])
+def test_the_program_takes_any_batch(exported, digits_run, batch):
+    images = torch.rand(batch, 1, 8, 8, generator=torch.Generator().manual_seed(batch))
+    program = torch.export.load(exported / "model.pt2").module()
+    torch.testing.assert_close(program(images), live(digits_run)(images), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(find_spec("onnxruntime") is None, reason="onnxruntime is not installed")
+@pytest.mark.parametrize("batch", [1, 5])
+def test_onnx_takes_any_batch(exported, digits_run, batch):
+    import onnxruntime
+
+    images = torch.rand(batch, 1, 8, 8, generator=torch.Generator().manual_seed(batch))
+    session = onnxruntime.InferenceSession(exported / "model.onnx", providers=["CPUExecutionProvider"])
+    (logits,) = session.run(["logits"], {"images": images.numpy()})
+    torch.testing.assert_close(torch.from_numpy(logits), live(digits_run)(images).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_the_card(exported, digits_run):
+    card = json.loads((exported / "card.json").read_text())
+    config = json.loads((digits_run / "config.json").read_text())
+    scores = json.loads((digits_run / "eval.json").read_text())["last"]
+    assert card["threat_model"] == {"norm": "Linf", "eps": config["eps"]}
+    assert card["input"] == "float32 (N, 1, 8, 8) in [0, 1]"
+    assert card["training"]["method_options"] == config["method_options"]
+    assert card["accuracy"]["pgd20"] == {name: scores["pgd20"][name] for name in ("all", "tail", "images")}
+    assert str(digits_run.parent) not in json.dumps(card)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("method", ["pgd-at", "robal"])
+def test_the_module_of_every_network(arch, method, tmp_path):
+    """With normalisation inside, and with RoBal's cosine classifier and its shift."""
+    torch.manual_seed(0)
+    model = build_model(arch, 10, in_channels=3, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
+    counts = torch.arange(10, 0, -1) * 7
+    options = {"robal_config": "N"} if method == "robal" else {}
+    model = METHODS[method](**options).wrap_model(model, counts).eval()
+    origin = {"arch": arch, "num_classes": 10, "in_channels": 3}
+    (tmp_path / "card.json").write_text(json.dumps({"architecture": exporting.architecture(model, origin)}))
+    exporting.save_file(model.state_dict(), tmp_path / standalone.WEIGHTS)
+    text = exporting.source(ARCHS[arch])
+    assert "ltat_fast." not in text.replace("ltat-fast", "")
+    (tmp_path / "model.py").write_text(text)
+    x = torch.rand(2, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(exporting.import_file(tmp_path / "model.py").load_model()(x), model(x))
+
+
+@pytest.mark.filterwarnings("error:batch norm is not folded")
+def test_as_a_teacher(exported, tmp_path, monkeypatch):
+    """The folder serves as ``--teacher module:model:load_model``, as fast as a network of ours."""
+    monkeypatch.syspath_prepend(str(exported))
+    flags = [*runs.QUICK[:-2], "--max-steps", "2", "--method", "ard", "--teacher", "module:model:load_model"]
+    assert runs.train("--out", str(tmp_path / "student"), *flags) == 0
+
+
+def test_again_into_the_same_folder(exported, digits_run):
+    assert runs.status_of("export", str(digits_run), "--out", str(exported), "--checkpoint", "best") == 0
+    assert json.loads((exported / "card.json").read_text())["name"].endswith("-best")
+    assert runs.status_of("export", str(digits_run), "--out", str(exported)) == 0
+
+
+def test_refusals(digits_run, tmp_path, capsys):
+    (tmp_path / "thesis.tex").write_text("mine")
+    assert runs.status_of("export", str(digits_run), "--out", str(tmp_path)) == 2
+    assert "is not empty, and not an export" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
+    assert runs.status_of("export", str(tmp_path)) == 2
+    assert "no finished weights" in capsys.readouterr().err
+
+
+def test_a_run_that_did_not_record_its_image_size(digits_run, tmp_path, capsys):
+    run = shutil.copytree(digits_run, tmp_path / "old")
+    file = run / "checkpoints" / "last.safetensors"
+    tensors, card = checkpoint.read(file)
+    del card["image_size"]
+    checkpoint.write(file, tensors, card)
+    assert runs.status_of("export", str(run)) == 2
+    assert "--image-size" in capsys.readouterr().err
+    assert runs.status_of("export", str(run), "--image-size", "8") == 0
+
+
+def test_a_file_that_computes_something_else_is_refused(digits_run, tmp_path, monkeypatch, capsys):
+    lines = exporting.source
+
+    def broken(network):
+        return lines(network).replace(".mean((2, 3))", ".amax((2, 3))")
+
+    monkeypatch.setattr(exporting, "source", broken)
+    assert runs.status_of("export", str(digits_run), "--out", str(tmp_path / "out")) == 2
+    assert "gives other logits than the network" in capsys.readouterr().err

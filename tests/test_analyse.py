@@ -1,0 +1,295 @@
+"""``python -m ltat_fast.analyse``: what is measured on a run, what is kept, what is refused."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import runs
+import torch
+import torch.nn.functional as F
+
+from ltat_fast import analyse
+from ltat_fast.analysis.parts import Subject
+from ltat_fast.data import load_dataset
+from ltat_fast.engine import checkpoint
+from ltat_fast.engine.evaluation import spread
+from ltat_fast.models import build_model
+
+PARTS = ["alignment", "linearity", "inequality", "corruptions", "classwise"]
+FEW = ("--limit", "60")
+
+
+@pytest.fixture
+def run(digits_run, tmp_path):
+    return shutil.copytree(digits_run, tmp_path / "a run")
+
+
+def analysis(*runs_and_flags) -> dict:
+    assert runs.status_of("analyse", *map(str, runs_and_flags)) == 0
+    return json.loads((runs_and_flags[0] / "analysis.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def analysed(digits_run, tmp_path_factory):
+    """A run with all its parts, measured on 60 images, the best weights."""
+    run = shutil.copytree(digits_run, tmp_path_factory.mktemp("analysed") / "run")
+    analysis(run, *FEW)
+    return run
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """The (run, part)s that are measured, in order."""
+    done, keep = [], analyse.Analysed.keep
+
+    def recording(self, part, numbers):
+        done.append((self.run.name, part))
+        keep(self, part, numbers)
+
+    monkeypatch.setattr(analyse.Analysed, "keep", recording)
+    return done
+
+
+def network(file):
+    model = build_model("smallresnet", 10, in_channels=1)
+    model.load_state_dict(checkpoint.read(file)[0])
+    return model.double().eval()
+
+
+def images_of(limit):
+    test = load_dataset("digits-lt").test
+    chosen = spread(test.labels, limit)
+    return torch.from_numpy(test.images[chosen]).double() / 255, torch.from_numpy(test.labels[chosen])
+
+
+def test_the_format(analysed):
+    results = json.loads((analysed / "analysis.json").read_text())
+    digest = json.loads((analysed / "eval.json").read_text())["best"]["clean"]["weights"]
+    assert list(results) == ["best"]
+    assert list(results["best"]) == PARTS
+    for part in results["best"].values():
+        assert (part["images"], part["weights"], part["eps"]) == (60, digest, "0.1")
+    best = results["best"]
+    for number in (
+        best["alignment"]["adv"]["gc"]["projection"],
+        best["linearity"]["distance"]["adv"]["logits"],
+        best["inequality"]["regional"]["block-sum"],
+        best["corruptions"]["ina2"]["0.2"],
+        best["corruptions"]["occlusion"]["black"],
+        best["corruptions"]["impulse"]["5"],
+        best["corruptions"]["rn"]["mean"],
+    ):
+        assert set(number) == {"all", "head", "medium", "tail"}
+    assert best["inequality"]["blocks"] == {"pooled": 2, "block-sum": 2}
+    assert best["corruptions"]["constants"] == "CIFAR-10-C"
+
+
+def test_the_numbers_are_those_of_the_exported_weights(analysed):
+    """Measured again in float64 from the files alone, one image at a time."""
+    best = json.loads((analysed / "analysis.json").read_text())["best"]
+    student = network(analysed / "checkpoints" / "best.safetensors")
+    teacher = network(analysed / "teacher" / "checkpoints" / "last.safetensors")
+    x, y = images_of(60)
+    gradients = {}
+    for name, net in (("student", student), ("teacher", teacher)):
+        rows = []
+        for image, label in zip(x, y, strict=True):
+            point = image[None].requires_grad_()
+            (gradient,) = torch.autograd.grad(F.cross_entropy(net(point), label[None]), point)
+            rows.append(gradient.flatten())
+        gradients[name] = torch.stack(rows)
+    s, t = gradients["student"], gradients["teacher"]
+    distance, cosine = (s - t).norm(dim=1), (s * t).sum(1) / s.norm(dim=1) / t.norm(dim=1)
+    for kind, values in (("gd", distance), ("gc", cosine)):
+        numbers = best["alignment"]["clean"][kind]["ce"]
+        assert numbers["all"] == pytest.approx(values.mean().item(), rel=1e-3)
+        assert numbers["tail"] == pytest.approx(values[y == 9].mean().item(), rel=1e-3)
+        assert numbers["head"] == pytest.approx(values[y < 3].mean().item(), rel=1e-3)
+
+    point = x.clone().requires_grad_()
+    student(point).gather(1, y[:, None]).sum().backward()
+    magnitude = point.grad.abs().flatten(1).numpy()
+    gini = np.abs(magnitude[:, :, None] - magnitude[:, None, :]).mean((1, 2)) / (2 * magnitude.mean(1))
+    assert best["inequality"]["global"]["all"] == pytest.approx(gini.mean(), rel=1e-3)
+    assert best["inequality"]["global"]["tail"] == pytest.approx(gini[y.numpy() == 9].mean(), rel=1e-3)
+
+    correct = student(x).argmax(1) == y
+    assert best["corruptions"]["common_images"] == correct.sum()
+
+
+def test_numbers_under_noise_and_attack_go_the_way_they_must(analysed):
+    best = json.loads((analysed / "analysis.json").read_text())["best"]
+    distance = best["linearity"]["distance"]
+    assert distance["adv"]["probabilities"]["all"] > distance["uniform"]["probabilities"]["all"]
+    assert best["linearity"]["remainder"]["logits"]["all"] < 0.2
+    errors = best["corruptions"]
+    for name in ("ina1", "ina2"):
+        assert errors[name]["mean"]["all"] > errors["rn"]["mean"]["all"], "pixels the network relies on cost more"
+        strengths = [v["all"] for t, v in errors[name].items() if t != "mean"]
+        assert errors[name]["mean"]["all"] == pytest.approx(np.mean(strengths))
+        assert strengths[-1] > strengths[0]
+    assert errors["gaussian"]["5"]["all"] <= errors["ina2"]["0.2"]["all"]
+    assert errors["occlusion"]["grey"]["all"] > 0
+
+
+def test_accuracy_by_frequency_is_that_of_eval_json(analysed):
+    """Ten classes, so each group is one; the digits' classes are in order of frequency."""
+    classwise = json.loads((analysed / "analysis.json").read_text())["best"]["classwise"]
+    scores = json.loads((analysed / "eval.json").read_text())["best"]
+    assert classwise["classes"] == [[c] for c in range(10)]
+    for attack in ("clean", "pgd20"):
+        assert classwise[attack]["accuracy"] == pytest.approx(scores[attack]["per_class"])
+        assert classwise[attack]["images"] == scores[attack]["images"] == 100
+
+
+def test_accuracy_that_eval_json_has_not_is_measured(run):
+    results = analysis(run, "--parts", "classwise", "--limit", "200")["best"]["classwise"]
+    assert results["pgd20"]["images"] == 200
+    flags = ("--attacks", "clean,pgd20", "--limit-eval", "200", "--checkpoint", "best")
+    assert runs.status_of("evaluate", str(run), *flags) == 0
+    scores = json.loads((run / "eval.json").read_text())["best"]
+    assert results["pgd20"]["accuracy"] == pytest.approx(scores["pgd20"]["per_class"])
+
+
+def test_what_is_there_is_kept(analysed, measured, tmp_path):
+    run = shutil.copytree(analysed, tmp_path / "run")
+    before = (run / "analysis.json").read_text()
+    analysis(run, *FEW)
+    analysis(run, "--limit", "30")
+    assert measured == []
+    assert (run / "analysis.json").read_text() == before
+
+    results = analysis(run, "--limit", "70", "--parts", "inequality")
+    assert measured == [("run", "inequality")]
+    assert results["best"]["inequality"]["images"] == 70
+    assert results["best"]["alignment"]["images"] == 60
+
+    analysis(run, *FEW, "--parts", "alignment,inequality", "--again")
+    assert measured[1:] == [("run", "alignment"), ("run", "inequality")]
+    assert (run / "analysis.json").read_text() == before, "the same numbers again"
+
+    analysis(run, *FEW, "--parts", "inequality", "--checkpoint", "last")
+    results = json.loads((run / "analysis.json").read_text())
+    assert results["best"] == json.loads(before)["best"]
+    assert list(results["last"]) == ["inequality"]
+
+
+def test_other_weights_or_another_teacher_are_measured_afresh(analysed, measured, tmp_path):
+    run = shutil.copytree(analysed, tmp_path / "run")
+    before = json.loads((run / "analysis.json").read_text())["best"]
+    student = run / "checkpoints" / "best.safetensors"
+    results = analysis(run, *FEW, "--teacher", student)["best"]
+    assert measured == [("run", "alignment"), ("run", "linearity")]
+    assert results["alignment"]["clean"]["gc"]["ce"]["all"] == pytest.approx(1, abs=1e-6), "its own teacher"
+    assert results["alignment"]["adv"]["gd"]["ce"]["all"] == 0
+    assert results["linearity"]["distance"]["adv"]["logits"]["all"] < 1e-4
+    assert results["linearity"]["remainder"] == before["linearity"]["remainder"]
+
+    tensors, card = checkpoint.read(student)
+    tensors["fc.bias"][9] += 1000.0
+    checkpoint.write(student, tensors, card)
+    results = analysis(run, *FEW)["best"]
+    assert measured[2:] == [("run", part) for part in PARTS]
+    assert results["corruptions"]["common_images"] == 6
+    assert results["classwise"]["clean"]["accuracy"] == [0.0] * 9 + [100.0]
+
+
+def test_a_run_without_teacher(run, capfd):
+    shutil.rmtree(run / "teacher")
+    results = analysis(run, *FEW, "--parts", "alignment,linearity")["best"]
+    assert list(results) == ["linearity"]
+    assert "remainder" in results["linearity"]
+    assert "distance" not in results["linearity"]
+    assert "no alignment, because it has no teacher" in capfd.readouterr().out
+
+
+def test_corruptions_are_on_what_all_runs_get_right(run, tmp_path, measured):
+    other = shutil.copytree(run, tmp_path / "other")
+    file = other / "checkpoints" / "best.safetensors"
+    tensors, card = checkpoint.read(file)
+    tensors["fc.bias"][:3] -= 1000.0  # classes 0, 1 and 2 are never predicted
+    checkpoint.write(file, tensors, card)
+    flags = (*FEW, "--parts", "corruptions")
+    alone = analysis(run, *flags)["best"]["corruptions"]
+    together = analysis(run, other, *flags)["best"]["corruptions"]
+    of_other = json.loads((other / "analysis.json").read_text())["best"]["corruptions"]
+    assert measured == [("a run", "corruptions"), ("a run", "corruptions"), ("other", "corruptions")]
+    x, y = images_of(60)
+    right = [network(folder / "checkpoints" / "best.safetensors")(x).argmax(1) == y for folder in (run, other)]
+    assert alone["common_images"] == right[0].sum()
+    assert together["common_images"] == of_other["common_images"] == (right[0] & right[1]).sum()
+    assert together["ina1"]["mean"]["head"] is None
+    assert together["compared"] == of_other["compared"] == sorted({together["weights"], of_other["weights"]})
+    # The corrupted images of one run do not depend on the other: only the selection does.
+    assert together["gaussian"]["5"]["tail"] == alone["gaussian"]["5"]["tail"]
+
+
+def test_an_interrupted_analysis_goes_on(run, monkeypatch, measured):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setitem(analyse.FUNCTIONS, "inequality", interrupt)
+        assert runs.status_of("analyse", str(run), *FEW, "--parts", "linearity,inequality") == 130
+    assert list(json.loads((run / "analysis.json").read_text())["best"]) == ["linearity"]
+    analysis(run, *FEW, "--parts", "linearity,inequality")
+    assert measured == [("a run", "linearity"), ("a run", "inequality")]
+
+
+def test_batches_are_put_together_in_order():
+    images = torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1)
+    labels = torch.arange(10) % 2
+    subject = Subject(torch.nn.Identity(), images, labels, {"tail": [1], "none": [7]}, [5, 5], 0.1, batch_size=3)
+    values = subject.measure(lambda x, y, stream: {"deep": {"er": 255 * x.flatten() + y}})
+    torch.testing.assert_close(values["deep"]["er"], torch.arange(10).float() + labels)
+    means = subject.averages(values, torch.arange(10) > 5)["deep"]["er"]
+    assert means == {"all": pytest.approx(8), "tail": pytest.approx(9), "none": None}
+
+
+def test_the_table(analysed, run, capfd):
+    capfd.readouterr()
+    assert runs.status_of("analyse", str(analysed), str(run), *FEW, "--parts", "inequality") == 0
+    text = capfd.readouterr().out
+    best = json.loads((analysed / "analysis.json").read_text())["best"]
+    (line,) = [line for line in text.splitlines() if "Gini, global" in line]
+    gini = best["inequality"]["global"]
+    assert [cell.strip() for cell in line.strip("│").split("│")][1:] == [f"{gini['all']:.3g} ({gini['tail']:.3g})"] * 2
+    (line,) = [line for line in text.splitlines() if "GC, cross-entropy  " in line]
+    assert line.strip("│").split("│")[2].strip() == "-", "the second run has no alignment yet"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--parts", "alignment,colour"), "unknown part 'colour': choose one of alignment, classwise"),
+        (("--parts", ","), "no part named"),
+        (("--limit", "0"), "--limit must be 1 or more, not 0"),
+        (("--teacher", "nowhere"), "nowhere has no finished weights"),
+    ],
+)
+def test_refusals(run, capfd, flags, message):
+    assert runs.status_of("analyse", str(run), *flags) == 2
+    assert message in capfd.readouterr().err
+    assert not (run / "analysis.json").exists()
+
+
+def test_runs_that_cannot_be_analysed(run, folder_run, tmp_path, capfd):
+    assert runs.status_of("analyse") == 2
+    assert "name at least one run folder" in capfd.readouterr().err
+    assert runs.status_of("analyse", str(tmp_path / "nowhere")) == 2
+    assert "has no finished weights" in capfd.readouterr().err
+    folder = shutil.copytree(folder_run, tmp_path / "folder")
+    assert runs.status_of("analyse", str(run), str(folder), "--parts", "corruptions") == 2
+    assert "corruptions compare runs on the same images" in capfd.readouterr().err
+    (run / "analysis.json").write_text("[")
+    assert runs.status_of("analyse", str(run), "--parts", "inequality") == 2
+    assert "analysis.json is damaged" in capfd.readouterr().err
+    assert (run / "analysis.json").read_text() == "["
+
+
+def test_colour_images_of_other_sizes(folder_run, tmp_path):
+    run = shutil.copytree(folder_run, tmp_path / "run")
+    results = analysis(run, "--checkpoint", "last")["last"]
+    assert list(results) == PARTS
+    assert results["alignment"]["images"] == 15

@@ -1,6 +1,9 @@
 """The attacks of an evaluation, by name, each answering one question per image: is it still classified correctly?
 
-Names: ``clean``, ``fgsm``, ``pgd<k>``, ``cw<k>`` (k steps of eps/4) and ``autoattack``.
+Names: ``clean``; ``fgsm``; ``pgd<k>``, ``cw<k>`` and ``scaled-pgd<k>``, k steps of eps / 4 up the cross-entropy, the CW
+margin and the rescaled cross-entropy, with ``x<r>`` behind them the worst of r random starts (``pgd20x5``);
+``autoattack``, ``autoattack-plus`` and ``autoattack-rand``, the versions of AutoAttack. docs/evaluation.md has the
+protocol.
 """
 
 import re
@@ -10,32 +13,27 @@ from torch import Tensor
 
 from ltat_fast import seeding
 from ltat_fast.attacks.autoattack import autoattack
-from ltat_fast.attacks.objectives import cross_entropy, cw_margin
+from ltat_fast.attacks.objectives import cross_entropy, cw_margin, scaled_cross_entropy
 from ltat_fast.attacks.pgd import AttackConfig, pgd
 from ltat_fast.errors import UserError
 from ltat_fast.models.frozen import FrozenTwin
 
+AUTOATTACK = {"autoattack": "standard", "autoattack-plus": "plus", "autoattack-rand": "rand"}
+OBJECTIVES = {"pgd": cross_entropy, "cw": cw_margin, "scaled-pgd": scaled_cross_entropy}
+CHOICES = f"clean, fgsm, pgd<k>, cw<k>, scaled-pgd<k> (k steps; x<r> behind them: r starts), {', '.join(AUTOATTACK)}"
+_ITERATED = re.compile(rf"({'|'.join(OBJECTIVES)})([1-9]\d*)(?:x([1-9]\d*))?")
+_BLOCK = 64
+
 
 def parse_attacks(names: str) -> list[str]:
-    """ "clean,pgd20" to a list of attack names; an unknown one raises UserError."""
-    attacks = [name.strip() for name in names.split(",") if name.strip()]
+    """ "clean,pgd20x5" to a list of attack names, each once; an unknown one raises UserError."""
+    attacks = dict.fromkeys(name.strip().removesuffix("x1") for name in names.split(",") if name.strip())
     for name in attacks:
-        if name not in ("clean", "fgsm", "autoattack") and not re.fullmatch(r"(pgd|cw)[1-9]\d*", name):
-            raise UserError(f"unknown attack {name!r}: choose from clean, fgsm, pgd<steps>, cw<steps>, autoattack")
+        if name not in ("clean", "fgsm", *AUTOATTACK) and not _ITERATED.fullmatch(name):
+            raise UserError(f"unknown attack {name!r}: choose from {CHOICES}")
     if not attacks:
-        raise UserError("no attack named: choose from clean, fgsm, pgd<steps>, cw<steps>, autoattack")
-    return attacks
-
-
-def _perturb(name: str, model: FrozenTwin, x: Tensor, y: Tensor, eps: float, generator: torch.Generator) -> Tensor:
-    """The images of one batch as FGSM, PGD-k or CW-k leaves them."""
-    if name == "clean":
-        return x
-    if name == "fgsm":
-        return pgd(model, x, cross_entropy(y), AttackConfig(eps, eps, steps=1, noise="none"))
-    kind, steps = re.fullmatch(r"([a-z]+)(\d+)", name).groups()
-    objective = cw_margin if kind == "cw" else cross_entropy
-    return pgd(model, x, objective(y), AttackConfig(eps, eps / 4, int(steps)), generator)
+        raise UserError(f"no attack named: choose from {CHOICES}")
+    return list(attacks)
 
 
 def correct_under(
@@ -47,26 +45,74 @@ def correct_under(
     *,
     seed: int = 0,
     batch_size: int = 256,
+    places: Tensor | None = None,
     part: tuple[int, int] = (0, 1),
 ) -> Tensor:
     """Whether each image is classified correctly under the attack ``name``: bool ``(N,)`` on the CPU.
 
-    images: uint8 ``(N, C, H, W)`` and labels: int64 ``(N,)``, on the model's device. PGD-k and CW-k take steps of
-    eps / 4 from a uniform start, which for eps 8/255 is the 2/255 of the published evaluations; the start noise is a
-    function of the seed, the attack and the place of the batch. part: (r, n) takes batches r, r + n, r + 2 n, ... only.
+    images: uint8 ``(N, C, H, W)`` and labels: int64 ``(N,)``, on the model's device. places: int64 ``(N,)`` on the CPU,
+    where the images stand in their data set, ``arange(N)`` if None: the start noise of an image is a function of the
+    seed, the attack, the number of the start and this place, whatever batch it comes in. AutoAttack alone seeds each
+    batch alike. part: (r, n) takes batches r, r + n, r + 2 n, ... only.
     """
-    starts = range(0, len(images), batch_size)[part[0] :: part[1]]
-    if name == "autoattack":
-        # All batches at once: pyautoattack re-batches what is left after each of its attacks.
-        places = torch.arange(len(images), device=images.device)
-        images, mine = images.float() / 255, places[places // batch_size % part[1] == part[0]]
-        if len(mine):
-            images[mine] = autoattack(model, images[mine], labels[mine], eps, seed=seed, batch_size=batch_size)
+    places = torch.arange(len(images)) if places is None else places
+    mine = torch.arange(len(images)).split(batch_size)[part[0] :: part[1]]
+    if name in AUTOATTACK:
+        return _under_autoattack(name, model, images, labels, eps, seed, batch_size, mine)
     correct = [torch.empty(0, dtype=torch.bool)]
-    for start in starts:
-        x, y = images[start : start + batch_size], labels[start : start + batch_size]
-        if name != "autoattack":
-            x = _perturb(name, model, x.float() / 255, y, eps, seeding.stream(x.device, seed, name, start))
-        with torch.no_grad():
-            correct.append((model(x).argmax(1) == y).cpu())
+    for batch in mine:
+        x, y = images[batch].float() / 255, labels[batch]
+        correct.append(_under_restarts(name, model, x, y, places[batch], eps, seed).cpu())
     return torch.cat(correct)
+
+
+def _under_autoattack(name, model, images, labels, eps, seed, batch_size, mine: tuple[Tensor, ...]) -> Tensor:
+    """All batches at once: pyautoattack re-batches what is left after each of its attacks."""
+    if not mine:
+        return torch.empty(0, dtype=torch.bool)
+    index = torch.cat(mine)
+    x, y = images[index].float() / 255, labels[index]
+    x_adv = autoattack(model, x, y, eps, seed=seed, batch_size=batch_size, version=AUTOATTACK[name])
+    in_batches = zip(x_adv.split(batch_size), y.split(batch_size), strict=True)
+    return torch.cat([_is_correct(model, *batch).cpu() for batch in in_batches])
+
+
+def _under_restarts(
+    name: str, model: FrozenTwin, x: Tensor, y: Tensor, places: Tensor, eps: float, seed: int
+) -> Tensor:
+    """Whether each image of a batch is correct from every start. One that is broken is not attacked again."""
+    if name == "clean":
+        return _is_correct(model, x, y)
+    if name == "fgsm":
+        return _is_correct(model, pgd(model, x, cross_entropy(y), AttackConfig(eps, eps, steps=1, noise="none")), y)
+    kind, steps, restarts = _ITERATED.fullmatch(name).groups()
+    config, stream = AttackConfig(eps, eps / 4, int(steps)), (seed, f"{kind}{steps}")
+    correct = torch.ones(len(x), dtype=torch.bool, device=x.device)
+    for restart in range(int(restarts or 1)):
+        left = correct.nonzero().squeeze(1)
+        if len(left) == 0:
+            break
+        noise = start_noise(places[left.cpu()], x.shape[1:], eps, x.device, *stream, restart)
+        start = (x[left] + noise).clamp_(0, 1)
+        correct[left] = _is_correct(model, pgd(model, x[left], OBJECTIVES[kind](y[left]), config, start=start), y[left])
+    return correct
+
+
+def start_noise(places: Tensor, shape: torch.Size, eps: float, device: torch.device, *stream: int | str) -> Tensor:
+    """Uniform noise in [-eps, eps], float32 ``(N, *shape)``; an image's depends on ``stream`` and its place alone.
+
+    It is drawn for blocks of neighbouring places: a generator an image would cost more than its noise.
+    """
+    noise = torch.empty(len(places), *shape, device=device)
+    blocks = places // _BLOCK
+    for block in blocks.unique().tolist():
+        generator = seeding.stream(device, *stream, block)
+        drawn = torch.empty(_BLOCK, *shape, device=device).uniform_(-eps, eps, generator=generator)
+        inside = (blocks == block).nonzero().squeeze(1)
+        noise[inside] = drawn[places[inside] % _BLOCK]
+    return noise
+
+
+@torch.no_grad()
+def _is_correct(model: FrozenTwin, x: Tensor, y: Tensor) -> Tensor:
+    return model(x).argmax(1) == y

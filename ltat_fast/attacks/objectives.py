@@ -33,3 +33,21 @@ def cw_margin(labels: Tensor) -> Objective:
         return (wrong - logits.gather(1, labels[:, None]).squeeze(1)).sum()
 
     return objective
+
+
+def scaled_cross_entropy(labels: Tensor) -> Objective:
+    """Cross-entropy of the logits divided by the gap between the two largest, image by image ("scaled PGD").
+
+    labels: int64 ``(B,)``. Confident logits saturate the softmax, and the gradient of plain cross-entropy underflows
+    to zero: the model looks robust and is not. Divided by their gap, logits of any scale leave the softmax where its
+    gradient is alive. Dividing by a constant is how Carlini and Wagner (arXiv 1607.04311) undid defensive
+    distillation; Yu and Xu (CVPR 2023) derive a scale for each image from floating-point error. The gap is held
+    constant: no gradient flows through it.
+    """
+
+    def objective(x_adv: Tensor, logits: Tensor) -> Tensor:
+        largest = logits.detach().topk(2, dim=1).values
+        gap = (largest[:, :1] - largest[:, 1:]).clamp_min(1e-12)
+        return F.cross_entropy(logits / gap, labels, reduction="sum")
+
+    return objective

@@ -47,6 +47,7 @@ def pgd(
     config: AttackConfig | None = None,
     generator: torch.Generator | None = None,
     step: AscentStep | None = None,
+    start: Tensor | None = None,
 ) -> Tensor:
     """Adversarial examples in the eps-ball around ``x`` and in [0, 1].
 
@@ -57,6 +58,7 @@ def pgd(
     objective: what to ascend, of ``(x_adv, logits)``; see :mod:`ltat_fast.attacks.objectives`.
     generator: where the start noise is drawn from; the default generator of the device if None.
     step: a compiled stand-in for :func:`ascent_step` at these settings, ``(x, x_adv) -> x_adv``.
+    start: like ``x``, where to start instead of from noise; in the ball and in [0, 1].
 
     Returns a detached tensor like ``x``.
     """
@@ -68,7 +70,10 @@ def pgd(
         def step(x: Tensor, x_adv: Tensor) -> Tensor:
             return ascent_step(model, x, x_adv, objective, config)
 
-    x_adv = pgd_init(x, config.eps, config.noise, generator=generator) if config.noise != "none" else x.clone()
+    if start is not None or config.noise == "none":
+        x_adv = (x if start is None else start).clone()
+    else:
+        x_adv = pgd_init(x, config.eps, config.noise, generator=generator)
     for _ in range(config.steps):
         x_adv = step(x, x_adv)
     return x_adv

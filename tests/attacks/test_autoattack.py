@@ -2,6 +2,7 @@
 
 import logging
 
+import numpy as np
 import pyautoattack
 import pytest
 import torch
@@ -9,6 +10,7 @@ from quick_autoattack import QuickAutoAttack
 from toys import Linear, images
 
 from ltat_fast.attacks.autoattack import autoattack
+from ltat_fast.engine.evaluation import evaluate
 
 EPS = 0.02
 
@@ -23,13 +25,33 @@ def case(num_classes: int, n: int = 24):
     return net, x, net(x).argmax(1)
 
 
-def test_equals_the_package_called_directly():
+@pytest.mark.parametrize("version", ["standard", "plus", "rand"])
+def test_equals_the_package_called_directly(version):
     net, x, y = case(10)
-    direct = QuickAutoAttack(net, device="cpu", eps=EPS, norm="Linf", seed=0, version="standard")
+    direct = QuickAutoAttack(net, device="cpu", eps=EPS, norm="Linf", seed=0, version=version)
     expected, _ = direct.run_standard_evaluation(x, y, batch_size=10)
-    ours = autoattack(net, x, y, EPS, batch_size=10)
+    ours = autoattack(net, x, y, EPS, batch_size=10, version=version)
     assert torch.equal(ours, expected)
     assert 0 < (net(ours).argmax(1) != y).sum() < len(y)
+
+
+@pytest.mark.parametrize(("name", "version"), [("", "standard"), ("-plus", "plus"), ("-rand", "rand")])
+def test_the_accuracies_are_those_of_the_package(name, version):
+    """Over all images, of the tail and of each class, from its adversarial examples and NumPy."""
+    net, x, y = case(10, n=60)
+    pixels = (x * 255).to(torch.uint8)
+    direct = QuickAutoAttack(net, device="cpu", eps=EPS, norm="Linf", seed=0, version=version)
+    x_adv, _ = direct.run_standard_evaluation(pixels / 255, y, batch_size=25)
+    right, classes = (net(x_adv).argmax(1) == y).numpy(), y.numpy()
+    groups = {"head": [0, 1, 2], "tail": [8, 9]}
+    ours = evaluate(net, pixels, y, [f"autoattack{name}"], groups, 10, EPS, batch_size=25)[f"autoattack{name}"]
+    assert 0 < ours["all"] < 100
+    assert ours["all"] == pytest.approx(100 * right.mean())
+    for group, members in groups.items():
+        assert ours[group] == pytest.approx(100 * right[np.isin(classes, members)].mean()), group
+    for c, accuracy in enumerate(ours["per_class"]):
+        mine = right[classes == c]
+        assert accuracy == (pytest.approx(100 * mine.mean()) if len(mine) else None), c
 
 
 @pytest.mark.parametrize("num_classes", [2, 3, 5])
@@ -65,3 +87,7 @@ def test_the_fewer_classes_the_fewer_targets(monkeypatch):
         net, x, y = case(num_classes, 2)
         autoattack(net, x, y, EPS)
         assert seen == {"attacks": attacks, "targets": targets}
+    for num_classes, attacks in ((3, ["apgd-ce", "apgd-dlr"]), (2, ["apgd-ce"])):
+        net, x, y = case(num_classes, 2)
+        autoattack(net, x, y, EPS, version="rand")
+        assert seen["attacks"] == attacks

@@ -2,15 +2,26 @@
 
 import pytest
 import torch
-from toys import Linear, images, labels, small_net
+from float64_twin import ce64, cw64, pgd_float64, scaled64
+from toys import Linear, double, images, labels, small_net
 
-from ltat_fast import seeding
-from ltat_fast.attacks import AttackConfig, cross_entropy, cw_margin, pgd
-from ltat_fast.attacks.evaluation import correct_under, parse_attacks
+from ltat_fast.attacks import AttackConfig
+from ltat_fast.attacks.evaluation import correct_under, parse_attacks, start_noise
 from ltat_fast.errors import UserError
 from ltat_fast.models.frozen import FrozenTwin
 
 EPS = 0.1
+
+
+class Scale(torch.nn.Module):
+    """Logits times a constant: the same classifier."""
+
+    def __init__(self, factor: float):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, logits):
+        return self.factor * logits
 
 
 def uint8_images(n, size=6):
@@ -26,21 +37,85 @@ def test_clean_is_the_prediction():
 
 
 @pytest.mark.parametrize(
-    ("name", "objective", "config"),
+    ("name", "score", "steps", "restarts"),
     [
-        ("fgsm", cross_entropy, AttackConfig(EPS, EPS, 1, "none")),
-        ("pgd20", cross_entropy, AttackConfig(EPS, EPS / 4, 20)),
-        ("pgd3", cross_entropy, AttackConfig(EPS, EPS / 4, 3)),
-        ("cw20", cw_margin, AttackConfig(EPS, EPS / 4, 20)),
+        ("pgd20", ce64, 20, 1),
+        ("pgd3", ce64, 3, 1),
+        ("cw20", cw64, 20, 1),
+        ("scaled-pgd10", scaled64, 10, 1),
+        ("pgd2x4", ce64, 2, 4),
+        ("cw2x3", cw64, 2, 3),
     ],
 )
-def test_names_mean_attacks(name, objective, config):
-    net, pixels = small_net(seed=4).eval(), uint8_images(24)
+def test_names_mean_attacks(name, score, steps, restarts):
+    """Against PGD in float64; of several starts an image must survive each."""
+    net, pixels = small_net(seed=4).eval(), uint8_images(90)
     y = net(pixels / 255).argmax(1)
-    generator = seeding.stream("cpu", 0, name, 0)
-    expected = net(pgd(net, pixels / 255, objective(y), config, generator)).argmax(1) == y
+    survived = []
+    for restart in range(restarts):
+        noise = start_noise(torch.arange(90), (3, 6, 6), EPS, "cpu", 0, name.removesuffix(f"x{restarts}"), restart)
+        start = (pixels.double() / 255 + noise).clamp(0, 1)
+        x_adv = pgd_float64(net, pixels.double() / 255, start, score(y), AttackConfig(EPS, EPS / 4, steps))
+        survived.append(double(net)(x_adv).argmax(1) == y)
+    expected = torch.stack(survived).all(0)
     assert torch.equal(correct_under(name, FrozenTwin(net), pixels, y, EPS), expected)
-    assert not expected.all()
+    assert 0 < expected.sum() < 90
+    if restarts > 1:
+        assert expected.sum() < survived[0].sum()
+
+
+def test_fgsm_is_one_step_of_eps_from_the_image():
+    net, pixels = small_net(seed=4).eval(), uint8_images(40)
+    x, y = pixels.double() / 255, net(pixels / 255).argmax(1)
+    x_adv = pgd_float64(net, x, x, ce64(y), AttackConfig(EPS, EPS, 1))
+    expected = double(net)(x_adv).argmax(1) == y
+    assert torch.equal(correct_under("fgsm", FrozenTwin(net), pixels, y, EPS), expected)
+    assert 0 < expected.sum() < 40
+
+
+def test_more_starts_only_break_more():
+    net, pixels = small_net(seed=4), uint8_images(90)
+    y = net.eval()(pixels / 255).argmax(1)
+    one, three = (correct_under(name, FrozenTwin(net), pixels, y, EPS / 2) for name in ("pgd2", "pgd2x3"))
+    assert not (three & ~one).any()
+
+
+def test_scaled_pgd_sees_through_a_scale_that_blinds_pgd():
+    """The same decisions, logits 1e5 times larger: cross-entropy has no gradient left, its rescaled form has."""
+    net, pixels = small_net(seed=4).eval(), uint8_images(90)
+    y = net(pixels / 255).argmax(1)
+    honest, fooled = FrozenTwin(net), FrozenTwin(torch.nn.Sequential(net, Scale(1e5)))
+    truth = correct_under("pgd20", honest, pixels, y, EPS)
+    assert truth.sum() < 80
+    assert correct_under("pgd20", fooled, pixels, y, EPS).all()
+    assert correct_under("scaled-pgd20", fooled, pixels, y, EPS).sum() <= truth.sum() + 1
+
+
+def test_start_noise_is_uniform_and_belongs_to_its_place():
+    places = torch.tensor([130, 3, 64, 7, 63, 5000])
+    noise = start_noise(places, (3, 4, 5), 0.1, "cpu", 0, "pgd20", 0)
+    every = start_noise(torch.arange(256), (3, 4, 5), 0.1, "cpu", 0, "pgd20", 0)
+    assert torch.equal(noise[:5], every[places[:5]])
+    assert every.abs().max() <= 0.1
+    assert abs(every.mean()) < 0.002
+    assert every.std().item() == pytest.approx(0.1 / 3**0.5, rel=0.02)
+    assert len(every.flatten().unique()) > 0.99 * every.numel()  # no image has another's noise
+    for other in ((1, "pgd20", 0), (0, "pgd10", 0), (0, "pgd20", 1)):
+        assert not torch.equal(noise, start_noise(places, (3, 4, 5), 0.1, "cpu", *other))
+
+
+@pytest.mark.parametrize("name", ["pgd3", "cw3x2"])
+def test_what_becomes_of_an_image_does_not_depend_on_its_batch(name):
+    net, pixels = FrozenTwin(small_net(seed=4)), uint8_images(90)
+    y = net(pixels / 255).argmax(1)
+    whole = correct_under(name, net, pixels, y, EPS)
+    assert 0 < whole.sum() < 90
+    for batch_size in (90, 64, 17):
+        assert torch.equal(correct_under(name, net, pixels, y, EPS, batch_size=batch_size), whole)
+    some = torch.tensor([2, 30, 31, 77, 89])
+    assert torch.equal(correct_under(name, net, pixels[some], y[some], EPS, places=some), whole[some])
+    parts = [correct_under(name, net, pixels, y, EPS, batch_size=30, part=(r, 2)) for r in (0, 1)]
+    assert torch.equal(torch.cat([parts[0][:30], parts[1], parts[0][30:]]), whole)
 
 
 def test_robust_accuracy_of_a_linear_model_is_known():
@@ -57,7 +132,7 @@ def test_robust_accuracy_of_a_linear_model_is_known():
     assert eps < 90 / 255  # no pixel meets the walls of [0, 1]
     survives = radius > eps
     assert survives.sum() == 100
-    for name in ("fgsm", "pgd20", "cw20"):
+    for name in ("fgsm", "pgd20", "cw20", "scaled-pgd20", "pgd20x2"):
         assert torch.equal(correct_under(name, net, pixels, y, eps), survives), name
 
 
@@ -71,10 +146,20 @@ def test_repeats_exactly_and_leaves_the_global_generator_alone():
 
 
 def test_parse_attacks():
-    assert parse_attacks(" clean, pgd20,,cw7 ,fgsm,autoattack") == ["clean", "pgd20", "cw7", "fgsm", "autoattack"]
+    names = " clean, pgd20,,cw7 ,fgsm,autoattack,pgd20x5,scaled-pgd10,pgd20x1,cw3x12,autoattack-plus,autoattack-rand"
+    expected = ["clean", "pgd20", "cw7", "fgsm", "autoattack", "pgd20x5", "scaled-pgd10", "cw3x12"]
+    assert parse_attacks(names) == [*expected, "autoattack-plus", "autoattack-rand"]
 
 
-@pytest.mark.parametrize("names", ["pgd", "pgd0", "pgd-20", "cw", "PGD20", "clean;pgd20", "apgd", "pgd1.5", "", " , "])
+@pytest.mark.parametrize(
+    "names",
+    [
+        *("pgd", "pgd0", "pgd-20", "cw", "PGD20", "clean;pgd20", "apgd", "pgd1.5", "", " , ", "pgd20x", "pgd20x0"),
+        *("fgsmx2", "pgd20x5x5", "scaled-cw20", "scaled-pgd", "autoattackx2", "autoattack-std", "pgd20 x5", "worst"),
+    ],
+)
 def test_parse_attacks_refuses(names):
-    with pytest.raises(UserError, match="choose from clean, fgsm, pgd<steps>, cw<steps>, autoattack"):
+    with pytest.raises(
+        UserError, match=r"choose from clean, fgsm, pgd<k>, cw<k>, scaled-pgd<k> \(.*, autoattack-rand$"
+    ):
         parse_attacks(names)

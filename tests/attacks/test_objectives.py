@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from ltat_fast.attacks import cross_entropy, cw_margin
+from ltat_fast.attacks import cross_entropy, cw_margin, scaled_cross_entropy
 
 
 def batch():
@@ -30,3 +30,26 @@ def test_cw_margin_and_its_gradient():
     expected[np.arange(9), wrong.argmax(1)] += 1
     expected[np.arange(9), c] -= 1
     np.testing.assert_array_equal(logits.grad.numpy(), expected)
+
+
+def test_scaled_cross_entropy_and_its_gradient():
+    logits, y = batch()
+    z, c = logits.detach().double().numpy(), y.numpy()
+    gap = np.diff(np.sort(z, 1)[:, -2:], axis=1)
+    p = np.exp(z / gap) / np.exp(z / gap).sum(1, keepdims=True)
+    value = scaled_cross_entropy(y)(None, logits)
+    np.testing.assert_allclose(value.item(), -np.log(p[np.arange(9), c]).sum(), rtol=1e-5)
+    value.backward()
+    np.testing.assert_allclose(logits.grad.numpy(), (p - np.eye(5)[c]) / gap, rtol=1e-4, atol=1e-6)
+
+
+def test_scaled_cross_entropy_does_not_vanish():
+    """Where plain cross-entropy does: confident by 150. And two logits that are equal do no harm."""
+    for factor in (1.0, 1e4, 1e-4):
+        logits = (factor * torch.tensor([[150.0, 0.0, -5.0], [2.0, 2.0, 1.0]])).requires_grad_()
+        scaled_cross_entropy(torch.tensor([0, 0]))(None, logits).backward()
+        assert logits.grad.isfinite().all()
+        assert ((logits.grad[:, 0] < 0) & (logits.grad[:, 1] > 0)).all()
+    plain = torch.tensor([[150.0, 0.0, -5.0]], requires_grad=True)
+    cross_entropy(torch.tensor([0]))(None, plain).backward()
+    assert (plain.grad == 0).all()

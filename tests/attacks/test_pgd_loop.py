@@ -6,9 +6,10 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from toys import Linear, double, images, labels, small_net
+from float64_twin import ce64, cw64, pgd_float64, scaled64
+from toys import Linear, images, labels, small_net
 
-from ltat_fast.attacks import AttackConfig, cross_entropy, cw_margin, pgd
+from ltat_fast.attacks import AttackConfig, cross_entropy, cw_margin, pgd, scaled_cross_entropy
 from ltat_fast.models.frozen import FrozenTwin
 from ltat_fast.ops import pgd_init
 
@@ -19,30 +20,9 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def pgd_float64(net, x, start, score, config):
-    """Ascend ``score(logits)`` from ``start`` in float64, by the formula and nothing else."""
-    net, x, x_adv = double(net).eval(), x.double(), start.double()
-    for _ in range(config.steps):
-        point = x_adv.clone().requires_grad_()
-        score(net(point)).backward()
-        moved = x_adv + config.step_size * point.grad.sign()
-        x_adv = (x + (moved - x).clamp(-config.eps, config.eps)).clamp(0, 1)
-    return x_adv
-
-
-def ce64(y):
-    return lambda logits: -logits.log_softmax(1)[torch.arange(len(y)), y].sum()
-
-
-def cw64(y):
-    def score(logits):
-        rows = [torch.cat([row[:c], row[c + 1 :]]).max() - row[c] for row, c in zip(logits, y.tolist(), strict=True)]
-        return torch.stack(rows).sum()
-
-    return score
-
-
-@pytest.mark.parametrize(("objective", "score"), [(cross_entropy, ce64), (cw_margin, cw64)])
+@pytest.mark.parametrize(
+    ("objective", "score"), [(cross_entropy, ce64), (cw_margin, cw64), (scaled_cross_entropy, scaled64)]
+)
 @pytest.mark.parametrize("noise", ["uniform", "gaussian", "none"])
 def test_equals_the_formula_in_float64(objective, score, noise):
     net, x, y = small_net(), images(), labels()
@@ -115,6 +95,15 @@ def test_more_steps_never_help_the_defender():
     for weaker, stronger in itertools.pairwise(losses):
         assert (stronger >= weaker - 1e-5).all()
     assert (losses[-1] > losses[0] + 0.1).all()
+
+
+def test_starts_where_it_is_told_and_leaves_that_alone():
+    net, x, y, config = small_net(), images(), labels(), AttackConfig(EPS, 0.03, 4)
+    start = pgd_init(x, EPS, generator=generator(5))
+    before = start.clone()
+    ours = pgd(net, x, cross_entropy(y), config, start=start)
+    assert torch.equal(ours, pgd(net, x, cross_entropy(y), config, generator(5)))
+    assert torch.equal(start, before)
 
 
 def test_fgsm_has_a_closed_form_on_a_linear_model():

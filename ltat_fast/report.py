@@ -1,15 +1,17 @@
-"""Report: finished runs as the paper's table, mean and standard deviation over seeds.
+"""Report: finished runs as the paper's table, mean and standard deviation over seeds; on request as a page.
 
-python -m ltat_fast.report RUN...
+python -m ltat_fast.report RUN... [--html FILE] [--markdown FILE] [--csv FILE]
 """
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
-from ltat_fast.engine import tables
+from ltat_fast.engine import device, tables
 from ltat_fast.errors import UserError, exit_on_user_error
+from ltat_fast.reporting import tabular
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,16 @@ class Arguments:
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """run folders; those that differ in the seed alone become one row"""
+    html: Path | None = None
+    """write a page with plots, pictures and the evaluation protocol; it loads nothing from elsewhere"""
+    markdown: Path | None = None
+    """write the table in Markdown"""
+    csv: Path | None = None
+    """write every accuracy, one a line: run, checkpoint, attack, group of classes or class"""
+    data_dir: Path | None = None
+    """where the images for the page are now, if not where the runs found them"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where the pictures of the page are computed"""
 
 
 @exit_on_user_error
@@ -25,7 +37,27 @@ def main(argv: list[str] | None = None) -> None:
     arguments = tyro.cli(Arguments, prog="python -m ltat_fast.report", args=argv)
     if not arguments.runs:
         raise UserError("name at least one run folder")
-    print(tables.render(list(arguments.runs)))
+    runs = list(arguments.runs)
+    print(tables.render(runs))
+    found = tables.experiments(runs)
+    if arguments.csv:
+        _write(arguments.csv, tabular.as_csv(found))
+    if arguments.markdown:
+        _write(arguments.markdown, tabular.as_markdown(found))
+    if arguments.html:
+        from ltat_fast.reporting import page  # matplotlib and jinja2 take a second that the table need not wait for
+
+        chosen = device.choose(arguments.device, "fp32").device
+        _write(arguments.html, page.render(found, chosen, arguments.data_dir))
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    print(f"{path}: {path.stat().st_size / 1000:,.0f} kB")
 
 
 if __name__ == "__main__":

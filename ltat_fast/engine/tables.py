@@ -3,10 +3,13 @@
 import dataclasses
 import io
 import json
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ltat_fast.errors import UserError
@@ -20,13 +23,60 @@ COLUMNS = [
     ("T-Clean", "clean", "tail"),
     ("T-PGD", "pgd20", "tail"),
 ]
+# Shown where a run has them: the images that stay right under every attack that was tried.
+WORST_COLUMNS = [("Worst", "worst", "all"), ("T-Worst", "worst", "tail")]
+CHECKPOINTS = ("best", "last")
+NUMBERS_FROM = 6  # the columns before it say which experiment a line is of
 # Runs that differ in nothing but these are repetitions of one experiment, if all trained their own teacher or none did.
 NOT_THE_EXPERIMENT = {"seed", "out", "data_dir", "teacher", "device", "resume", "eval_batch_size", "save_minutes"}
+NEEDED = {"dataset", "method", "arch", "imbalance_ratio", "select_on", "seed", "eps"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run as its folder tells it. name: the end of its path, as much of it as no other run shares."""
+
+    name: str
+    path: Path
+    config: dict
+    results: dict
+    environment: dict
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Runs that are repetitions of one another, each with a seed of its own."""
+
+    label: str
+    runs: tuple[Run, ...]
+
+    @property
+    def config(self) -> dict:
+        return self.runs[0].config
+
+    def checkpoints(self) -> list[str]:
+        return [which for which in CHECKPOINTS if any(which in run.results for run in self.runs)]
+
+    def values(self, which: str, attack: str, group: str) -> list[float]:
+        """Percent of each run that has it."""
+        found = [run.results.get(which, {}).get(attack, {}).get(group) for run in self.runs]
+        return [value for value in found if value is not None]
+
+    def images(self, which: str, attack: str) -> set[int]:
+        """How many test images the runs used for it."""
+        found = [run.results.get(which, {}).get(attack, {}).get("images") for run in self.runs]
+        return {number for number in found if number is not None}
 
 
 def load_results(run_dir: Path) -> tuple[dict, dict]:
     """config.json and eval.json of a run. Raises UserError if it has none yet."""
-    return read_json(run_dir / "config.json"), read_json(run_dir / "eval.json")
+    config, results = read_json(run_dir / "config.json"), read_json(run_dir / "eval.json")
+    if missing := NEEDED - config.keys():
+        raise UserError(f"{run_dir / 'config.json'} is damaged: it does not say {', '.join(sorted(missing))}")
+    for which in CHECKPOINTS:
+        if not isinstance(results.get(which, {}), dict):
+            raise UserError(f"{run_dir / 'eval.json'} is damaged: {which} is not a JSON object")
+    return config, results
 
 
 def read_json(path: Path) -> dict:
@@ -42,28 +92,83 @@ def read_json(path: Path) -> dict:
     return content
 
 
+def experiments(run_dirs: list[Path]) -> list[Experiment]:
+    """The runs, those that are repetitions of one another together, in the order given.
+
+    Runs with given teachers are repetitions of one another only while no seed comes twice; then each teacher is an
+    experiment of its own. Raises UserError for a run without results, and for two runs of one experiment with one seed.
+    """
+    alike: dict[str, list[Run]] = {}
+    for run in load_runs(run_dirs):
+        alike.setdefault(_settings(run), []).append(run)
+    found = []
+    for runs in alike.values():
+        teachers: dict[str | None, list[Run]] = {}
+        for run in runs:
+            teachers.setdefault(run.config.get("teacher") if _repeated_seed(runs) is not None else None, []).append(run)
+        for teacher, repetitions in teachers.items():
+            if (seed := _repeated_seed(repetitions)) is not None:
+                names = " and ".join(run.name for run in repetitions if run.config["seed"] == seed)
+                raise UserError(f"{names} are one experiment with one seed, {seed}, and would count as two: name one")
+            of_teacher = f" teacher={Path(teacher).name}" if teacher is not None else ""
+            found.append(Experiment(label(repetitions[0].config) + of_teacher, tuple(repetitions)))
+    return found
+
+
+def load_runs(run_dirs: list[Path]) -> list[Run]:
+    """Each run once, however often it is named. Raises UserError for one without results."""
+    paths = list(dict.fromkeys(path.resolve() for path in run_dirs))
+    runs = []
+    for path in paths:
+        config, results = load_results(path)
+        environment = read_json(path / "env.json") if (path / "env.json").exists() else {}
+        runs.append(Run(_shortest_name(path, paths), path, config, results, environment))
+    return runs
+
+
+def _shortest_name(path: Path, paths: list[Path]) -> str:
+    for length in range(1, len(path.parts) + 1):
+        if sum(other.parts[-length:] == path.parts[-length:] for other in paths) == 1:
+            break
+    return "/".join(path.parts[-length:])
+
+
+def _settings(run: Run) -> str:
+    """What repetitions share: the settings that make the experiment, and the training images."""
+    settings = {k: v for k, v in run.config.items() if k not in NOT_THE_EXPERIMENT}
+    settings["given_teacher"] = run.config.get("teacher") is not None
+    return json.dumps([settings, run.environment.get("index_hash")], sort_keys=True)
+
+
+def _repeated_seed(runs: list[Run]) -> int | None:
+    seed, times = Counter(run.config["seed"] for run in runs).most_common(1)[0]
+    return seed if times > 1 else None
+
+
+def columns(found: list[Experiment]) -> list[tuple[str, str, str]]:
+    """The paper's columns, and those of the worst case where a run has it."""
+    has_worst = any(run.results.get(which, {}).get("worst") for e in found for run in e.runs for which in CHECKPOINTS)
+    return COLUMNS + WORST_COLUMNS if has_worst else COLUMNS
+
+
 def rows(run_dirs: list[Path]) -> list[dict]:
     """One dict an experiment and checkpoint: its config, "checkpoint", "seeds", and a list of values a column."""
-    experiments: dict[str, list[tuple[dict, dict]]] = {}
-    for run_dir in dict.fromkeys(path.resolve() for path in run_dirs):  # a run named twice counts once
-        config, results = load_results(run_dir)
-        settings = {k: v for k, v in config.items() if k not in NOT_THE_EXPERIMENT}
-        key = json.dumps(settings | {"given_teacher": config.get("teacher") is not None}, sort_keys=True)
-        experiments.setdefault(key, []).append((config, results))
-    table = []
-    for runs in experiments.values():
-        for which in ("best", "last"):
-            scores = [results[which] for _, results in runs if which in results]
-            values = {
-                heading: [s[attack][group] for s in scores if s.get(attack, {}).get(group) is not None]
-                for heading, attack, group in COLUMNS
-            }
-            images = {s[attack]["images"] for s in scores for attack in ("clean", "autoattack") if attack in s}
-            config = runs[0][0]
-            table.append(
-                {"config": config, "checkpoint": which, "seeds": len(runs), "images": images, "values": values}
-            )
-    return table
+    return _rows(experiments(run_dirs))
+
+
+def _rows(found: list[Experiment]) -> list[dict]:
+    return [
+        {
+            "label": experiment.label,
+            "config": experiment.config,
+            "checkpoint": which,
+            "seeds": len(experiment.runs),
+            "images": experiment.images(which, "clean") | experiment.images(which, "autoattack"),
+            "values": {heading: experiment.values(which, a, group) for heading, a, group in columns(found)},
+        }
+        for experiment in found
+        for which in CHECKPOINTS
+    ]
 
 
 def cell(values: list[float], seeds: int) -> str:
@@ -83,29 +188,41 @@ def label(config: dict) -> str:
     return " ".join([config["method"], *changed])
 
 
+def ratio_text(config: dict) -> str:
+    return "as found" if config["imbalance_ratio"] is None else f"{config['imbalance_ratio']:g}"
+
+
+def cells(found: list[Experiment]) -> tuple[list[str], list[list[str]]]:
+    """The table as headings and lines of text; from column :data:`NUMBERS_FROM` on they are numbers."""
+    headings = [heading for heading, _, _ in columns(found)]
+    lines = []
+    for row in _rows(found):
+        c = row["config"]
+        name = [row["label"], c["dataset"], ratio_text(c), c["arch"], row["checkpoint"], str(row["seeds"])]
+        lines.append(name + [cell(row["values"][heading], row["seeds"]) for heading in headings])
+    return ["method", "dataset", "IR", "arch", "checkpoint", "seeds", *headings], lines
+
+
 def render(run_dirs: list[Path]) -> str:
     """The table as text."""
+    found = experiments(run_dirs)
+    headings, lines = cells(found)
     table = Table(title=None)
-    for heading in ("method", "dataset", "IR", "arch", "checkpoint", "seeds", *(c[0] for c in COLUMNS)):
-        table.add_column(heading, justify="right" if heading in [c[0] for c in COLUMNS] else "left", no_wrap=True)
-    entries = rows(run_dirs)
-    for row in entries:
-        c = row["config"]
-        ir = "as found" if c["imbalance_ratio"] is None else f"{c['imbalance_ratio']:g}"
-        name = [label(c), c["dataset"], ir, c["arch"], row["checkpoint"], str(row["seeds"])]
-        table.add_row(*name, *(cell(row["values"][heading], row["seeds"]) for heading, _, _ in COLUMNS))
+    for i, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if i >= NUMBERS_FROM else "left", no_wrap=True)
+    for line in lines:
+        table.add_row(*map(escape, line))
     out = io.StringIO()
     Console(file=out, width=250).print(table)  # more than it needs: a narrow console would cut the numbers short
-    images = sorted(set().union(*(row["images"] for row in entries)))
-    return (
-        out.getvalue()
-        + f"Percent of {' or '.join(map(str, images))} test images; tail: see eval.json. "
-        + _note(entries)
+    return out.getvalue() + note(found)
+
+
+def note(found: list[Experiment]) -> str:
+    """How many test images the numbers are of, and what picked the best checkpoint."""
+    images = sorted(set().union(*(row["images"] for row in _rows(found))))
+    heldout = {experiment.config["select_on"] for experiment in found} == {"heldout"}
+    return f"Percent of {' or '.join(map(str, images)) or 'the'} test images; tail: see eval.json. " + (
+        "Best epoch by PGD-20 on held-out training images."
+        if heldout
+        else "Best epoch by PGD-20 on the test set, as in the published tables: optimistic; compare last too."
     )
-
-
-def _note(entries: list[dict]) -> str:
-    on = {row["config"]["select_on"] for row in entries}
-    if on == {"heldout"}:
-        return "Best epoch by PGD-20 on held-out training images."
-    return "Best epoch by PGD-20 on the test set, as in the published tables: optimistic; compare last too."

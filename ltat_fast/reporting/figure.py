@@ -1,0 +1,141 @@
+"""Matplotlib figures as SVG inside a page: its fonts, its colours by name, nothing from outside.
+
+Colours are CSS variables, so that one drawing serves a light and a dark page. Matplotlib knows no such thing: figures
+are drawn in stand-ins, near-black colours that nothing else has, and each is replaced by its variable afterwards.
+"""
+
+import hashlib
+import io
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from xml.etree import ElementTree
+
+import matplotlib
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ltat_fast.engine.tables import Experiment
+from ltat_fast.methods import METHODS
+
+INK, MUTED, GRID, PAPER = "#010100", "#010101", "#010102", "#010103"
+SERIES = [f"#0101{0x10 + i:02x}" for i in range(8)]
+VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid", PAPER: "paper"}
+VARIABLES |= {stand_in: f"s{i + 1}" for i, stand_in in enumerate(SERIES)}
+
+# Colours are told apart within each four, in every kind of colour blindness; markers and dashes do the rest.
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p")
+DASHES = ("solid", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.2, 1, 1.2)))
+# The methods of the paper's main table have a colour of their own; so each looks the same in every report.
+ORDER = ("ltat", "at-bsl", "pgd-at", "trades", "robal", "mart", "awp", "reat")
+
+RC = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "ltat-fast",
+    "text.parse_math": False,
+    "font.size": 11,
+    "axes.labelsize": 11,
+    "axes.edgecolor": GRID,
+    "xtick.labelsize": 10.5,
+    "ytick.labelsize": 10.5,
+    "axes.labelcolor": MUTED,
+    "axes.facecolor": "none",
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "figure.facecolor": "none",
+    "figure.constrained_layout.use": True,
+    "lines.linewidth": 1.8,
+}
+NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+
+
+@dataclass(frozen=True)
+class Style:
+    """How an experiment is drawn, in every plot of the page."""
+
+    colour: str
+    marker: str
+    dashes: str | tuple
+
+    @property
+    def variable(self) -> str:
+        """Its colour in CSS."""
+        return f"var(--{VARIABLES[self.colour]})"
+
+
+def styles(experiments: tuple[Experiment, ...]) -> list[Style]:
+    """Colour by method; marker and dashes differ where two experiments share one."""
+    order = [*ORDER, *(name for name in METHODS if name not in ORDER)]
+    chosen: list[Style] = []
+    for experiment in experiments:
+        method = experiment.config["method"]
+        place = order.index(method) if method in order else len(order)
+        colour = SERIES[place % len(SERIES)]
+        taken = sum(style.colour == colour for style in chosen)
+        dashes = DASHES[(place // 4 + taken) % len(DASHES)]
+        chosen.append(Style(colour, MARKERS[(place + taken) % len(MARKERS)], dashes))
+    return chosen
+
+
+@contextmanager
+def axes(width: float, height: float) -> Iterator[Axes]:
+    """Empty axes in a figure of so many CSS pixels."""
+    with matplotlib.rc_context(RC):
+        yield Figure(figsize=(width / 72, height / 72)).add_subplot()
+
+
+def to_svg(ax: Axes, description: str) -> Markup:
+    """The figure of ``ax`` as an ``<svg>`` element. To be called while :func:`axes` is open.
+
+    description: said to those who do not see it; without one, it is decoration to them.
+    """
+    out = io.StringIO()
+    ax.figure.savefig(out, format="svg", metadata=NO_METADATA)
+    text = out.getvalue()
+    root = ElementTree.fromstring(text)
+    for parent in list(root.iter()):
+        for child in [c for c in parent if _local(c.tag) in ("style", "metadata")]:  # that style would be the page's
+            parent.remove(child)
+    used = set(re.findall(r'(?:url\(|href=")#([\w-]+)', text))
+    own = f"f{hashlib.sha256(text.encode()).hexdigest()[:8]}-"  # names are shared by all figures of a page
+    for element in root.iter():
+        element.tag = _local(element.tag)
+        attributes = {_local(name): value for name, value in element.items()}
+        if attributes.get("id") not in used:
+            attributes.pop("id", None)
+        element.attrib.clear()
+        element.attrib.update({name: _rewritten(name, value, own) for name, value in attributes.items()})
+    for name in ("width", "height", "version"):
+        root.attrib.pop(name, None)
+    said = {"role": "img", "aria-label": description} if description else {"aria-hidden": "true"}
+    root.attrib |= {"class": "chart"} | said
+    return Markup(ElementTree.tostring(root, encoding="unicode"))
+
+
+def _local(name: str) -> str:
+    """A name of XML without its namespace: HTML knows what an svg element is."""
+    return name.rpartition("}")[2]
+
+
+def _rewritten(name: str, value: str, own: str) -> str:
+    if name == "id":
+        return own + value
+    if name in ("href", "clip-path"):
+        return value.replace("#", f"#{own}", 1)
+    if name == "style":
+        value = re.sub(r"font: (?:[^;\d]*\s)?([\d.]+px)[^;]*", r"font-size: \1", value)
+        value = re.sub(r"font-family:[^;]*;?", "", value)
+        return re.sub(r"#0101[0-9a-f]{2}", lambda found: f"var(--{VARIABLES[found[0]]})", value)
+    return value

@@ -1,0 +1,81 @@
+"""One sentence that compares the methods on their rarest classes, from the numbers alone."""
+
+from dataclasses import dataclass
+from math import hypot
+from statistics import mean, stdev
+
+from ltat_fast.engine.tables import Experiment
+from ltat_fast.reporting.study import Study, attack_name, method_name
+
+
+@dataclass(frozen=True)
+class Rank:
+    """An experiment and its accuracies in percent, one a seed."""
+
+    experiment: Experiment
+    name: str
+    robust: list[float]
+    clean: list[float]
+
+
+@dataclass(frozen=True)
+class Headline:
+    """sentence: the result. caveat: what it does not show. ranking: the highest mean first. group: "tail" or "all"."""
+
+    sentence: str
+    caveat: str
+    group: str
+    ranking: list[Rank]
+
+
+def headline(study: Study) -> Headline:
+    """The methods ranked on the tail under the study's attack; on all classes or without attack where that is all."""
+    attack = study.attack or "clean"
+    measured = [e.values(study.checkpoint, attack, "tail") for e in study.experiments]
+    group = "tail" if all(measured) else "all"
+    ranking = [
+        Rank(e, name, e.values(study.checkpoint, attack, group), e.values(study.checkpoint, "clean", group))
+        for e, name in zip(study.experiments, names(study.experiments), strict=True)
+    ]
+    ranking = sorted((rank for rank in ranking if rank.robust), key=lambda rank: -mean(rank.robust))
+    images = "tail-class images" if group == "tail" else "test images"
+    if not ranking:
+        return Headline("No run has been evaluated yet.", "", group, [])
+    under = f" under {attack_name(attack)}" if study.attack else ""
+    first, *others = ranking
+    top, *rest = [f"{mean(rank.robust):.1f} %" for rank in ranking]
+    sentence = f"{first.name} classifies {top} of {images} correctly{under}"
+    if not others:
+        return Headline(f"{sentence}.", _seeds(ranking), group, ranking)
+    if len(others) <= 2:
+        against = " and ".join(f"{number} for {rank.name}" for number, rank in zip(rest, others, strict=True))
+    else:
+        against = f"{rest[0]} for {others[0].name}, the next of {len(ranking)} methods, and {rest[-1]} for the last, "
+        against += others[-1].name
+    return Headline(f"{sentence}, against {against}.", _doubt(ranking), group, ranking)
+
+
+def _doubt(ranking: list[Rank]) -> str:
+    first, second = ranking[:2]
+    gap = mean(first.robust) - mean(second.robust)
+    if min(len(first.robust), len(second.robust)) < 2:
+        return f"{_seeds(ranking)} How far {first.name} leads {second.name} beyond chance is not known."
+    spread = hypot(stdev(first.robust), stdev(second.robust))
+    verdict = "are within" if gap <= spread else "exceed"
+    between = f"The {gap:.1f} points between {first.name} and {second.name}"
+    return f"{_seeds(ranking)} {between} {verdict} the spread of their difference, {spread:.1f}."
+
+
+def _seeds(ranking: list[Rank]) -> str:
+    seeds = {len(rank.robust) for rank in ranking}
+    if seeds == {1}:
+        return "One seed each."
+    fewest, most = min(seeds), max(seeds)
+    return f"Mean ± standard deviation over {most if fewest == most else f'{fewest} to {most}'} seeds."
+
+
+def names(experiments: tuple[Experiment, ...]) -> list[str]:
+    """The methods' names, with their options where one method comes twice."""
+    plain = [method_name(e) for e in experiments]
+    options = [" ".join(e.label.split(" ")[1:]) or "defaults" for e in experiments]
+    return [f"{n} ({o})" if plain.count(n) > 1 else n for n, o in zip(plain, options, strict=True)]

@@ -1,0 +1,216 @@
+"""What the networks of a study see: adversarial examples, saliency maps, input gradients, on the same test images."""
+
+import base64
+import io
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from ltat_fast import config as configuration
+from ltat_fast import seeding
+from ltat_fast.analysis.gradients import input_gradient
+from ltat_fast.analysis.inequality import saliency
+from ltat_fast.attacks import AttackConfig, pgd
+from ltat_fast.attacks.objectives import cross_entropy
+from ltat_fast.config import ratio
+from ltat_fast.data import load_dataset, longtail
+from ltat_fast.engine import log, run
+from ltat_fast.engine.evaluation import float32_without_shortcuts, spread
+from ltat_fast.engine.run import Images, RunData
+from ltat_fast.engine.tables import Experiment
+from ltat_fast.errors import UserError
+from ltat_fast.models.frozen import FrozenTwin
+from ltat_fast.reporting.headline import names
+from ltat_fast.reporting.study import Study
+
+ROWS = 6
+GRADIENT_IMAGES = 100
+STEPS = 20
+
+
+@dataclass(frozen=True)
+class Picture:
+    """source: a data URI. note: what the network takes it for. correct: whether that is so; None if not asked."""
+
+    source: str
+    alt: str
+    note: str = ""
+    correct: bool | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One test image. cells: for each method, its pictures."""
+
+    name: str
+    training_images: int
+    original: Picture
+    cells: list[list[Picture]]
+
+
+@dataclass
+class Gallery:
+    """methods: places in the study of those whose weights are there. missing: sentences on what is not.
+
+    gradients: absolute input gradients by group of classes, an array a method. zeros: percent of them that are
+    exactly zero, a method each. test_counts: test images in all and of each group, where the data are there.
+    """
+
+    methods: list[int] = field(default_factory=list)
+    adversarial: list[Row] = field(default_factory=list)
+    saliency: list[Row] = field(default_factory=list)
+    gradients: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    zeros: list[float] = field(default_factory=list)
+    test_counts: dict[str, int] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+
+
+def gallery(study: Study, device: torch.device, data_dir: Path | None = None) -> Gallery:
+    """The pictures of the first run of each experiment; what is missing is left out and named, not an error.
+
+    data_dir: where the images are now, if not where the runs found them.
+    """
+    shown = Gallery()
+    try:
+        data = _data(study, device, data_dir)
+    except (UserError, OSError) as error:
+        shown.missing.append(f"The images are not here: {_without_paths(error, study, data_dir)}.")
+        return shown
+    groups = {name: np.isin(data.test.labels.cpu().numpy(), classes) for name, classes in data.groups.items()}
+    shown.test_counts = {"all": len(data.test)} | {name: int(chosen.sum()) for name, chosen in groups.items()}
+    models = {}
+    for place, (experiment, name) in enumerate(zip(study.experiments, names(study.experiments), strict=True)):
+        try:
+            models[place] = _model(experiment, study, data, device)
+        except (UserError, OSError) as error:
+            shown.missing.append(f"{name} has no pictures: {_without_paths(error, study, data_dir)}.")
+    if models:
+        shown.methods = list(models)
+        with float32_without_shortcuts():
+            _examples(shown, study, data, list(models.values()))
+            _gradients(shown, data, list(models.values()))
+    return shown
+
+
+def _data(study: Study, device: torch.device, data_dir: Path | None) -> RunData:
+    """The test images. Unlike :func:`ltat_fast.engine.run.load_data` it downloads nothing."""
+    config, _ = configuration.from_json(study.config)
+    where = data_dir or config.data_dir
+    dataset = load_dataset(config.dataset, where, image_size=config.image_size, download=False, report=log.say)
+    tailed = longtail.make_long_tailed(dataset, config.imbalance_ratio)
+    train, test = (
+        Images(torch.from_numpy(part.images), torch.from_numpy(part.labels).to(device))
+        for part in (tailed, dataset.test)
+    )
+    return RunData(
+        train,
+        test,
+        test,
+        study.counts or tailed.counts,
+        study.groups or tailed.groups,
+        tailed.class_names,
+        tailed.index_hash,
+        dataset.pad,
+        dataset.flip,
+    )
+
+
+def _model(experiment: Experiment, study: Study, data: RunData, device: torch.device) -> nn.Module:
+    weights = run.weights_in(experiment.runs[0].path, study.checkpoint)
+    return FrozenTwin(run.load_model(weights, device, experiment.config["arch"], data), fold_bn=True)
+
+
+def _without_paths(error: Exception, study: Study, data_dir: Path | None) -> str:
+    """The message with the names of folders, not where they lie: a page is shown to others."""
+    text = str(error)
+    for run_ in study.runs:
+        text = text.replace(str(run_.path), run_.name)
+    for folder in (data_dir, study.config.get("data_dir"), Path.cwd(), Path.home()):
+        if folder is not None:
+            text = text.replace(str(folder), Path(folder).name)
+    return text
+
+
+def _examples(shown: Gallery, study: Study, data: RunData, models: list[nn.Module]) -> None:
+    """The first test image of classes evenly spaced from the most frequent to the rarest."""
+    order = study.by_frequency() if study.counts else sorted(range(data.num_classes), key=lambda c: -data.counts[c])
+    places = np.unique(np.linspace(0, len(order) - 1, min(ROWS, len(order))).round().astype(int))
+    labels = data.test.labels.cpu()
+    firsts = [int((labels == order[p]).nonzero()[0]) for p in places if (labels == order[p]).any()]
+    x = data.test.images[firsts].to(data.test.labels.device).float() / 255
+    y = data.test.labels[firsts]
+    eps = ratio(study.config["eps"])
+    attack = AttackConfig(eps, eps / 4, STEPS)
+    predictions, attacked, maps = [], [], []
+    for model in models:
+        x_adv = pgd(model, x, cross_entropy(y), attack, seeding.stream(x.device, 0, "report"))
+        with torch.no_grad():
+            predictions.append((model(x).argmax(1).tolist(), model(x_adv).argmax(1).tolist()))
+        attacked.append(x_adv)
+        maps.append(saliency(model, x, y))
+    who = [names(study.experiments)[place] for place in shown.methods]
+    for i, (index, label) in enumerate(zip(firsts, y.tolist(), strict=True)):
+        name = data.class_names[label]
+        original = Picture(_image(x[i]), f"test image {index}, class {name}")
+        adversarial, salient = [], []
+        for method, (clean, robust), x_adv, gradient in zip(who, predictions, attacked, maps, strict=True):
+            taken = data.class_names[robust[i]]
+            about = f"{original.alt}, attacked against {method}"
+            adversarial.append(
+                [
+                    Picture(_image(x_adv[i]), f"{about}: taken for {taken}", taken, robust[i] == label),
+                    Picture(_image((x_adv[i] - x[i]) / (2 * eps) + 0.5), f"the perturbation of {about}, amplified"),
+                ]
+            )
+            taken = data.class_names[clean[i]]
+            about = f"saliency of {method} on {original.alt}, taken for {taken}"
+            salient.append([Picture(_signed(gradient[i]), about, taken, clean[i] == label)])
+        shown.adversarial.append(Row(name, data.counts[label], original, adversarial))
+        shown.saliency.append(Row(name, data.counts[label], original, salient))
+
+
+def _gradients(shown: Gallery, data: RunData, models: list[nn.Module]) -> None:
+    """Absolute gradients of cross-entropy, of images spread evenly over the classes of each group."""
+    labels = data.test.labels.cpu().numpy()
+    for group in ("head", "medium", "tail"):
+        members = np.flatnonzero(np.isin(labels, data.groups[group]))
+        if len(members):
+            index = members[spread(labels[members], GRADIENT_IMAGES)]
+            shown.gradients[group.capitalize()] = [_gradient_sizes(model, data.test, index) for model in models]
+    of_methods = zip(*shown.gradients.values(), strict=True)
+    shown.zeros = [100 * float((np.concatenate(sizes) == 0).mean()) for sizes in of_methods]
+
+
+def _gradient_sizes(model: nn.Module, test: Images, index: np.ndarray, batch: int = 50) -> np.ndarray:
+    sizes = []
+    for part in torch.from_numpy(index).split(batch):
+        y = test.labels[part.to(test.labels.device)]
+        x = test.images[part].to(y.device).float() / 255
+        gradient = input_gradient(model, x, lambda logits, y=y: F.cross_entropy(logits, y, reduction="none"))
+        sizes.append(gradient.abs().flatten().cpu().numpy())
+    return np.concatenate(sizes)
+
+
+def _image(x: Tensor) -> str:
+    """``(C, H, W)`` in [0, 1] as the data URI of a PNG."""
+    pixels = (x.detach().cpu().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+    return _png(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+
+
+def _signed(gradient: Tensor) -> str:
+    """``(C, H, W)`` summed over channels: red where a brighter pixel speaks for the class, blue where against it."""
+    values = gradient.detach().cpu().sum(0)
+    scaled = 0.5 + 0.5 * values / values.abs().max().clamp_min(torch.finfo(values.dtype).tiny)
+    return _png(matplotlib.colormaps["RdBu_r"](scaled.numpy(), bytes=True)[..., :3])
+
+
+def _png(pixels: np.ndarray) -> str:
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()

@@ -1,0 +1,177 @@
+"""How the numbers of a study came about: threat model, attacks, images, selection, in words and exact fractions."""
+
+import re
+import shlex
+from collections.abc import Iterable
+from fractions import Fraction
+from importlib import metadata
+
+from ltat_fast.engine.tables import CHECKPOINTS, Run
+from ltat_fast.reporting.study import Study, attack_name
+
+NOT_SHOWN = {"out", "data_dir", "seed", "resume", "method_options", "teacher"}
+
+
+def fraction(text: str) -> Fraction:
+    """The number a user wrote, "8/255" or "0.1", exactly."""
+    numerator, _, denominator = text.partition("/")
+    return Fraction(numerator) / Fraction(denominator or 1)
+
+
+def exactly(value: Fraction) -> str:
+    """ "8/255 (0.03137)"; "1/10 (0.1)"."""
+    return f"{value} ({float(value):.4g})"
+
+
+def attacks(study: Study) -> list[dict[str, str]]:
+    """One line an attack: what it ascends, its steps, their size, its start, and how many images it was run on."""
+    eps = fraction(study.config["eps"])
+    return [
+        _attack(name, eps) | {"name": attack_name(name), "images": _images(study, name)} for name in study.attacks()
+    ]
+
+
+def _attack(name: str, eps: Fraction) -> dict[str, str]:
+    if name == "clean":
+        return {"objective": "none", "steps": "-", "step": "-", "start": "the image itself"}
+    if name == "fgsm":
+        return {"objective": "cross-entropy", "steps": "1", "step": exactly(eps), "start": "the image itself"}
+    if match := re.fullmatch(r"(pgd|cw)(\d+)", name):
+        objective = "cross-entropy" if match[1] == "pgd" else "margin of the logits (Carlini-Wagner)"
+        start = "1 uniform in the ball"
+        return {"objective": objective, "steps": match[2], "step": exactly(eps / 4), "start": start}
+    if name == "autoattack":
+        parts = "APGD-CE, targeted APGD-DLR, targeted FAB, Square"
+        return {"objective": parts, "steps": "standard version", "step": "adaptive", "start": "as the package has it"}
+    if name == "worst":
+        words = "an image counts if it is right under every attack named in eval.json"
+        return {"objective": words, "steps": "-", "step": "-", "start": "-"}
+    return {"objective": "see the code of this version", "steps": "-", "step": "-", "start": "-"}
+
+
+def _images(study: Study, attack: str) -> str:
+    numbers = set().union(*(e.images(which, attack) for e in study.experiments for which in CHECKPOINTS))
+    return " or ".join(map(str, sorted(numbers))) or "not recorded"
+
+
+def images_and_selection(study: Study) -> str:
+    """What the main table is of: "Percent of 600 test images; AutoAttack: of 100. Tail: 9. Best epoch: ..."."""
+    of = {name: _images(study, name) for name in study.attacks()}
+    usual = of.get("clean", "the")
+    others = "".join(f"; {attack_name(name)}: of {number}" for name, number in of.items() if number != usual)
+    tail = ", ".join(study.class_names()[c] for c in study.groups["tail"]) if study.groups else "not recorded"
+    return (
+        f"Percent of {usual} test images{others}. Tail (T-), the rarest tenth of the classes: {tail}. "
+        f"Best epoch: {_selection(study)}."
+    )
+
+
+def facts(study: Study, test_counts: dict[str, int]) -> list[tuple[str, str]]:
+    """Name and statement of all that is not a property of one attack. test_counts: images by group, where known."""
+    c = study.config
+    eps = fraction(c["eps"])
+    told = [
+        ("Threat model", f"L∞ ball of radius ε = {exactly(eps)} around the image, pixels in [0, 1], clipped to [0, 1]"),
+        ("Test images", _test_images(test_counts)),
+        ("Random numbers", "the start noise is a function of seed 0, the attack and the place of the batch"),
+        ("Arithmetic", "float32 without TF32, eval mode, batch norm folded into the convolutions"),
+        ("AutoAttack", f"standard version of pyautoattack; {_autoattack_version(study.runs)}"),
+        ("Best checkpoint", _selection(study)),
+        ("Plots and headline", f"are of the {study.checkpoint} checkpoint"),
+        ("Attack in training", _training_attack(study)),
+        ("Tail", _tail(study)),
+    ]
+    return [(name, text) for name, text in told if name != "AutoAttack" or "autoattack" in study.attacks()]
+
+
+def _test_images(counts: dict[str, int]) -> str:
+    subset = "an attack on fewer takes them evenly spaced from the test set sorted by class, without chance"
+    if not counts:
+        return f"of the dataset's test set, the numbers in the table below; {subset}"
+    of = ", ".join(f"{number} {name}" for name, number in counts.items() if name != "all")
+    return f"the test set has {counts['all']} ({of}); {subset}"
+
+
+def _autoattack_version(runs: Iterable[Run]) -> str:
+    recorded = {run.environment.get("packages", {}).get("pyautoattack") for run in runs} - {None}
+    if recorded:
+        return f"version {', '.join(sorted(recorded))}"
+    try:
+        return f"its version is not in env.json; where this page was made it is {metadata.version('pyautoattack')}"
+    except metadata.PackageNotFoundError:
+        return "its version is not in env.json"
+
+
+def _selection(study: Study) -> str:
+    kinds = {e.config["select_on"] for e in study.experiments}
+    said = {
+        "test": "highest PGD-20 accuracy on the test set, as in the published tables: optimistic, so compare last too",
+        "heldout": "highest PGD-20 accuracy on held-out training images",
+    }
+    return "; or ".join(said.get(kind, kind) for kind in sorted(kinds, reverse=True))
+
+
+def _training_attack(study: Study) -> str:
+    seen = {(e.config.get("step_size"), e.config.get("attack_steps")) for e in study.experiments}
+    return "; or ".join(
+        f"{steps} steps of {exactly(fraction(size))}" for size, steps in sorted(seen, key=str) if size and steps
+    )
+
+
+def _tail(study: Study) -> str:
+    if not study.groups:
+        return "the tenth of the classes with the fewest training images; the runs do not say which (no env.json)"
+    names, counts = study.class_names(), study.counts
+    tail = ", ".join(f"{names[c]} ({counts[c]})" for c in study.groups["tail"])
+    return f"the tenth of the classes with the fewest training images: {tail}"
+
+
+def settings(study: Study) -> list[tuple[str, list[str]]]:
+    """Every setting with its value in each experiment; those of methods last."""
+    configs = [e.config for e in study.experiments]
+    keys = dict.fromkeys(key for c in configs for key in c if key not in NOT_SHOWN)
+    table = [(key, [_plain(c.get(key)) for c in configs]) for key in keys]
+    table.append(("teacher", [_plain(c.get("teacher") and without_folders(c["teacher"])) for c in configs]))
+    options = dict.fromkeys(key for c in configs for key in c.get("method_options", {}))
+    return table + [(key, [_plain(c.get("method_options", {}).get(key)) for c in configs]) for key in options]
+
+
+def _plain(value: object) -> str:
+    return "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def environments(study: Study) -> list[dict[str, str]]:
+    """One dict a run: where and with what it was made. Folders of that machine are cut to their names."""
+    told = []
+    for run in study.runs:
+        env = run.environment
+        packages = ", ".join(f"{name} {version}" for name, version in env.get("packages", {}).items() if version)
+        where = ", ".join(str(part) for part in (env.get("gpu") or env.get("machine"), env.get("precision")) if part)
+        told.append(
+            {
+                "run": run.name,
+                "seed": str(run.config["seed"]),
+                "images": env.get("index_hash", "-"),
+                "packages": f"Python {env['python']}, {packages}" if "python" in env else "-",
+                "hardware": where or "-",
+                "git": env.get("git") or "-",
+                "command": command(env.get("command", "")) or "-",
+            }
+        )
+    return told
+
+
+def command(line: str) -> str:
+    """A recorded command line as one types it, absolute paths cut to their last name."""
+    try:
+        words = shlex.split(line)
+    except ValueError:
+        return ""
+    if words and (module := re.search(r"ltat_fast/(\w+)\.py$", words[0])):
+        words[:1] = ["python", "-m", f"ltat_fast.{module[1]}"]
+    return shlex.join(map(without_folders, words))
+
+
+def without_folders(word: str) -> str:
+    """ "--out=/home/me/run" to "--out=run"; a relative path stays."""
+    return re.sub(r"(?:^|(?<=[=@]))/.*?([^/]*)/?$", r"\1", word)

@@ -1,0 +1,144 @@
+"""What may be compared with what: experiments on the same images, with the same network and the same radius."""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from statistics import mean, stdev
+
+from safetensors import SafetensorError, safe_open
+
+from ltat_fast.data.longtail import class_groups
+from ltat_fast.engine.tables import Experiment, Run, ratio_text
+
+# The spelling of names that are not plain capitals.
+NAMES = {"natural": "Natural", "robal": "RoBal", "adaad": "AdaAD", "adaiad": "AdaIAD"}
+ATTACK_NAMES = {"clean": "no attack", "autoattack": "AutoAttack", "worst": "all attacks together"}
+NOT_A_GROUP = {"images", "per_class", "weights", "eps", "correct", "attacks"}
+
+
+def attack_name(attack: str) -> str:
+    """ "pgd20" to "PGD-20"."""
+    return ATTACK_NAMES.get(attack) or re.sub(r"^([a-z]+)(\d)", r"\1-\2", attack).upper()
+
+
+def method_name(experiment: Experiment) -> str:
+    method = experiment.config["method"]
+    return NAMES.get(method, method.upper())
+
+
+def attacks_of(results: dict) -> dict[str, dict]:
+    """The attack entries of one checkpoint of eval.json."""
+    return {name: entry for name, entry in results.items() if isinstance(entry, dict) and "all" in entry}
+
+
+def groups_of(entry: dict) -> dict[str, float | None]:
+    """The accuracies of an attack entry by group of classes, "all" among them."""
+    return {name: value for name, value in entry.items() if name not in NOT_A_GROUP}
+
+
+@dataclass(frozen=True)
+class Study:
+    """Experiments that may be compared. checkpoint and attack: what headline and plots are of."""
+
+    experiments: tuple[Experiment, ...]
+    checkpoint: str
+    attack: str | None
+
+    @property
+    def config(self) -> dict:
+        return self.experiments[0].config
+
+    @property
+    def runs(self) -> list[Run]:
+        return [run for experiment in self.experiments for run in experiment.runs]
+
+    @property
+    def title(self) -> str:
+        c = self.config
+        return f"{c['dataset']}, imbalance ratio {ratio_text(c)}, {c['arch']}, ε = {c['eps']}"
+
+    @property
+    def counts(self) -> list[int] | None:
+        """Training images of each class, if a run says."""
+        return next((run.environment["class_counts"] for run in self.runs if "class_counts" in run.environment), None)
+
+    @property
+    def groups(self) -> dict[str, list[int]]:
+        return class_groups(self.counts) if self.counts else {}
+
+    @property
+    def num_classes(self) -> int:
+        return max((len(entry.get("per_class", [])) for run in self.runs for entry in _entries(run)), default=0)
+
+    def by_frequency(self) -> list[int]:
+        """The classes, the most frequent in training first; as they are numbered where the counts are not known."""
+        counts = self.counts or [0] * self.num_classes
+        return sorted(range(self.num_classes), key=lambda c: (-counts[c], c))
+
+    def class_names(self) -> list[str]:
+        """As a weights file of the study knows them, else their numbers."""
+        for run in self.runs:
+            names = _card(run, self.checkpoint).get("class_names", [])
+            if len(names) == self.num_classes:
+                return [str(name) for name in names]
+        return [str(c) for c in range(self.num_classes)]
+
+    def attacks(self) -> list[str]:
+        """Every attack a run was evaluated under, "clean" first."""
+        names = dict.fromkeys(name for run in self.runs for which in run.results.values() for name in attacks_of(which))
+        return sorted(names, key=_strength)
+
+
+def studies(found: list[Experiment]) -> list[Study]:
+    """The experiments, those that may be compared together, in the order given."""
+    alike: dict[str, list[Experiment]] = {}
+    for experiment in found:
+        c = experiment.config
+        classes = max(
+            (len(entry.get("per_class", [])) for run in experiment.runs for entry in _entries(run)), default=0
+        )
+        images = experiment.runs[0].environment.get("index_hash")
+        key = [c["dataset"], c["imbalance_ratio"], c["arch"], c["eps"], classes, images]
+        alike.setdefault(json.dumps(key), []).append(experiment)
+    return [_study(tuple(group)) for group in alike.values()]
+
+
+def _study(group: tuple[Experiment, ...]) -> Study:
+    """Plots are of "best" only if it was picked on images of its own: picked on the test set it is optimistic."""
+    held_out = all(e.config["select_on"] == "heldout" and "best" in e.checkpoints() for e in group)
+    have_last = all("last" in e.checkpoints() for e in group)
+    checkpoint = "best" if held_out or not have_last else "last"
+    tried = [set(attacks_of(run.results.get(checkpoint, {}))) for e in group for run in e.runs]
+    common = set.intersection(*tried) - {"clean"}
+
+    def rank(attack: str) -> tuple[int, int]:
+        return min(min(e.images(checkpoint, attack), default=0) for e in group), _strength(attack)
+
+    return Study(group, checkpoint, max(common, key=rank, default=None))
+
+
+def _strength(attack: str) -> int:
+    order = ("clean", "fgsm", "pgd", "cw", "autoattack", "worst")
+    return next((i for i, stem in enumerate(order) if attack.startswith(stem)), 2)
+
+
+def _entries(run: Run) -> Iterator[dict]:
+    for results in run.results.values():
+        yield from attacks_of(results).values()
+
+
+def _card(run: Run, which: str) -> dict:
+    """What a weights file says of itself; nothing if it is not there."""
+    try:
+        with safe_open(run.path / "checkpoints" / f"{which}.safetensors", framework="pt") as file:
+            return json.loads((file.metadata() or {}).get("ltat_fast", "{}"))
+    except (SafetensorError, OSError, ValueError):
+        return {}
+
+
+def summary(values: list[float], digits: int = 1) -> str:
+    """ "59.4", over several seeds "59.4 ± 1.0"; "-" of none."""
+    if not values:
+        return "-"
+    return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")

@@ -1,0 +1,48 @@
+"""The numbers of the runs as files: CSV, one accuracy a line, and the table in Markdown."""
+
+import csv
+import io
+from collections.abc import Iterator
+
+from ltat_fast.engine import tables
+from ltat_fast.engine.tables import Experiment
+from ltat_fast.reporting.study import attacks_of, groups_of
+
+HEADER = ("run", "method", "dataset", "imbalance_ratio", "arch", "seed", "checkpoint", "attack", "group", "class")
+HEADER += ("train_images", "test_images", "accuracy")
+
+
+def as_csv(found: list[Experiment]) -> str:
+    """One line a run, checkpoint, attack and group of classes, and one a class (group "class").
+
+    accuracy: percent, every digit of eval.json; empty where there was no image. train_images: of the class, if known.
+    test_images: of the whole evaluation, not of the group.
+    """
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(HEADER)
+    writer.writerows(_lines(found))
+    return out.getvalue()
+
+
+def _lines(found: list[Experiment]) -> Iterator[tuple]:
+    for experiment in found:
+        for run in experiment.runs:
+            c = run.config
+            of_run = (run.name, experiment.label, c["dataset"], c["imbalance_ratio"], c["arch"], c["seed"])
+            counts = run.environment.get("class_counts", [])
+            for which in tables.CHECKPOINTS:
+                for attack, entry in attacks_of(run.results.get(which, {})).items():
+                    start, images = (*of_run, which, attack), entry.get("images")
+                    for group, accuracy in groups_of(entry).items():
+                        yield (*start, group, None, None, images, accuracy)
+                    for c, accuracy in enumerate(entry.get("per_class", [])):
+                        yield (*start, "class", c, counts[c] if c < len(counts) else None, images, accuracy)
+
+
+def as_markdown(found: list[Experiment]) -> str:
+    """The terminal's table."""
+    headings, lines = tables.cells(found)
+    rule = ["---"] * tables.NUMBERS_FROM + ["---:"] * (len(headings) - tables.NUMBERS_FROM)
+    table = [headings, rule, *([text.replace("|", "\\|") for text in line] for line in lines)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in table) + f"\n\n{tables.note(found)}\n"

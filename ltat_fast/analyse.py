@@ -85,7 +85,7 @@ class Analysed:
         """What eval.json has for these weights; clean and PGD-20 are measured where it has fewer images."""
         file, weights, images = self.run / "eval.json", self.asked["classwise"]["weights"], len(self.subject.labels)
         found = tables.read_json(file).get(self.which, {}) if file.exists() else {}
-        found = {attack: score for attack, score in found.items() if score.get("weights") == weights}
+        found = {name: s for name, s in found.items() if isinstance(s, dict) and s.get("weights") == weights}
         missing = [a for a in ("clean", "pgd20") if found.get(a, {}).get("images", 0) < images]
         s, test = self.subject, self.test
         options = {"batch_size": s.batch_size, "limits": {"default": images}}

@@ -18,10 +18,9 @@ from pathlib import Path
 
 import tyro
 
-from ltat_fast.attacks.evaluation import parse_attacks
-from ltat_fast.config import PRESETS, Config, choose
+from ltat_fast.config import PRESETS, choose
 from ltat_fast.engine import log, tables
-from ltat_fast.engine.jobs import Job, train_all
+from ltat_fast.engine.jobs import Job, is_finished, train_all
 from ltat_fast.errors import UserError, exit_on_user_error
 
 
@@ -100,16 +99,6 @@ def plan(table: dict, arguments: Arguments, extra: tuple[str, ...]) -> Iterator[
                 for seed in arguments.seeds or table.get("seeds", [0])
             )
             yield Row(title, row["paper"], jobs, own)
-
-
-def is_finished(job: Job) -> bool:
-    """Whether the run of ``job`` has been trained and evaluated under all the attacks it is to be evaluated under."""
-    try:
-        config, results = tables.load_results(job.run_dir)
-    except UserError:
-        return False
-    attacks = parse_attacks(config.get("eval_attacks", Config.eval_attacks))
-    return all(attack in results.get(which, {}) for which in ("best", "last") for attack in attacks)
 
 
 def submit(jobs: list[Job], partition: str, minutes: int) -> None:

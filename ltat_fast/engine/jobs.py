@@ -11,7 +11,10 @@ from pathlib import Path
 
 import torch
 
-from ltat_fast.engine import log
+from ltat_fast.attacks.evaluation import parse_attacks
+from ltat_fast.config import Config
+from ltat_fast.engine import log, tables
+from ltat_fast.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,16 @@ class Job:
     @property
     def log_file(self) -> Path:
         return self.run_dir.parent / f"{self.run_dir.name}.log"
+
+
+def is_finished(job: Job) -> bool:
+    """Whether the run of ``job`` has been trained and evaluated under all the attacks it is to be evaluated under."""
+    try:
+        config, results = tables.load_results(job.run_dir)
+    except UserError:
+        return False
+    attacks = parse_attacks(config.get("eval_attacks", Config.eval_attacks))
+    return all(attack in results.get(which, {}) for which in ("best", "last") for attack in attacks)
 
 
 def train_all(jobs: Sequence[Job], show: Callable[[str], bool] = lambda line: False) -> dict[Job, int]:

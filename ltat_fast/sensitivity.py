@@ -1,0 +1,128 @@
+"""Sensitivity: accuracy of all and of the tail classes over an option of LTAT, as figures 6 and 7 of the paper.
+
+python -m ltat_fast.sensitivity --option alpha --values 1 3 5 10 --seeds 0 1 2
+python -m ltat_fast.sensitivity --option gamma --values 1 2 5 10 --dataset cifar100-lt -- --data-dir DIR
+
+What follows -- goes to every run. Finished runs are kept, interrupted ones go on. Writes sensitivity.csv and
+sensitivity.png beside the runs; deviations are those over the seeds.
+"""
+
+import csv
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Literal
+
+import tyro
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
+
+from ltat_fast.config import PRESETS, choose
+from ltat_fast.engine import log, tables
+from ltat_fast.engine.jobs import Job, is_finished, train_all
+from ltat_fast.errors import UserError, exit_on_user_error
+
+CURVES = {"clean": ("clean", "tab:blue"), "pgd20": ("PGD-20", "tab:red")}
+GROUPS = {"all": "all classes", "tail": "tail class"}
+COLUMNS = ("option", "value", "checkpoint", "attack", "group", "mean", "std", "seeds")
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """LTAT at several values of one option."""
+
+    values: tuple[float, ...]
+    """what the option is set to; gamma is in units of the smallest class, the paper's default is IR / 2"""
+    option: Literal["alpha", "gamma"] = "alpha"
+    """alpha: weight of the distillation; gamma: images a class in the teacher's balanced set"""
+    dataset: str = "digits-lt"
+    """with its preset"""
+    seeds: tuple[int, ...] = (0,)
+    """each gives one run a value"""
+    out: Path | None = None
+    """where the runs go; runs/sensitivity-<option>-<dataset> if not given"""
+
+
+@exit_on_user_error
+def main(argv: list[str] | None = None) -> int:
+    """Exit status 1 if a run failed."""
+    argv = sys.argv[1:] if argv is None else argv
+    split = argv.index("--") if "--" in argv else len(argv)
+    arguments = tyro.cli(Arguments, prog="python -m ltat_fast.sensitivity", args=argv[:split])
+    choose("dataset", arguments.dataset, PRESETS)
+    if not arguments.values or not arguments.seeds:
+        raise UserError("--values and --seeds need at least one number each")
+    out = arguments.out or Path("runs") / f"sensitivity-{arguments.option}-{arguments.dataset}"
+    jobs = plan(arguments, out, tuple(argv[split + 1 :]))
+    todo = [job for runs in jobs.values() for job in runs if not is_finished(job)]
+    log.say(f"{arguments.option}: {len(jobs)} values, {sum(map(len, jobs.values()))} runs, {len(todo)} to do")
+    statuses = train_all(todo, show=lambda line: " test set" in line) if todo else {}
+    entries = collect(arguments.option, jobs)
+    write_csv(entries, out / "sensitivity.csv")
+    draw(arguments.option, arguments.dataset, entries).savefig(out / "sensitivity.png", dpi=100)
+    for entry in entries:
+        log.say("{option} {value:g}, {checkpoint}, {attack}, {group}: {mean:.2f} ± {std:.2f} ({seeds})".format(**entry))
+    log.say(f"wrote {out / 'sensitivity.csv'} and {out / 'sensitivity.png'}")
+    return 1 if any(statuses.values()) else 0
+
+
+def plan(arguments: Arguments, out: Path, extra: tuple[str, ...]) -> dict[float, list[Job]]:
+    """The runs of each value, a run a seed."""
+    option, flags = arguments.option, ("--dataset", arguments.dataset, "--method", "ltat")
+    flags += ("--eval-attacks", "clean,pgd20")
+
+    def job(value: float, seed: int) -> Job:
+        name = f"{option}{value:g}-seed{seed}"
+        return Job(out / name, (*flags, f"--{option}", f"{value:g}", "--seed", str(seed), *extra))
+
+    return {value: [job(value, seed) for seed in arguments.seeds] for value in sorted(set(arguments.values))}
+
+
+def collect(option: str, jobs: dict[float, list[Job]]) -> list[dict]:
+    """A line of :data:`COLUMNS` a value, checkpoint, attack and group: percent, over the runs that are evaluated."""
+    entries = []
+    for value, runs in jobs.items():
+        results = [tables.load_results(job.run_dir)[1] for job in runs if (job.run_dir / "eval.json").exists()]
+        for checkpoint in ("best", "last"):
+            for attack in CURVES:
+                for group in GROUPS:
+                    found = [result.get(checkpoint, {}).get(attack, {}).get(group) for result in results]
+                    scores = [score for score in found if score is not None]
+                    if scores:
+                        spread = stdev(scores) if len(scores) > 1 else 0.0
+                        line = (option, value, checkpoint, attack, group, mean(scores), spread, len(scores))
+                        entries.append(dict(zip(COLUMNS, line, strict=True)))
+    return entries
+
+
+def write_csv(entries: list[dict], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(entries)
+
+
+def draw(option: str, dataset: str, entries: list[dict]) -> Figure:
+    """All classes left (figure 6), the tail right (figure 7); best checkpoints solid, last ones dashed."""
+    figure = Figure((8, 3.4), layout="constrained")
+    for axes, (group, title) in zip(figure.subplots(1, 2), GROUPS.items(), strict=True):
+        for attack, (name, colour) in CURVES.items():
+            for checkpoint, style in (("best", "o-"), ("last", "s--")):
+                wanted = (attack, group, checkpoint)
+                line = [e for e in entries if (e["attack"], e["group"], e["checkpoint"]) == wanted]
+                x, y, spread = ([e[key] for e in line] for key in ("value", "mean", "std"))
+                axes.errorbar(x, y, spread, fmt=style, color=colour, capsize=3, label=f"{name}, {checkpoint}")
+        values = sorted({e["value"] for e in entries})
+        if values and min(values) > 0:
+            axes.set_xscale("log")
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xticks(values, [f"{value:g}" for value in values])
+        axes.set(xlabel=option, ylabel="accuracy (%)", title=f"{dataset}, {title}")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+    return figure
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

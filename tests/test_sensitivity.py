@@ -1,0 +1,101 @@
+"""A sweep over an option of LTAT: the right runs, kept when finished, and their means and deviations."""
+
+import csv
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+from runs import status_of
+
+from ltat_fast.sensitivity import Arguments, collect, draw, plan
+
+QUICK = ("--epochs", "1", "--teacher-epochs", "1", "--max-steps", "1", "--attack-steps", "1", "--precision", "fp32")
+QUICK += ("--limit-eval", "50")
+
+
+def test_the_runs():
+    jobs = plan(Arguments((10.0, 0.5), "gamma", seeds=(3, 4)), Path("out"), ("--epochs", "7"))
+    assert list(jobs) == [0.5, 10.0]
+    assert [job.run_dir for job in jobs[0.5]] == [Path("out/gamma0.5-seed3"), Path("out/gamma0.5-seed4")]
+    flags = jobs[10.0][1].flags
+    given = dict(zip(flags[::2], flags[1::2], strict=True))
+    assert given == {
+        "--dataset": "digits-lt",
+        "--method": "ltat",
+        "--eval-attacks": "clean,pgd20",
+        "--gamma": "10",
+        "--seed": "4",
+        "--epochs": "7",
+    }
+
+
+def written(folder, scores):
+    """A finished run as far as a table reads it; ``scores``: clean, its tail, PGD-20, its tail."""
+    folder.mkdir(parents=True)
+    clean, tail_clean, pgd, tail_pgd = scores
+    result = {"clean": {"all": clean, "tail": tail_clean}, "pgd20": {"all": pgd, "tail": tail_pgd}}
+    config = {"dataset": "digits-lt", "method": "ltat", "arch": "smallresnet", "imbalance_ratio": 10}
+    config |= {"select_on": "test", "seed": 0, "eps": "0.1"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "eval.json").write_text(json.dumps({"best": result, "last": {"clean": {"all": 1.0, "tail": None}}}))
+
+
+def test_means_and_deviations(tmp_path):
+    jobs = plan(Arguments((1.0, 3.0, 9.0), seeds=(0, 1, 2)), tmp_path, ())
+    scores = [(90, 80, 50, 20), (92, 81, 53, 22), (91, 88, 55, 30)]
+    for job, of_seed in zip(jobs[1.0], scores, strict=True):
+        written(job.run_dir, of_seed)
+    written(jobs[3.0][0].run_dir, (70, 60, 40, 10))
+    entries = collect("alpha", jobs)
+    found = {(e["value"], e["checkpoint"], e["attack"], e["group"]): e for e in entries}
+    assert len(found) == len(entries) == 2 * (4 + 1), (
+        "nothing for 9, which has not run, and no tail where there is none"
+    )
+    for column, key in enumerate((("clean", "all"), ("clean", "tail"), ("pgd20", "all"), ("pgd20", "tail"))):
+        entry, values = found[(1.0, "best", *key)], [of_seed[column] for of_seed in scores]
+        assert entry["mean"] == pytest.approx(sum(values) / 3)
+        assert entry["std"] == pytest.approx(statistics.stdev(values))
+        assert (entry["option"], entry["seeds"]) == ("alpha", 3)
+    assert found[3.0, "best", "pgd20", "tail"]["mean"] == 10
+    assert (found[3.0, "best", "pgd20", "tail"]["std"], found[3.0, "best", "pgd20", "tail"]["seeds"]) == (0, 1)
+
+    everything, tail = draw("alpha", "digits-lt", entries).axes
+    assert "tail" in tail.get_title()
+    curves = {c.get_label(): c.lines[0].get_xydata().tolist() for c in tail.containers}
+    assert curves["PGD-20, best"] == [[1, 24], [3, 10]]
+    assert curves["clean, last"] == []
+    curves = {c.get_label(): c.lines[0].get_xydata().tolist() for c in everything.containers}
+    assert curves["clean, best"] == [[1, 91], [3, 70]]
+    assert curves["clean, last"] == [[1, 1], [3, 1]]
+
+
+def test_run_and_keep(tmp_path, capsys):
+    out = tmp_path / "over alpha"
+    sweep = ("--option", "alpha", "--values", "0", "10", "--out", str(out))
+    assert status_of("sensitivity", *sweep, "--", *QUICK) == 0
+    assert "2 runs, 2 to do" in capsys.readouterr().out
+    first = (out / "sensitivity.csv").read_text()
+    assert status_of("sensitivity", *sweep, "--", *QUICK) == 0
+    assert "2 runs, 0 to do" in capsys.readouterr().out
+    assert (out / "sensitivity.csv").read_text() == first
+    assert (out / "sensitivity.png").stat().st_size > 5000
+    lines = list(csv.DictReader(first.splitlines()))
+    assert len(lines) == 2 * 2 * 2 * 2
+    for value in ("0.0", "10.0"):
+        folder = out / f"alpha{float(value):g}-seed0"
+        assert json.loads((folder / "config.json").read_text())["method_options"]["alpha"] == float(value)
+        results = json.loads((folder / "eval.json").read_text())
+        for line in lines:
+            if line["value"] == value:
+                score = results[line["checkpoint"]][line["attack"]][line["group"]]
+                assert float(line["mean"]) == pytest.approx(score)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [(("--dataset", "mnist"), "unknown dataset 'mnist'"), (("--seeds",), "needs at least one number each")],
+)
+def test_refusals(flags, message, capfd):
+    assert status_of("sensitivity", "--values", "1", *flags) == 2
+    assert message in capfd.readouterr().err

@@ -94,7 +94,7 @@ def test_run_and_keep(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("flags", "message"),
-    [(("--dataset", "mnist"), "unknown dataset 'mnist'"), (("--seeds",), "needs at least one number each")],
+    [(("--dataset", "mnist"), "unknown dataset 'mnist'"), (("--seeds",), "need at least one number each")],
 )
 def test_refusals(flags, message, capfd):
     assert status_of("sensitivity", "--values", "1", *flags) == 2

@@ -133,9 +133,12 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("--samples and --draws must be 1 or more, --fits 2 or more")
     try:
         settings = [Gaussians(r, arguments.eta, arguments.n, arguments.eps) for r in arguments.ratios]
-        fits = [fitted_errors(setting, arguments.samples, arguments.fits) for setting in settings]
     except ValueError as error:
         raise UserError(str(error)) from None
+    try:
+        fits = [fitted_errors(setting, arguments.samples, arguments.fits) for setting in settings]
+    except ValueError as error:
+        raise UserError(f"{error}; give more --samples than {arguments.samples}") from None
     log.console.print(render(settings, fits, arguments.draws))
     for setting, runs in zip(settings, fits, strict=True):
         gaps = [errors["rob", "rob", "tail"] > errors["nat", "rob", "tail"] for errors in runs]

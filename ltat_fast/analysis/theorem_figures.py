@@ -44,7 +44,7 @@ def boundaries(settings: list[Gaussians], samples: int) -> Figure:
 
 def tail_accuracy(settings: list[Gaussians], fits: list[list[dict]]) -> Figure:
     """Natural and robust accuracy of the tail class: the theorem as lines, the fits as points with deviations."""
-    figure = Figure((7.0, 3.3), layout="constrained")
+    figure = Figure((7.0, 3.6), layout="constrained")
     ratios = [setting.ratio for setting in settings]
     grid = np.geomspace(min(ratios), max(ratios), 100)
     like = settings[0]
@@ -59,5 +59,5 @@ def tail_accuracy(settings: list[Gaussians], fits: list[list[dict]]) -> Figure:
             axes.errorbar(ratios, [mean(v) for v in values], spreads, **style)
         axes.set(xlabel="imbalance ratio", title="natural" if error == "nat" else f"robust, eps = {like.eps:g}")
     figure.axes[0].set_ylabel("accuracy of the tail class (%)")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=7)
     return figure

@@ -188,7 +188,7 @@ def test_the_command(tmp_path, capsys):
         (("--eps", "1"), "the theorem needs 0 <= eps < eta"),
         (("--ratios", "0.5"), "ratio >= 1"),
         (("--fits", "1"), "--fits 2 or more"),
-        (("--samples", "2"), "the samples are"),
+        (("--samples", "2"), "give more --samples than 2"),
     ],
 )
 def test_refusals(flags, message, capsys):

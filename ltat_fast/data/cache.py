@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import stat
 import time
 import zlib
 from collections.abc import Callable, Iterable
@@ -73,7 +74,7 @@ def read_cache(path: Path, key: str) -> Arrays | None:
             name: data[body:][slice(*entry["data_offsets"])].view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
             for name, entry in header.items()
         }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 
@@ -133,11 +134,13 @@ def _key(tree: Tree, image_size: int | None) -> str:
     def add(split: Split) -> None:
         for path, label in zip(split.paths, split.labels, strict=True):
             try:
-                stat = os.stat(path)
+                status = os.stat(path)
             except OSError as error:
                 raise UserError(f"cannot read {path}: {error.strerror}") from error
+            if not stat.S_ISREG(status.st_mode):  # to read a pipe is to wait for whoever writes to it
+                raise UserError(f"cannot read {path}: it is not a file")
             name = path.removeprefix(root)
-            digest.update(f"{name!r} {label} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+            digest.update(f"{name!r} {label} {status.st_size} {status.st_mtime_ns}\n".encode())
 
     add(tree.train)
     digest.update(b"\n")

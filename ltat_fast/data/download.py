@@ -84,11 +84,15 @@ def unpack(path: Path, folder: Path, top: str, report: Callable[[str], None]) ->
                 return target
             report(f"unpacking {path}")
             shutil.rmtree(partial, ignore_errors=True)
-            with zipfile.ZipFile(path) as archive:
-                _refuse_unsafe(path, archive.infolist(), top)
-                archive.extractall(partial)
-            os.rename(partial / top, target)
-            shutil.rmtree(partial)
+            try:
+                with zipfile.ZipFile(path) as archive:
+                    _refuse_unsafe(path, archive.infolist(), top)
+                    archive.extractall(partial)
+                if not (partial / top).is_dir():
+                    raise UserError(f"{path} is refused: it holds no folder {top}/")
+                os.rename(partial / top, target)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         raise UserError(f"cannot unpack {path} to {folder}: {error.strerror or error}") from error
     # what a damaged zip file can raise: BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ...

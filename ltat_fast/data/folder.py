@@ -34,7 +34,7 @@ def scan_image_folder(root: Path, report: Callable[[str], None] = lambda line: N
 
     Raises:
         UserError: a missing split; fewer than two classes; other classes in one split than in the other; names that
-            differ in case alone; a class without an image.
+            differ in case alone or are no text; a class without an image; a folder that cannot be read.
     """
     train_root = root / "train"
     test_root = next((root / name for name in ("test", "val") if (root / name).is_dir()), root / "test")
@@ -78,14 +78,19 @@ def scan_tiny_imagenet(root: Path, report: Callable[[str], None] = lambda line: 
         wnid = rest.partition("\t")[0]
         if wnid not in label_of:
             raise UserError(f"{annotations} gives {file} the class {wnid!r}, which has no folder in train/")
+        if file in test:
+            raise UserError(f"{annotations} names {file} twice")
         test[file] = label_of[wnid]
     images, _ = _image_files(root / "val" / "images")
-    if unmatched := sorted({os.path.basename(path) for path in images} ^ test.keys()):
+    found = [os.path.basename(path) for path in images]
+    if unmatched := sorted(set(found) ^ test.keys()):
         raise UserError(f"{annotations} and {root / 'val' / 'images'} do not match, first at {unmatched[0]}")
+    if len(found) > len(test):
+        raise UserError(f"{root / 'val' / 'images'} holds {len(found) - len(test)} files under the name of another")
     if missing := set(label_of.values()) - set(test.values()):
         raise UserError(f"{annotations} names no image of class {names[min(missing)]}")
     train = _split(root / "train", [root / "train" / name / "images" for name in names], report)
-    return Tree(root, names, train, Split(images, [test[os.path.basename(path)] for path in images]))
+    return Tree(root, names, train, Split(images, [test[name] for name in found]))
 
 
 def _split(root: Path, folders: list[Path], report: Callable[[str], None]) -> Split:
@@ -99,7 +104,8 @@ def _split(root: Path, folders: list[Path], report: Callable[[str], None]) -> Sp
         labels += [label] * len(images)
         left_out += others
     if left_out:
-        report(f"{root}: left out {len(left_out):,} files that are no images, such as {left_out[0]}")
+        example = left_out[0].encode(errors="backslashreplace").decode()
+        report(f"{root}: left out {len(left_out):,} files that are no images, such as {example}")
     return Split(paths, labels)
 
 
@@ -109,9 +115,11 @@ def _class_folders(root: Path) -> dict[str, Path]:
         raise UserError(f"{root} is missing")
     folders: dict[str, Path] = {}
     folded: dict[str, Path] = {}
-    for path in sorted(root.iterdir()):
+    for path in sorted(Path(entry.path) for entry in _entries(root)):
         if path.is_dir() and not path.name.startswith("."):
             name = unicodedata.normalize("NFC", path.name)
+            if not name.isprintable():  # nor are bytes that are no UTF-8
+                raise UserError(f"class folder {path.name!a} in {root} cannot be shown as text; rename it")
             twin = folded.setdefault(name.casefold(), path)
             if twin is not path:
                 raise UserError(f"class folders {twin} and {path} differ in case or Unicode form alone; rename one")
@@ -121,14 +129,25 @@ def _class_folders(root: Path) -> dict[str, Path]:
 
 def _image_files(folder: Path) -> tuple[list[str], list[str]]:
     """(images, other visible files) below ``folder``, each sorted by path."""
-    images, others = [], []
-    for directory, subfolders, files in os.walk(folder):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        for name in files:
-            if not name.startswith("."):
-                extension = os.path.splitext(name)[1].lower()
-                (images if extension in EXTENSIONS else others).append(os.path.join(directory, name))
+    images, others, folders = [], [], [os.fspath(folder)]
+    while folders:
+        for entry in _entries(folders.pop()):
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                folders.append(entry.path)
+            elif not (entry.is_symlink() and os.path.isdir(entry.path)):
+                extension = os.path.splitext(entry.name)[1].lower()
+                (images if extension in EXTENSIONS else others).append(entry.path)
     return sorted(images), sorted(others)
+
+
+def _entries(folder: str | Path) -> list[os.DirEntry]:
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError as error:
+        raise UserError(f"cannot read {folder}: {error.strerror}") from error
 
 
 def _read_lines(path: Path) -> list[str]:

@@ -2,13 +2,17 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import isqrt
 from pathlib import Path
 
 import numpy as np
 
 from ltat_fast.data.cache import prepare, user_cache
+from ltat_fast.data.cifar import read_cifar
+from ltat_fast.data.decode import MAX_PIXELS
 from ltat_fast.data.download import Archive, fetch, unpack
 from ltat_fast.data.folder import Tree, scan_image_folder, scan_tiny_imagenet
+from ltat_fast.data.svhn import read_svhn
 from ltat_fast.errors import UserError
 
 DEFAULT_DATA_DIR = Path("data")
@@ -74,7 +78,7 @@ def load_dataset(
     """
     if name not in DATASETS:
         raise UserError(f"unknown dataset {name!r}; choose from {', '.join(DATASETS)}")
-    return DATASETS[name](Request(name, data_dir, image_size, download, cache_dir, report))
+    return _checked(DATASETS[name](Request(name, data_dir, image_size, download, cache_dir, report)))
 
 
 def _digits(request: Request) -> Dataset:
@@ -122,8 +126,8 @@ def _image_folder(request: Request) -> Dataset:
 
 
 def _decoded(request: Request, tree: Tree, n_max: int | None) -> Dataset:
-    if request.image_size is not None and request.image_size < 1:
-        raise UserError(f"the image size must be at least 1 pixel, got {request.image_size}")
+    if request.image_size is not None and not 1 <= request.image_size <= isqrt(MAX_PIXELS):
+        raise UserError(f"the image size must be between 1 and {isqrt(MAX_PIXELS):,} pixels, got {request.image_size}")
     beside = (request.data_dir or DEFAULT_DATA_DIR) / ".ltat_fast_cache"
     arrays = prepare(tree, request.image_size, [request.cache_dir or beside, user_cache()], request.report)
     train, test = (
@@ -144,52 +148,41 @@ def _cifar100(request: Request) -> Dataset:
     return _cifar(request, torchvision.datasets.CIFAR100, n_max=500)
 
 
-def _cifar(request: Request, cifar: type, n_max: int) -> Dataset:
+def _cifar(request: Request, published: type, n_max: int) -> Dataset:
     _refuse_resize(request, 32)
-    train, test = _through_torchvision(
-        request,
-        [Archive(cifar.url, cifar.tgz_md5)],
-        lambda root, train, download: cifar(root, train=train, download=download),
-    )
-
-    def image_set(split) -> ImageSet:
-        images = np.ascontiguousarray(split.data.transpose(0, 3, 1, 2))
-        return ImageSet(images, np.array(split.targets, np.int64), tuple(split.classes))
-
-    return Dataset(request.name, image_set(train), image_set(test), n_max, pad=4, flip=True)
+    root = request.data_dir or DEFAULT_DATA_DIR
+    archive = Archive(published.url, published.tgz_md5)
+    train, test, names = read_cifar(published, root, lambda: fetch(archive, root, request.download, request.report))
+    return Dataset(request.name, ImageSet(*train, names), ImageSet(*test, names), n_max, pad=4, flip=True)
 
 
 def _svhn(request: Request) -> Dataset:
     """Street numbers, without the extra images. A mirrored digit is another digit or none, so no flip."""
     from ltat_fast._torchvision import torchvision
 
-    svhn = torchvision.datasets.SVHN
     _refuse_resize(request, 32)
-    train, test = _through_torchvision(
-        request,
-        [Archive(svhn.split_list[split][0], svhn.split_list[split][2]) for split in ("train", "test")],
-        lambda root, train, download: svhn(root, split="train" if train else "test", download=download),
-    )
+    root = request.data_dir or DEFAULT_DATA_DIR
     names = tuple(map(str, range(10)))
 
-    def image_set(split) -> ImageSet:
-        return ImageSet(split.data, split.labels.astype(np.int64), names)
+    def image_set(split: str) -> ImageSet:
+        url, _, md5 = torchvision.datasets.SVHN.split_list[split]
+        return ImageSet(*read_svhn(fetch(Archive(url, md5), root, request.download, request.report)), names)
 
-    return Dataset(request.name, image_set(train), image_set(test), n_max=None, pad=4, flip=False)
+    return Dataset(request.name, image_set("train"), image_set("test"), n_max=None, pad=4, flip=False)
 
 
-def _through_torchvision(request: Request, archives: list[Archive], build: Callable) -> tuple:
-    """torchvision's (train, test) of a dataset; its archives are fetched by us, so that a cut download is continued."""
-    root = request.data_dir or DEFAULT_DATA_DIR
-    try:
-        return build(root, True, False), build(root, False, False)
-    except RuntimeError:  # not there, or not all of it
-        for archive in archives:
-            fetch(archive, root, request.download, request.report)
-    try:
-        return build(root, True, True), build(root, False, True)  # unpacks; the archives are there and sound
-    except (RuntimeError, OSError) as error:
-        raise UserError(f"cannot unpack {request.name} in {root}: {error}") from error
+def _checked(dataset: Dataset) -> Dataset:
+    """``dataset``, if each of its images has a label, each label is a class, and each class has an image."""
+    for split in ("train", "test"):
+        part: ImageSet = getattr(dataset, split)
+        if len(part.images) != len(part.labels):
+            raise UserError(f"{dataset.name}: {len(part.images):,} {split} images have {len(part.labels):,} labels")
+        if len(part.labels) and not 0 <= part.labels.min() <= part.labels.max() < len(part.class_names):
+            raise UserError(f"{dataset.name}: a {split} label is none of its {len(part.class_names)} classes")
+        counts = np.bincount(part.labels, minlength=len(part.class_names))
+        if not counts.all():
+            raise UserError(f"{dataset.name}: class {part.class_names[counts.argmin()]!r} has no {split} image")
+    return dataset
 
 
 def _refuse_resize(request: Request, native: int) -> None:

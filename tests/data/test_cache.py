@@ -95,6 +95,13 @@ def test_damage_is_decoded_again(root):
     for position in range(len(content)):
         path.write_bytes(content[:position] + bytes([content[position] ^ 0x10]) + content[position + 1 :])
         assert read_cache(path, key) is None, position
+    headers = (b"[" * 100_000, b"{}", b'{"__metadata__": 1}', b'{"__metadata__": {"key": "%b", "crc32": "1e9"}}')
+    for header in headers:  # an endless list, no card, a card that is none, a checksum that is none
+        header = header.replace(b"%b", key.encode())
+        path.write_bytes(len(header).to_bytes(8, "little") + header)
+        assert read_cache(path, key) is None
+    path.write_bytes(b"\xff" * 8 + content[8:])  # a header of 2^64 - 1 bytes
+    assert read_cache(path, key) is None
     path.write_bytes(content[: len(content) // 2])
     again, decoded, _ = load(root)
     assert decoded

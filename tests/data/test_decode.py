@@ -101,15 +101,72 @@ def test_image_size_scales_the_shorter_side_and_cuts_the_centre(tmp_path):
     assert (read_image(save(tmp_path / "one.png", "RGB", [BLUE]), 5) == np.array(BLUE)[:, None, None]).all()
 
 
+def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(path, width, height, depth, colour, rows, extra=b""):
+    """A PNG written by hand; ``rows`` start with their filter byte, ``extra`` are chunks before the pixels."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
+    pixels = chunk(b"IDAT", zlib.compress(rows))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + extra + pixels + chunk(b"IEND", b""))
+    return path
+
+
 def claims(path, width, height):
     """A PNG whose header claims a size that no data follow."""
+    return png(path, width, height, 8, 2, bytes(100))
 
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b""))
-    return path
+def test_sixteen_bit_colour_keeps_the_high_byte(tmp_path):
+    deep = b"\0" + struct.pack(">6H", 0, 257, 65535, 32768, 255, 256)
+    assert row(png(tmp_path / "rgb.png", 2, 1, 16, 2, deep)) == [(0, 1, 255), (128, 0, 1)]
+    assert row(png(tmp_path / "rgba.png", 1, 1, 16, 6, b"\0" + struct.pack(">4H", 257, 65535, 0, 0))) == [WHITE]
+
+
+def test_palette_with_half_transparent_colours(tmp_path):
+    image = Image.new("P", (3, 1))
+    image.putpalette([*RED, *GREEN, 0, 0, 0])
+    image.putdata([0, 1, 2])
+    image.save(tmp_path / "a.png", transparency=bytes([255, 0, 51]))
+    assert row(tmp_path / "a.png") == [RED, WHITE, (204,) * 3]
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.gif", "a.bmp", "a.tif", "a.webp", "a.ppm"])
+def test_one_pixel(tmp_path, name):
+    Image.new("RGB", (1, 1), (200, 200, 200)).save(tmp_path / name)
+    assert read_image(tmp_path / name).shape == (3, 1, 1)
+    assert np.abs(read_image(tmp_path / name, 7).astype(int) - 200).max() <= 2
+    assert read_image(tmp_path / name, 7).shape == (3, 7, 7)
+
+
+def test_bombs_are_bounded(tmp_path):
+    """100 MB in 100 KB: the compressed notes of a PNG are refused, and pixels beyond its size are not looked at."""
+    zeros = zlib.compress(bytes(100_000_000), 9)
+    notes = {b"zTXt": b"a\0\0", b"iCCP": b"a\0\0", b"iTXt": b"a\0\1\0\0\0"}
+    for kind, head in notes.items():
+        with pytest.raises(UserError, match=r"note.png: Decompressed data too large"):
+            read_image(png(tmp_path / "note.png", 1, 1, 8, 0, b"\0\7", chunk(kind, head + zeros)))
+    bomb = png(tmp_path / "long.png", 1, 1, 8, 0, b"\0\7")
+    bomb.write_bytes(bomb.read_bytes().replace(zlib.compress(b"\0\7"), zeros))  # and the checksum of it is wrong
+    with pytest.raises(UserError, match=r"cannot decode .*long.png"):
+        read_image(bomb)
+    assert row(png(tmp_path / "long.png", 1, 1, 8, 0, b"\0\7" + bytes(100_000_000))) == [(7, 7, 7)]
+    Image.new("L", (1, 1)).save(tmp_path / "frame.gif")
+    content = bytearray((tmp_path / "frame.gif").read_bytes())
+    frame = content.index(b",", 13)
+    content[frame + 5 : frame + 9] = struct.pack("<HH", 65535, 65535)  # of a picture that claims 1x1
+    (tmp_path / "frame.gif").write_bytes(content)
+    with pytest.raises(UserError, match=r"cannot decode .*frame.gif"):
+        read_image(tmp_path / "frame.gif")
+
+
+def test_pictures_without_pixels_are_refused(tmp_path):
+    (tmp_path / "a.ppm").write_bytes(b"P6\n0 5\n255\n")
+    (tmp_path / "a.gif").write_bytes(b"GIF89a\0\0\0\0\0\0\0;")
+    for path in (png(tmp_path / "a.png", 0, 0, 8, 2, b""), tmp_path / "a.ppm", tmp_path / "a.gif", tmp_path):
+        with pytest.raises(UserError, match=f"cannot decode {path}"):
+            read_image(path)
 
 
 def test_what_cannot_be_decoded_is_named(tmp_path):

@@ -192,6 +192,17 @@ def test_links_bombs_and_damage_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(download, "MAX_UNPACKED", 999)
     with pytest.raises(UserError, match=r"claims to unpack to 1,000 bytes"):
         unpack(zipped(tmp_path / "bomb.zip", {"top/zeros": bytes(1000)}), tmp_path, "top", silent)
+    monkeypatch.undo()
+    understated = zipped(tmp_path / "understated.zip", {"top/zeros": bytes(50_000_000)})
+    real, claimed = ((size).to_bytes(4, "little") for size in (50_000_000, 10))
+    understated.write_bytes(understated.read_bytes().replace(real, claimed))
+    with pytest.raises(UserError, match=r"no sound zip file: Bad CRC-32"):
+        unpack(understated, tmp_path, "top", silent)
+    assert not (tmp_path / ".top.part").exists()  # nothing is left of what was refused
+    for members in ({"top": "a file"}, {"top/a": "", "top/a/b": ""}, {"top/" + "a" * 300: ""}, {}):
+        with pytest.raises(UserError, match=r"odd.zip"):
+            unpack(zipped(tmp_path / "odd.zip", members), tmp_path, "top", silent)
+        assert not (tmp_path / "top").exists()
     sound = zipped(tmp_path / "sound.zip", {"top/a": bytes(range(200))}).read_bytes()
     rng = np.random.RandomState(0)
     refused = 0
@@ -279,7 +290,17 @@ def test_cifar10(server, tmp_path, monkeypatch):
         assert (dataset.n_max, dataset.pad, dataset.flip) == (5000, 4, True)
     with pytest.raises(UserError, match="32x32"):
         load_dataset("cifar10-lt", tmp_path, image_size=64)
-    (tmp_path / "cifar-10-batches-py" / "test_batch").write_bytes(b"damaged")  # unpacked afresh from the archive
+    (tmp_path / "cifar-10-python.tar.gz").rename(tmp_path / "away")
+    folder = tmp_path / "cifar-10-batches-py"  # as others leave it, unpacked
+    folder.mkdir()
+    for name, entry in (batches | meta).items():
+        (folder / name).write_bytes(pickle.dumps(entry))
+    unpacked = load_dataset("cifar10-lt", tmp_path, download=False, report=silent)
+    assert np.array_equal(unpacked.train.images, dataset.train.images)
+    (folder / "test_batch").write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"cifar-10-python.tar.gz is missing"):
+        load_dataset("cifar10-lt", tmp_path, download=False, report=silent)
+    (tmp_path / "away").rename(tmp_path / "cifar-10-python.tar.gz")
     assert np.array_equal(load_dataset("cifar10-lt", tmp_path, report=silent).test.images, dataset.test.images)
 
 

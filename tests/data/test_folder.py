@@ -1,7 +1,10 @@
 """Which file is which class: trees made here, right ones and wrong ones."""
 
+import os
 import shutil
+import subprocess
 import unicodedata
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -78,6 +81,14 @@ def broken_folder(root, how):
         case "empty class":
             (root / "train" / "zebra" / "0.png").unlink()
             (root / "train" / "zebra" / "1.png").unlink()
+        case "empty test class":
+            (root / "test" / "zebra" / "0.png").rename(root / "test" / "zebra" / "notes.txt")
+        case "class of no text":
+            for split in ("train", "test"):
+                write_image(Path(os.fsdecode(os.fsencode(root / split) + b"/\xff\xfe/0.png")), 0)
+        case "class of two lines":
+            for split in ("train", "test"):
+                write_image(root / split / "ape\nzebra" / "0.png", 0)
         case "class missing in test":
             shutil.rmtree(root / "test" / "ape")
         case "class missing in train":
@@ -97,6 +108,9 @@ def broken_folder(root, how):
         ("no train", r"is no image folder: .*train is missing"),
         ("no test", r"is no image folder: .*test is missing"),
         ("empty class", r"class folder .*train/zebra holds no image"),
+        ("empty test class", r"class folder .*test/zebra holds no image"),
+        ("class of no text", r"class folder '\\udcff\\udcfe' in .*train cannot be shown as text"),
+        ("class of two lines", r"class folder 'ape\\nzebra' in .*train cannot be shown as text"),
         ("class missing in test", r"class 'ape' is in .*train but not in .*test"),
         ("class missing in train", r"class 'ape' is in .*test but not in .*train"),
         ("one class", r"train holds 1 class folders"),
@@ -111,6 +125,57 @@ def test_a_wrong_image_folder_is_refused(tmp_path, how, message):
         scan_image_folder(root)
 
 
+def test_names_in_any_script_and_files_of_any_name(tmp_path):
+    names = ("Ωμέγα", "日本", "🐝", "a b", "-rf", "ß", "%s{0}[red]")
+    root = write_folder(tmp_path, dict.fromkeys(names, (2, 1)))
+    bytes_no_text = os.fsdecode(os.fsencode(root / "train" / "ß") + b"/\xff")
+    write_image(Path(bytes_no_text + ".png"), 77)
+    Path(bytes_no_text + ".txt").write_text("")
+    lines = []
+    dataset = load_dataset("imagefolder-lt", root, report=lines.append)
+    assert dataset.train.class_names == tuple(sorted(names))
+    assert np.bincount(dataset.train.labels).tolist() == [2 + (name == "ß") for name in sorted(names)]
+    assert "".join(lines).isprintable()
+    assert "\\udcff.txt" in lines[0]
+
+
+def test_links_and_pipes_are_named_or_passed_over(tmp_path):
+    def refused():
+        with pytest.raises(UserError) as error:
+            load_dataset("imagefolder-lt", root, report=lambda line: None)
+        return str(error.value)
+
+    root = write_folder(tmp_path, COUNTS)
+    odd = root / "train" / "ape" / "odd.png"
+    odd.symlink_to("nowhere")
+    assert refused() == f"cannot read {odd}: No such file or directory"
+    odd.unlink()
+    odd.symlink_to("odd.png")
+    assert refused() == f"cannot read {odd}: Too many levels of symbolic links"
+    odd.unlink()
+    os.mkfifo(odd)  # to open it would be to wait for a writer
+    assert refused() == f"cannot read {odd}: it is not a file"
+    odd.unlink()
+    odd.mkdir()
+    assert len(load_dataset("imagefolder-lt", root, report=lambda line: None).train.labels) == 10
+
+
+def test_folders_without_end_are_named(tmp_path):
+    root = write_folder(tmp_path / "tree", COUNTS)
+    folder = os.open(root / "train" / "ape", os.O_RDONLY)
+    try:
+        for _ in range(2100):
+            os.mkdir("d", dir_fd=folder)
+            below = os.open("d", os.O_RDONLY, dir_fd=folder)
+            os.close(folder)
+            folder = below
+        with pytest.raises(UserError, match=r"cannot read .*/d/d/d: File name too long"):
+            scan_image_folder(root)
+    finally:
+        os.close(folder)
+        subprocess.run(["rm", "-rf", str(root)])  # Python's own would not come to the end of it
+
+
 def test_image_folder_needs_a_directory_and_one_size(tmp_path):
     with pytest.raises(UserError, match="needs --data-dir"):
         load_dataset("imagefolder-lt")
@@ -120,8 +185,9 @@ def test_image_folder_needs_a_directory_and_one_size(tmp_path):
     write_image(root / "test" / "ape" / "large.png", 0, size=6)
     with pytest.raises(UserError, match=r"0.png is 4x4, .*large.png is 6x6; give --image-size"):
         load_dataset("imagefolder-lt", root, report=lambda line: None)
-    with pytest.raises(UserError, match="at least 1 pixel"):
-        load_dataset("imagefolder-lt", root, image_size=0, report=lambda line: None)
+    for image_size in (-5, 0, 8193, 100_000):
+        with pytest.raises(UserError, match=f"between 1 and 8,192 pixels, got {image_size}"):
+            load_dataset("imagefolder-lt", root, image_size=image_size, report=lambda line: None)
     dataset = load_dataset("imagefolder-lt", root, image_size=5, report=lambda line: None)
     assert dataset.train.images.shape == (10, 3, 5, 5)
     assert dataset.test.images.shape == (5, 3, 5, 5)
@@ -158,6 +224,9 @@ def broken_tiny(root, how):
         case "no train":
             shutil.rmtree(root / "train")
         case "empty class":
+            (root / "train" / "n00010007" / "images" / "n00010007_0.JPEG").unlink()
+            (root / "train" / "n00010007" / "images" / "n00010007_1.JPEG").unlink()
+        case "class without images/":
             shutil.rmtree(root / "train" / "n00010007" / "images")
         case "no annotations":
             annotations.unlink()
@@ -167,6 +236,16 @@ def broken_tiny(root, how):
             (root / "val" / "images" / "val_7.JPEG").unlink()
         case "image too many":
             annotations.write_text("".join(lines[:7] + lines[8:]))
+        case "image named twice":
+            annotations.write_text("".join(lines) + lines[3].replace(lines[3].split("\t")[1], "n00010007"))
+        case "image there twice":
+            write_image(root / "val" / "images" / "more" / "val_7.JPEG", 1, 8)
+        case "annotations of no text":
+            annotations.write_bytes(b"val_0.JPEG\t\xff\xfe")
+        case "annotations without tabs":
+            annotations.write_text("val_0.JPEG n00010007")
+        case "path in annotations":
+            annotations.write_text("".join(lines).replace("val_7.JPEG", "../../val_7.JPEG"))
         case "class untested":
             annotations.write_text("".join(lines).replace("n00010007", "n00020014"))
 
@@ -177,10 +256,16 @@ def broken_tiny(root, how):
         ("classes", r"train holds 199 class folders; Tiny-ImageNet has 200"),
         ("no train", r"train is missing"),
         ("empty class", r"n00010007/images holds no image"),
+        ("class without images/", r"cannot read .*n00010007/images: No such file"),
         ("no annotations", r"cannot read .*val_annotations.txt"),
         ("unknown class", r"gives val_\d+.JPEG the class 'n99999999'"),
         ("image missing", r"do not match, first at val_7.JPEG"),
         ("image too many", r"do not match, first at val_7.JPEG"),
+        ("image named twice", r"names val_3.JPEG twice"),
+        ("image there twice", r"val/images holds 1 files under the name of another"),
+        ("annotations of no text", r"cannot read .*val_annotations.txt: .*utf-8"),
+        ("annotations without tabs", r"gives val_0.JPEG n00010007 the class ''"),
+        ("path in annotations", r"do not match, first at \.\./\.\./val_7.JPEG"),
         ("class untested", r"names no image of class n00010007"),
     ],
 )

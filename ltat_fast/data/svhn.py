@@ -1,0 +1,29 @@
+"""SVHN's cropped digits from their MATLAB files."""
+
+from pathlib import Path
+
+import numpy as np
+
+from ltat_fast.errors import UserError
+
+
+def read_svhn(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Images uint8 (N, 3, 32, 32) and labels int64 (N,) of one split. The file says 10 for the digit 0.
+
+    Raises:
+        UserError: the file is no MATLAB file, or its arrays are not SVHN's.
+    """
+    from scipy.io import loadmat
+
+    try:
+        content = loadmat(path, variable_names=["X", "y"])
+        images, labels = content["X"], content["y"].ravel()
+    except Exception as error:  # a damaged file raises whatever its tags run into
+        raise UserError(f"{path} is not a file of SVHN: {error or type(error).__name__}") from error
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[:3] != (32, 32, 3):
+        raise UserError(f"{path}: X is {images.dtype} {images.shape}, not uint8 (32, 32, 3, N)")
+    if not np.issubdtype(labels.dtype, np.integer) or len(labels) != images.shape[3]:
+        raise UserError(f"{path}: y does not hold one whole number for each of its {images.shape[3]:,} images")
+    if wrong := sorted(set(labels.tolist()) - set(range(1, 11))):
+        raise UserError(f"{path} has the label {wrong[0]}; SVHN's are 1 to 10")
+    return np.ascontiguousarray(images.transpose(3, 2, 0, 1)), labels.astype(np.int64) % 10

@@ -1,20 +1,26 @@
-"""Evaluate: a finished run under the attacks of your choice, merged into RUN/eval.json.
+"""Evaluate: a finished run under the attacks of your choice, merged into RUN/eval.json (docs/evaluation.md).
 
-python -m ltat_fast.evaluate RUN [--checkpoint best] [--attacks clean,fgsm,pgd20,cw20,autoattack]
+    python -m ltat_fast.evaluate RUN [--checkpoint best] [--attacks clean,fgsm,pgd20,cw20,autoattack]
+
+Exit status: 0 done; 2 a flag, a path or the data is at fault; 75 interrupted, what is finished is kept.
 """
 
 import dataclasses
+import shlex
+import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
 from ltat_fast import config as configuration
-from ltat_fast.attacks.evaluation import parse_attacks
+from ltat_fast.attacks.evaluation import CHOICES, parse_attacks
 from ltat_fast.engine import device, log, pipeline, tables
 from ltat_fast.engine import run as runs
+from ltat_fast.engine.signals import Interrupted, stop_at_once
 from ltat_fast.errors import exit_on_user_error
+from ltat_fast.train import EXIT_INTERRUPTED
 
 
 @dataclass(frozen=True)
@@ -25,10 +31,11 @@ class Arguments:
     """run folder"""
     checkpoint: Literal["best", "last", "both"] = "both"
     """which weights"""
-    attacks: str = "clean,pgd20,autoattack"
-    """comma-separated: clean, fgsm, pgd<steps>, cw<steps>, autoattack"""
+    attacks: Annotated[str, tyro.conf.arg(help=f"comma-separated: {CHOICES}")] = "clean,pgd20,autoattack"
     limit_eval: int | None = None
     """use this many test images only, spread evenly over the classes"""
+    limit_autoattack: int | Literal["run", "none"] = "run"
+    """at most this many for AutoAttack; run: as many as the run itself was evaluated on"""
     data_dir: Path | None = None
     """where the images are now, if not where the run found them"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -40,16 +47,18 @@ class Arguments:
 
 
 @exit_on_user_error
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status."""
     arguments = tyro.cli(Arguments, prog="python -m ltat_fast.evaluate", args=argv)
     attacks = parse_attacks(arguments.attacks)
     config, method = configuration.load(arguments.run)
+    limits = {"run": config.limit_autoattack, "none": None}
     config = dataclasses.replace(
         config,
         out=arguments.run,
         data_dir=arguments.data_dir or config.data_dir,
         limit_eval=arguments.limit_eval,
-        limit_autoattack=None,
+        limit_autoattack=limits.get(arguments.limit_autoattack, arguments.limit_autoattack),
         eval_batch_size=arguments.batch_size,
     )
     configuration.validate(config, method)
@@ -57,11 +66,17 @@ def main(argv: list[str] | None = None) -> None:
     for name in which:
         runs.weights_in(arguments.run, name)
     hardware = device.choose(arguments.device, "fp32")
-    data = runs.load_data(config, hardware.device)
-    for name in which:
-        pipeline.evaluate_checkpoint(config, data, hardware, name, attacks, arguments.again)
+    try:
+        with stop_at_once():
+            data = runs.load_data(config, hardware.device)
+            pipeline.evaluate_checkpoints(config, data, hardware, which, attacks, arguments.again)
+    except Interrupted as error:
+        flags = [flag for flag in (sys.argv[1:] if argv is None else argv) if flag != "--again"]
+        log.say(f"{error}; go on with: python -m ltat_fast.evaluate {shlex.join(flags)}")
+        return EXIT_INTERRUPTED
     log.say(tables.render([arguments.run]))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

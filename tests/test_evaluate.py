@@ -2,7 +2,12 @@
 
 import json
 import os
+import shlex
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pyautoattack
@@ -48,14 +53,18 @@ def test_the_format(digits_run):
     results = json.loads((digits_run / "eval.json").read_text())
     assert list(results) == ["best", "last"]
     for by_attack in results.values():
-        assert list(by_attack) == ["clean", "pgd20"]
-        for scores in by_attack.values():
-            assert set(scores) == {"all", "head", "medium", "tail", "per_class", "images", "weights", "eps"}
+        assert list(by_attack) == ["clean", "pgd20", "worst"]
+        for attack, scores in by_attack.items():
+            own = {"attacks"} if attack == "worst" else {"correct", "chosen"}
+            accuracies = {"all", "head", "medium", "tail", "per_class", "images"}
+            assert set(scores) == accuracies | {"weights", "eps", "test_set"} | own
             assert len(scores["per_class"]) == 10
             assert all(0 <= x <= 100 for x in [*scores["per_class"], *(scores[g] for g in ("all", "head", "tail"))])
             assert (scores["images"], scores["eps"], len(scores["weights"])) == (100, "0.1", 64)
         assert by_attack["clean"]["weights"] == by_attack["pgd20"]["weights"]
         assert by_attack["pgd20"]["all"] < by_attack["clean"]["all"]
+        assert by_attack["worst"]["attacks"] == ["clean", "pgd20"]
+        assert by_attack["worst"]["all"] <= by_attack["pgd20"]["all"]
     files = {which: checkpoint.read(digits_run / "checkpoints" / f"{which}.safetensors") for which in results}
     assert files["best"][1]["epoch"] == files["last"][1]["epoch"] or (
         results["best"]["clean"]["weights"] != results["last"]["clean"]["weights"]
@@ -82,19 +91,63 @@ def test_clean_accuracy_is_what_the_exported_weights_do(run):
 
 
 def test_more_attacks_join_those_that_are_there(run, digits_run):
+    """And the worst case with them, over the images that all of them saw."""
     before = json.loads((digits_run / "eval.json").read_text())
-    results = evaluate(run, "--attacks", "fgsm,cw20", "--checkpoint", "best", "--limit-eval", "50")
-    assert list(results["best"]) == ["clean", "pgd20", "fgsm", "cw20"]
+    results = evaluate(run, "--attacks", "fgsm,cw5x2,scaled-pgd5", "--checkpoint", "best", "--limit-eval", "50")
+    attacks = ["clean", "pgd20", "fgsm", "cw5x2", "scaled-pgd5"]
+    assert list(results["best"]) == [*attacks, "worst"]
     assert results["best"]["fgsm"]["images"] == 50
-    assert {k: results["best"][k] for k in before["best"]} == before["best"]
+    assert {k: results["best"][k] for k in ("clean", "pgd20")} == {k: before["best"][k] for k in ("clean", "pgd20")}
     assert results["last"] == before["last"]
+    worst = results["best"]["worst"]
+    assert worst["attacks"] == attacks
+    seen = [int(results["best"][name]["chosen"], 16) for name in ("clean", "fgsm")]
+    assert worst["images"] == (seen[0] & seen[1]).bit_count() > 0
 
 
-def test_autoattack_has_its_place(run, monkeypatch):
+@pytest.fixture
+def quick_autoattack(monkeypatch):
     monkeypatch.setattr(pyautoattack, "AutoAttack", QuickAutoAttack)
+
+
+def test_autoattack_has_its_place(run, quick_autoattack, capfd):
     results = evaluate(run, "--attacks", "clean,autoattack", "--checkpoint", "last", "--limit-eval", "20", "--again")
     assert results["last"]["autoattack"]["images"] == 20
     assert results["last"]["autoattack"]["all"] < results["last"]["clean"]["all"]
+    assert "checks: 7 of 7 passed" in capfd.readouterr().out
+    checks = results["last"]["checks"]
+    assert [check["name"] for check in checks][:3] == ["range", "invariance", "logits"]
+    assert all(check["passed"] for check in checks)
+    assert "checks" not in results["best"]
+    assert results["last"]["worst"]["attacks"] == ["clean", "pgd20", "autoattack"]
+
+
+def test_the_checks_run_once_for_the_same_weights(run, quick_autoattack, capfd):
+    flags = ("--attacks", "autoattack", "--checkpoint", "last", "--limit-eval")
+    evaluate(run, *flags, "4")
+    assert "checks:" in capfd.readouterr().out
+    evaluate(run, *flags, "6")
+    assert "checks:" not in capfd.readouterr().out
+    change_weights(run / "checkpoints" / "last.safetensors", lambda t: t["fc.weight"].mul_(1e5))
+    results = evaluate(run, *flags, "4")
+    assert "FLAG gradients: " in capfd.readouterr().out
+    assert [check["name"] for check in results["last"]["checks"] if not check["passed"]] == ["gradients"]
+    change_weights(run / "checkpoints" / "last.safetensors", lambda t: t["fc.weight"].mul_(2))
+    assert "checks" not in evaluate(run, "--attacks", "clean", "--checkpoint", "last")["last"]
+
+
+def test_autoattack_takes_as_many_images_as_in_the_run(run, quick_autoattack, monkeypatch):
+    monkeypatch.setattr(pipeline, "check", lambda *args: [])
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"limit_autoattack": 6}))
+
+    def images(*flags: str) -> int:
+        return evaluate(run, "--attacks", "autoattack", "--checkpoint", "last", *flags)["last"]["autoattack"]["images"]
+
+    assert images() == 6
+    assert images("--limit-autoattack", "8") == 8
+    assert images("--limit-autoattack", "none", "--limit-eval", "10") == 10
+    assert images("--limit-eval", "4", "--again") == 4
 
 
 # -- what is kept and what is run again -----------------------------------------------------------------------------
@@ -124,44 +177,110 @@ def test_again_means_again(run, attacked, digits_run):
     assert results == json.loads((digits_run / "eval.json").read_text())
 
 
-def test_other_weights_are_evaluated_afresh(run, attacked):
-    file = run / "checkpoints" / "last.safetensors"
+def change_weights(file, change) -> None:
     tensors, card = checkpoint.read(file)
-    tensors["fc.bias"][9] += 1000.0
+    change(tensors)
     checkpoint.write(file, tensors, card)
-    scores = evaluate(run, "--attacks", "clean", "--limit-eval", "100", "--checkpoint", "last")["last"]["clean"]
+
+
+def test_other_weights_are_evaluated_afresh(run, attacked):
+    change_weights(run / "checkpoints" / "last.safetensors", lambda tensors: tensors["fc.bias"][9].add_(1000))
+    scores = evaluate(run, "--attacks", "clean", "--limit-eval", "100", "--checkpoint", "last")["last"]
     assert attacked == ["clean"]
-    assert (scores["all"], scores["tail"], scores["head"]) == (10.0, 100.0, 0.0)
+    assert (scores["clean"]["all"], scores["clean"]["tail"], scores["clean"]["head"]) == (10.0, 100.0, 0.0)
+    assert "worst" not in scores  # pgd20 is of the weights before
 
 
-def test_best_that_is_last_is_attacked_once(run, attacked):
-    shutil.copy(run / "checkpoints" / "last.safetensors", run / "checkpoints" / "best.safetensors")
-    (run / "eval.json").unlink()
-    results = evaluate(run, "--attacks", "clean,pgd5", "--limit-eval", "20")
-    assert attacked == ["clean", "pgd5"]
-    assert results["best"] == results["last"]
+def test_other_images_are_evaluated_afresh(run, attacked, monkeypatch):
+    load = pipeline.run.load_data
 
-
-def test_an_interrupted_evaluation_goes_on(run, monkeypatch, capfd):
-    (run / "eval.json").unlink()
-    original, done = pipeline.evaluate, []
-
-    def second_is_interrupted(model, images, labels, attacks, *args, **kwargs):
-        if done:
-            raise KeyboardInterrupt
-        done.extend(attacks)
-        return original(model, images, labels, attacks, *args, **kwargs)
+    def changed(*args):
+        data = load(*args)
+        data.test.labels = data.test.labels.flip(0)
+        return data
 
     with monkeypatch.context() as patched:
-        patched.setattr(pipeline, "evaluate", second_is_interrupted)
-        flags = ("--attacks", "clean,pgd5,fgsm", "--limit-eval", "20", "--checkpoint", "last")
-        assert runs.status_of("evaluate", str(run), *flags) == 130
-    assert capfd.readouterr().err == "ltat_fast: interrupted; what is finished is kept\n"
+        patched.setattr(pipeline.run, "load_data", changed)
+        evaluate(run, "--attacks", "clean", "--limit-eval", "100", "--checkpoint", "last")
+    assert attacked == ["clean"]
+
+
+def test_results_of_an_earlier_version_are_read_and_not_relied_on(run, attacked, capfd):
+    results = json.loads((run / "eval.json").read_text())
+    for entry in results.values():
+        del entry["worst"]
+        for scores in entry.values():
+            for key in ("correct", "chosen", "test_set"):
+                scores.pop(key, None)
+    (run / "eval.json").write_text(json.dumps(results))
+    assert runs.status_of("report", str(run)) == 0
+    afresh = evaluate(run, "--attacks", "pgd20", "--limit-eval", "100", "--checkpoint", "last")["last"]
+    assert attacked == ["pgd20"]
+    assert afresh["clean"] == results["last"]["clean"]
+    assert afresh["pgd20"]["all"] == results["last"]["pgd20"]["all"]
+
+
+def test_best_that_is_last_is_attacked_once(run, attacked, capfd):
+    shutil.copy(run / "checkpoints" / "last.safetensors", run / "checkpoints" / "best.safetensors")
+    (run / "eval.json").unlink()
+    flags = ("--attacks", "clean,pgd5", "--limit-eval", "20")
+    results = evaluate(run, *flags)
+    assert attacked == ["clean", "pgd5"]
+    assert results["best"] == results["last"]
+    assert "best and last, on the test set:" in capfd.readouterr().out
+    assert evaluate(run, *flags, "--again") == results
+    assert attacked == ["clean", "pgd5", "clean", "pgd5"]
+
+
+def test_what_another_process_wrote_meanwhile_is_kept(run, monkeypatch):
+    original = pipeline.evaluate
+
+    def meanwhile(model, images, labels, attacks, *args, **kwargs):
+        results = json.loads((run / "eval.json").read_text())
+        results["last"]["fgsm"] = {"all": 12.5}
+        (run / "eval.json").write_text(json.dumps(results))
+        return original(model, images, labels, attacks, *args, **kwargs)
+
+    monkeypatch.setattr(pipeline, "evaluate", meanwhile)
+    results = evaluate(run, "--attacks", "pgd3", "--limit-eval", "20", "--checkpoint", "last")["last"]
+    assert results["fgsm"] == {"all": 12.5}
+    assert {"clean", "pgd20", "pgd3", "worst"} < set(results)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_interrupted_evaluation_goes_on(run, number):
+    """A real signal in the midst of an attack that would take hours."""
+    (run / "eval.json").unlink()
+    flags = ("--limit-eval", "20", "--checkpoint", "last", "--device", "cpu")
+    command = [sys.executable, "-m", "ltat_fast.evaluate", str(run), *flags, "--again"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [*command, "--attacks", "clean,pgd5,pgd9999999"],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 100
+    while not (run / "eval.json").exists() or '"pgd5"' not in (run / "eval.json").read_text():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(0.3)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (75, "")
+    name = signal.Signals(number).name
+    expected = f"stopped by {name}; what is finished is kept; go on with: python -m ltat_fast.evaluate {run} "
+    (said,) = [line for line in out.replace(f"'{run}'", str(run)).splitlines() if "stopped" in line]
+    assert said == expected + shlex.join([*flags, "--attacks", "clean,pgd5,pgd9999999"])
+    assert not list(run.glob(".*partial"))
     kept = json.loads((run / "eval.json").read_text())["last"]
-    assert list(kept) == ["clean"]
-    results = evaluate(run, "--attacks", "clean,pgd5,fgsm", "--limit-eval", "20", "--checkpoint", "last")["last"]
-    assert list(results) == ["clean", "pgd5", "fgsm"]
-    assert results["clean"] == kept["clean"]
+    assert list(kept) == ["clean", "pgd5", "worst"]
+    results = evaluate(run, *flags, "--attacks", "clean,pgd5,fgsm")["last"]
+    assert list(results) == ["clean", "pgd5", "fgsm", "worst"]
+    assert (results["clean"], results["pgd5"]) == (kept["clean"], kept["pgd5"])
+    assert results["worst"]["attacks"] == ["clean", "pgd5", "fgsm"]
 
 
 def test_images_that_have_moved(tmp_path, image_tree, folder_run, attacked, capfd):
@@ -172,7 +291,7 @@ def test_images_that_have_moved(tmp_path, image_tree, folder_run, attacked, capf
     assert "gone" in capfd.readouterr().err
     images = shutil.copytree(image_tree, tmp_path / "elsewhere")
     results = evaluate(moved_run, "--attacks", "clean", "--again", "--data-dir", str(images))
-    assert attacked == ["clean", "clean"]
+    assert attacked == ["clean"]  # best and last are the same weights
     assert results["last"]["clean"] == json.loads((folder_run / "eval.json").read_text())["last"]["clean"]
 
 
@@ -192,7 +311,9 @@ def test_refusals(tmp_path, run, capfd):
     before = (run / "eval.json").read_text()
     assert "is not a run: it has no config.json" in refused(capfd, str(tmp_path / "nowhere"))
     assert "is not a run: it has no config.json" in refused(capfd, str(run / "eval.json"))
-    assert "unknown attack 'apgd': choose from clean, fgsm" in refused(capfd, str(run), "--attacks", "clean,apgd")
+    assert "unknown attack 'apgd': choose from clean, fgsm, pgd<k>, cw<k>" in refused(
+        capfd, str(run), "--attacks", "clean,apgd"
+    )
     assert "--limit-eval must be 1 or more, not 0" in refused(capfd, str(run), "--limit-eval", "0")
     if not torch.cuda.is_available():
         assert "no CUDA device" in refused(capfd, str(run), "--device", "cuda")
@@ -216,7 +337,7 @@ def test_damaged_or_missing_weights(run, capfd):
     assert "best.safetensors is damaged" in refused(capfd, str(run), "--attacks", "fgsm", "--checkpoint", "best")
     file.unlink()
     assert "has no finished weights" in refused(capfd, str(run), "--attacks", "fgsm", "--checkpoint", "best")
-    assert list(json.loads((run / "eval.json").read_text())["best"]) == ["clean", "pgd20"]
+    assert list(json.loads((run / "eval.json").read_text())["best"]) == ["clean", "pgd20", "worst"]
 
 
 def test_images_of_other_classes(tmp_path, folder_run, capfd):
@@ -240,7 +361,8 @@ def test_report(digits_run, folder_run, capfd):
         clean, pgd = scores[which]["clean"], scores[which]["pgd20"]
         numbers = [f"{x:.2f}" for x in (clean["all"], pgd["all"], clean["tail"], pgd["tail"])]
         run = ["ltat alpha=10.0", "digits-lt", "10", "smallresnet", which, "1"]
-        assert cells == [*run, *numbers[:2], "-", *numbers[2:]]
+        worst = [f"{scores[which]['worst'][group]:.2f}" for group in ("all", "tail")]
+        assert cells == [*run, *numbers[:2], "-", *numbers[2:], *worst]
     assert sum("imagefolder-lt" in line and "as found" in line for line in text.splitlines()) == 2
     assert "Percent of 15 or 100 test images" in text
 

@@ -1,12 +1,14 @@
-"""The paper's metrics: accuracy under each attack, over all classes, per group of classes and per class."""
+"""The paper's metrics: accuracy under each attack and the worst of them, for all, groups of and single classes."""
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ltat_fast.attacks.checks import run_checks
 from ltat_fast.attacks.evaluation import correct_under
 from ltat_fast.engine import distributed
 from ltat_fast.models.frozen import FrozenTwin
@@ -33,6 +35,36 @@ def spread(labels: np.ndarray, limit: int | None) -> np.ndarray:
     if limit is None or limit >= len(order):
         return np.arange(len(order))
     return np.sort(order[np.linspace(0, len(order) - 1, limit).round().astype(np.int64)])
+
+
+def pack(bits: np.ndarray) -> str:
+    """Bools ``(N,)`` as a hexadecimal number, 4 to a digit, the first in the highest bit."""
+    return np.packbits(bits).tobytes().hex()
+
+
+def unpack(text: str, count: int) -> np.ndarray:
+    """The ``count`` bools that :func:`pack` made ``text`` of. Raises ValueError if it is of another length."""
+    packed = np.frombuffer(bytes.fromhex(text), np.uint8)
+    if len(packed) != (count + 7) // 8:
+        raise ValueError(f"{len(packed)} bytes do not hold {count} bits")
+    return np.unpackbits(packed, count=count).astype(bool)
+
+
+def worst_case(
+    results: dict[str, dict], labels: Tensor, groups: dict[str, list[int]], num_classes: int
+) -> dict[str, list[str] | float | None]:
+    """Accuracies where an image counts as correct only if it is under every attack of ``results``.
+
+    results: as :func:`evaluate` returns them, all over images out of the same set. labels: of that set, int64 ``(N,)``.
+    Images that a limit kept from one of the attacks are left out.
+    """
+    seen, correct = np.ones(len(labels), bool), np.ones(len(labels), bool)
+    for result in results.values():
+        chosen = unpack(result["chosen"], len(labels)) if "chosen" in result else np.ones(len(labels), bool)
+        seen &= chosen
+        correct[chosen] &= unpack(result["correct"], result["images"])
+    correct, labels = torch.from_numpy(correct[seen]), labels.cpu()[torch.from_numpy(seen)]
+    return {"attacks": list(results), **accuracies(correct, labels, groups, num_classes)}
 
 
 @contextlib.contextmanager
@@ -65,7 +97,8 @@ def evaluate(
     """Accuracies of ``model`` in eval mode and float32 under each attack.
 
     images: uint8 ``(N, C, H, W)``, labels: int64 ``(N,)``, on the model's device. limits: the most images to use, by
-    attack, "default" for the others. Several processes share the batches; each gets the whole result.
+    attack, "default" for the others. Several processes share the batches; each gets the whole result. Beside the
+    accuracies it has "correct", which images were, and "chosen", which images were used if not all: see :func:`pack`.
     """
     frozen = FrozenTwin(model, fold_bn=True)
     limits = limits or {}
@@ -73,12 +106,32 @@ def evaluate(
     results = {}
     for name in attacks:
         chosen = spread(labels.cpu().numpy(), limits.get(name, limits.get("default")))
-        index = torch.from_numpy(chosen).to(images.device)
-        y = labels[index]
+        places = torch.from_numpy(chosen)
+        x, y = images[places.to(images.device)], labels[places.to(images.device)]
         part = (world.rank, world.size)
         with float32_without_shortcuts():
-            mine = correct_under(name, frozen, images[index], y, eps, batch_size=batch_size, part=part)
+            mine = correct_under(name, frozen, x, y, eps, batch_size=batch_size, places=places, part=part)
         correct = torch.cat(distributed.gather_in_turn(list(mine.split(batch_size))))
-        results[name] = accuracies(correct, y, groups, num_classes)
+        results[name] = accuracies(correct, y, groups, num_classes) | {"correct": pack(correct.numpy())}
+        if len(chosen) < len(images):
+            results[name]["chosen"] = pack(np.isin(np.arange(len(images)), chosen))
         say(f"  {name}: {results[name]['all']:.2f} % of {len(y)} images")
     return results
+
+
+def check(model: nn.Module, images: Tensor, labels: Tensor, eps: float, say: Callable[[str], None]) -> list[dict]:
+    """The checks of :mod:`ltat_fast.attacks.checks` on 64 of the images, as they go into eval.json; failures are said.
+
+    They look at what :func:`evaluate` attacks. Arguments as there.
+    """
+    index = torch.from_numpy(spread(labels.cpu().numpy(), 64)).to(images.device)
+    with float32_without_shortcuts():
+        checks = run_checks(FrozenTwin(model, fold_bn=True), images[index].float() / 255, labels[index], eps)
+    failed = [check for check in checks if not check.passed]
+    say(
+        f"  checks: {len(checks) - len(failed)} of {len(checks)} passed"
+        + (": the model may be overrated" * bool(failed))
+    )
+    for check in failed:
+        say(f"  FLAG {check.name}: {check.detail}")
+    return [dataclasses.asdict(check) for check in checks]

@@ -9,15 +9,16 @@ from torch import nn
 from ltat_fast import config as configuration
 from ltat_fast import seeding
 from ltat_fast.attacks import AttackConfig
-from ltat_fast.attacks.evaluation import parse_attacks
+from ltat_fast.attacks.evaluation import AUTOATTACK, parse_attacks
 from ltat_fast.config import Config, ratio
 from ltat_fast.data import DeviceLoader
 from ltat_fast.engine import distributed, log, run, tables, teachers
 from ltat_fast.engine.device import Hardware, make_deterministic
-from ltat_fast.engine.evaluation import evaluate
+from ltat_fast.engine.evaluation import check, evaluate
 from ltat_fast.engine.fit import Stage, fit
 from ltat_fast.engine.run import Images, RunData
 from ltat_fast.engine.schedule import first_drop
+from ltat_fast.engine.scores import Scores, fingerprint
 from ltat_fast.engine.step import frozen_twin
 from ltat_fast.errors import UserError
 from ltat_fast.methods import METHODS, Method, Setting
@@ -99,42 +100,65 @@ def student_stage(config: Config, method: Method, data: RunData, hardware: Hardw
 
 def final_evaluation(config: Config, data: RunData, hardware: Hardware) -> None:
     """RUN/eval.json: the attacks of ``config`` on the best and the last weights. What is already there is kept."""
-    for which in ("best", "last"):
-        evaluate_checkpoint(config, data, hardware, which, parse_attacks(config.eval_attacks))
+    evaluate_checkpoints(config, data, hardware, ["best", "last"], parse_attacks(config.eval_attacks))
 
 
-def evaluate_checkpoint(
-    config: Config, data: RunData, hardware: Hardware, which: str, attacks: list[str], again: bool = False
+def evaluate_checkpoints(
+    config: Config, data: RunData, hardware: Hardware, checkpoints: list[str], attacks: list[str], again: bool = False
 ) -> None:
-    """Evaluate weights ``which`` ("best" or "last") and merge the result into RUN/eval.json, attack by attack.
+    """Evaluate ``checkpoints`` (of "best" and "last") and merge the results into RUN/eval.json, attack by attack.
 
-    An attack that is there for these very weights and at least as many images is not run again, unless ``again``.
+    An attack whose result is there for the same weights, eps, test set and at least as many images is not run again,
+    unless ``again``; "best" and "last" that are the same weights are attacked once. Before AutoAttack come the checks
+    of :mod:`ltat_fast.attacks.checks`.
     """
-    file = config.run_dir / "eval.json"
-    weights = run.weights_in(config.run_dir, which)
-    digest = run.weights_digest(weights)
-    results = tables.read_json(file) if file.exists() else {}
-    model = None
+    by_weights: dict[str, list[str]] = {}
+    for which in checkpoints:
+        by_weights.setdefault(run.weights_digest(run.weights_in(config.run_dir, which)), []).append(which)
+    file, test_set = config.run_dir / "eval.json", fingerprint(data.test)
+    for weights, names in by_weights.items():
+        identity = {"weights": weights, "eps": config.eps, "test_set": test_set}
+        scores = Scores(file, identity, names, data.test, data.groups, data.num_classes)
+        _evaluate_weights(config, data, hardware, scores, attacks, again)
+
+
+def _evaluate_weights(
+    config: Config, data: RunData, hardware: Hardware, scores: Scores, attacks: list[str], again: bool
+) -> None:
+    """:func:`evaluate_checkpoints` for one set of weights."""
+
+    @functools.cache
+    def model() -> nn.Module:
+        log.say(f"{' and '.join(scores.checkpoints)}, on the test set:")
+        file = run.weights_in(config.run_dir, scores.checkpoints[0])
+        return run.load_model(file, hardware.device, config.arch, data)
+
+    def missing(known: dict | list | None) -> bool:
+        """Whether to measure; all processes must go the same way, and a file may change while they read it."""
+        return distributed.any_process(again or known is None, hardware.device)
+
+    is_main = distributed.current().is_main
+    first = next((attack for attack in attacks if attack in AUTOATTACK), None)
     for attack in attacks:
+        if attack == first:
+            checks = scores.known_checks()
+            if missing(checks):
+                checks = check(model(), data.test.images, data.test.labels, ratio(config.eps), log.say)
+            if is_main:
+                scores.add_checks(checks)
         images = min(_limits(config).get(attack, config.limit_eval) or len(data.test), len(data.test))
-        asked = {"weights": digest, "eps": config.eps}
-        # "best" is often "last": the same weights are not attacked twice.
-        known = [results.get(which, {}).get(attack), *(entry.get(attack) for entry in results.values())]
-        known = [r for r in known if r and asked.items() <= r.items() and r["images"] >= images]
-        result = known[0] if known and not again else None
-        if result is None:
-            if model is None:
-                model = run.load_model(weights, hardware.device, config.arch, data)
-                log.say(f"{which}, on the test set:")
-            result = _evaluate(config, data, data.test, model, [attack], log.say)[attack] | asked
-        results.setdefault(which, {})[attack] = result
-        if distributed.current().is_main:
-            log.write_json(file, results)
+        result = scores.known(attack, images)
+        if missing(result):
+            result = _evaluate(config, data, data.test, model(), [attack], log.say)[attack]
+        if is_main:
+            scores.add(attack, result)
     distributed.wait()  # the next call reads what this one wrote
 
 
 def _limits(config: Config) -> dict[str, int | None]:
-    return {"default": config.limit_eval, "autoattack": config.limit_autoattack or config.limit_eval}
+    """The most images an attack may use; all AutoAttacks take those of the others that ``limit_autoattack`` leaves."""
+    both = [limit for limit in (config.limit_eval, config.limit_autoattack) if limit is not None]
+    return {"default": config.limit_eval} | dict.fromkeys(AUTOATTACK, min(both, default=None))
 
 
 def _evaluate(config: Config, data: RunData, images: Images, model, attacks, say=lambda text: None) -> dict:

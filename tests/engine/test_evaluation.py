@@ -5,7 +5,7 @@ import pytest
 import torch
 from toys import Linear
 
-from ltat_fast.engine.evaluation import accuracies, evaluate, spread
+from ltat_fast.engine.evaluation import accuracies, check, evaluate, pack, spread, unpack, worst_case
 
 GROUPS = {"head": [0, 1], "medium": [2], "tail": [3], "nobody": [4]}
 
@@ -76,3 +76,74 @@ def test_evaluate_reports_every_attack_with_its_own_limit():
     assert 0 < results["pgd5"]["all"] < 75
     assert said == [f"  {name}: {r['all']:.2f} % of {r['images']} images" for name, r in results.items()]
     assert net.training
+
+
+@pytest.mark.parametrize("count", [0, 1, 8, 15, 1000])
+def test_which_images_were_correct_fits_in_hexadecimal(count):
+    bits = np.random.RandomState(0).rand(count) < 0.4
+    text = pack(bits)
+    assert len(text) == 2 * ((count + 7) // 8)
+    assert np.array_equal(unpack(text, count), bits)
+    assert pack(np.array([True, False, True, True, False, False, False, True, True])) == "b180"
+    with pytest.raises(ValueError, match="do not hold"):
+        unpack(text + "ff", count)
+
+
+def test_the_worst_case_counts_an_image_once_it_falls_to_any_attack():
+    """Against plain loops, with limits that kept other images from each attack."""
+    torch.manual_seed(0)
+    net = Linear(torch.randn(3, 27))
+    pixels = torch.randint(90, 166, (90, 3, 3, 3), dtype=torch.uint8)
+    with torch.no_grad():
+        y = net(pixels / 255).argmax(1)
+    y[:9] = (y[:9] + 1) % 3
+    attacks = ["clean", "pgd1", "cw3", "fgsm"]
+    groups = {"tail": [2]}
+    results = evaluate(
+        net, pixels, y, attacks, groups, 3, 0.02, batch_size=40, limits={"default": None, "cw3": 60, "fgsm": 44}
+    )
+    assert ["chosen" in results[name] for name in attacks] == [False, False, True, True]
+    right = {name: {} for name in attacks}
+    for name, result in results.items():
+        bits = bin(int("1" + result["correct"], 16))[3:]
+        limit = {"cw3": 60, "fgsm": 44}.get(name)
+        right[name] = {int(i): bit == "1" for i, bit in zip(spread(y.numpy(), limit), bits, strict=False)}
+        assert 100 * sum(right[name].values()) / len(right[name]) == pytest.approx(result["all"])
+    seen = [i for i in range(90) if all(i in right[name] for name in attacks)]
+    survivors = [i for i in seen if all(right[name][i] for name in attacks)]
+    worst = worst_case(results, y, groups, 3)
+    assert 0 < len(seen) < 44
+    assert 0 < len(survivors) < min(sum(right[name][i] for i in seen) for name in ("clean", "pgd1"))
+    assert worst["attacks"] == attacks
+    assert worst["images"] == len(seen)
+    assert worst["all"] == pytest.approx(100 * len(survivors) / len(seen))
+    for c in range(3):
+        mine = [i for i in seen if y[i] == c]
+        expected = 100 * sum(i in survivors for i in mine) / len(mine)
+        assert worst["per_class"][c] == pytest.approx(expected)
+    assert worst["tail"] == worst["per_class"][2]
+
+
+def test_the_worst_of_one_attack_is_that_attack():
+    y = torch.arange(20) % 3
+    correct = np.random.RandomState(0).rand(20) < 0.5
+    one = accuracies(torch.from_numpy(correct), y, GROUPS, 5)
+    worst = worst_case({"pgd20": one | {"correct": pack(correct)}}, y, GROUPS, 5)
+    assert worst == {"attacks": ["pgd20"]} | one
+
+
+def test_a_flag_is_said_and_kept():
+    torch.manual_seed(0)
+    pixels = torch.randint(90, 166, (100, 3, 3, 3), dtype=torch.uint8)
+    weight, said = torch.randn(3, 27), []
+    y = Linear(weight)(pixels / 255).argmax(1)
+    found = check(Linear(weight), pixels, y, 0.05, said.append)
+    assert all(entry["passed"] for entry in found)
+    assert said == ["  checks: 7 of 7 passed"]
+    said.clear()
+    found = check(Linear(1e6 * weight), pixels, y, 0.05, said.append)
+    assert [entry["name"] for entry in found if not entry["passed"]] == ["gradients"]
+    assert said[0] == "  checks: 6 of 7 passed: the model may be overrated"
+    assert said[1].startswith("  FLAG gradients: ")
+    assert len(said) == 2
+    assert found[3].keys() == {"name", "passed", "value", "detail"}

@@ -1,0 +1,96 @@
+"""RUN/eval.json: what is known of each checkpoint, and how a new result joins it while others may be writing too."""
+
+import contextlib
+import copy
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ltat_fast.data.lock import exclusive
+from ltat_fast.engine import log, tables
+from ltat_fast.engine.evaluation import worst_case
+from ltat_fast.engine.run import Images
+from ltat_fast.errors import UserError
+
+
+def fingerprint(images: Images) -> str:
+    """16 hexadecimal digits that tell one set of images and labels from another."""
+    digest = hashlib.sha256(repr(tuple(images.images.shape)).encode())
+    for tensor in (images.images, images.labels):
+        digest.update(tensor.cpu().contiguous().numpy())
+    return digest.hexdigest()[:16]
+
+
+@dataclass
+class Scores:
+    """The results in ``file`` for the weights, eps and test set of ``identity``, kept under each of ``checkpoints``.
+
+    A result counts as known if all of ``identity`` is in it and it says which images were correct; results of earlier
+    versions do not, and are measured again when asked for.
+    """
+
+    file: Path
+    identity: dict[str, str]
+    checkpoints: list[str]
+    test: Images
+    groups: dict[str, list[int]]
+    num_classes: int
+
+    def known(self, attack: str, images: int) -> dict | None:
+        """The result of ``attack`` on the most images, if they are so many, whichever checkpoint it was found for."""
+        ours = [entry[attack] for entry in self._read().values() if self._is_ours(entry.get(attack))]
+        most = max(ours, key=lambda result: result["images"], default=None)
+        return most if most and most["images"] >= images else None
+
+    def known_checks(self) -> list[dict] | None:
+        """What the checks found on these weights."""
+        found = [entry.get("checks") for entry in self._read().values()]
+        return next((checks for checks in found if checks and all(map(self._is_checked, checks))), None)
+
+    def add(self, attack: str, result: dict) -> None:
+        """Put in the result of an attack, and the worst case anew over all that are known."""
+
+        def change(entry: dict) -> None:
+            entry[attack] = result | self.identity
+            if not all(map(self._is_checked, entry.get("checks", []))):
+                del entry["checks"]
+            entry.pop("worst", None)
+            ours = {name: e for name, e in entry.items() if self._is_ours(e)}
+            if len(ours) > 1:
+                entry["worst"] = worst_case(ours, self.test.labels, self.groups, self.num_classes) | self.identity
+
+        self._merge(change)
+
+    def add_checks(self, checks: list[dict]) -> None:
+        """Put in what the checks found."""
+        weights = {"weights": self.identity["weights"]}
+        self._merge(lambda entry: entry.update(checks=[check | weights for check in checks]))
+
+    def _is_ours(self, entry) -> bool:
+        needed = {"correct", "images"}
+        return isinstance(entry, dict) and self.identity.items() <= entry.items() and needed <= entry.keys()
+
+    def _is_checked(self, check: dict) -> bool:
+        return check.get("weights") == self.identity["weights"]
+
+    def _read(self) -> dict:
+        results = tables.read_json(self.file) if self.file.exists() else {}
+        if not all(isinstance(entry, dict) for entry in results.values()):
+            raise UserError(f"{self.file} is damaged: what it holds of a checkpoint is not a JSON object")
+        return results
+
+    def _merge(self, change: Callable[[dict], None]) -> None:
+        """Read, change and write with the file to ourselves, so that no two processes undo each other's results."""
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(OSError):  # a file system without locks
+                stack.enter_context(exclusive(self.file.with_name(f".{self.file.name}.lock"), log.say))
+            results = self._read()
+            before = copy.deepcopy(results)
+            try:
+                for which in self.checkpoints:
+                    change(results.setdefault(which, {}))
+            except (ValueError, TypeError) as error:
+                raise UserError(f"{self.file} is damaged ({error}): remove it to evaluate afresh") from None
+            if results != before:
+                log.write_json(self.file, results)

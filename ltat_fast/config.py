@@ -101,6 +101,8 @@ class Config:
     """stop each stage after this many steps: for trying things out"""
     save_minutes: float = 10.0
     """also save in the middle of an epoch, this often"""
+    on_nan: Literal["stop", "rollback"] = "stop"
+    """a loss or weight that is not finite: stop, or go on once from the last good state without the batch it was in"""
     resume: bool = False
     """go on with the run in --out, from its last checkpoint"""
 
@@ -128,7 +130,7 @@ METHOD_PRESETS: dict[tuple[str, str], dict] = {
 }
 # What may differ between a run and its resumption: where and how it runs, not what is trained. Another device or
 # evaluation batch moves results by rounding and by the start noise of PGD-20 alone.
-FREE_ON_RESUME = {"resume", "out", "data_dir", "device", "save_minutes", "eval_batch_size"}
+FREE_ON_RESUME = {"resume", "out", "data_dir", "device", "save_minutes", "eval_batch_size", "on_nan"}
 
 
 def ratio(text: str, name: str = "value") -> float:

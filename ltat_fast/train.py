@@ -5,17 +5,19 @@
     python -m ltat_fast.train --out RUN --resume                               # go on after an interruption
     torchrun --nproc-per-node=8 -m ltat_fast.train ...                         # the same on many GPUs
 
-Exit status: 0 done; 2 a flag, a path or the data is at fault; 3 the loss diverged; 75 interrupted, state saved.
+Exit status: 0 done; 2 a flag, a path, the data or the disk is at fault; 3 a number was not finite; 4 another process of
+the run died; 75 interrupted, state saved. docs/reliability.md tells more.
 """
 
 import contextlib
+import os
 import shlex
 import sys
 
 from ltat_fast.config import Config, differences, load, parse_args
 from ltat_fast.errors import UserError, exit_on_user_error
 
-EXIT_DIVERGED, EXIT_INTERRUPTED = 3, 75
+EXIT_DIVERGED, EXIT_LEFT_ALONE, EXIT_INTERRUPTED = 3, 4, 75
 
 
 @exit_on_user_error
@@ -24,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     config, method = parse_args(argv)
 
     from ltat_fast.engine import device, distributed, log, pipeline, run
-    from ltat_fast.engine.fit import Diverged
+    from ltat_fast.engine.recovery import Diverged
     from ltat_fast.engine.signals import Interrupted, stop_at_once
 
     hardware = device.choose(config.device, config.precision)
@@ -42,9 +44,15 @@ def main(argv: list[str] | None = None) -> int:
     except Diverged as error:
         print(f"ltat_fast: {error}", file=sys.stderr)
         return EXIT_DIVERGED
+    except RuntimeError as error:
+        if not distributed.is_loss_of_a_process(error):
+            raise
+        print("ltat_fast: another process of this run has died; what it said is above or in its log", file=sys.stderr)
+        return EXIT_LEFT_ALONE
     except Interrupted as error:
         if is_main and (config.run_dir / "config.json").exists():
-            (config.run_dir / "interrupted").write_text(f"{error}\n")
+            with contextlib.suppress(OSError):
+                (config.run_dir / "interrupted").write_text(f"{error}\n")
         log.say(f"{error}; go on with: python -m ltat_fast.train --out {shlex.quote(str(config.run_dir))} --resume")
         return EXIT_INTERRUPTED
     finally:
@@ -54,12 +62,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def prepare_run_dir(config: Config, method) -> None:
     """Make sure that this run may write into its folder. Raises UserError where it would overwrite another run."""
-    from ltat_fast.engine.run import LOCK
-
     run_dir = config.run_dir
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"--out {run_dir} is a file, not a folder")
-    used = run_dir.is_dir() and any(path.name != LOCK for path in run_dir.iterdir())
+    # Hidden: the lock, and what a start that was killed at once had half written.
+    used = run_dir.is_dir() and any(not path.name.startswith(".") for path in run_dir.iterdir())
     if config.resume:
         if not (run_dir / "config.json").exists():
             raise UserError(f"nothing to resume: {run_dir} holds no run")
@@ -73,6 +80,8 @@ def prepare_run_dir(config: Config, method) -> None:
             run_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot create the run folder {run_dir}: {error.strerror}") from None
+    if not os.access(run_dir, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write into the run folder {run_dir}: it is read-only for this user")
 
 
 if __name__ == "__main__":

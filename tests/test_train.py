@@ -197,16 +197,23 @@ def test_a_finished_run_resumes_to_itself(tmp_path, digits_run):
     assert_same(copy, digits_run)
 
 
-# -- a loss that is no number ---------------------------------------------------------------------------------------
+# -- numbers that are not finite ------------------------------------------------------------------------------------
 
 
-def test_divergence_exits_3(tmp_path, image_tree, capfd):
+def test_divergence_exits_3_and_can_be_replayed(tmp_path, image_tree, capfd):
     flags = ("--method", "pgd-at", "--lr", "1e30", "--data-dir", str(image_tree), "--out", str(tmp_path / "run"))
     assert runs.train(*runs.FOLDER, *flags) == 3
     message = capfd.readouterr().err
-    assert "not finite at epoch 1" in message
-    assert "Traceback" not in message
-    assert not list(tmp_path.rglob("*.safetensors"))
+    assert "loss not finite at epoch 1, step 2" in message
+    assert message.count("\n") == 1
+    (dump,) = (tmp_path / "run" / "nan").iterdir()
+    assert str(dump) in message
+    assert runs.status_of("replay", str(dump)) == 0
+    assert "first: attack: network: output of net.conv1" in capfd.readouterr().out
+    # Resumed, it does the same again, and leaving that batch out does not mend a learning rate.
+    assert runs.train("--out", str(tmp_path / "run"), "--resume", "--on-nan", "rollback") == 3
+    assert "epoch 1, step 3" in capfd.readouterr().err
+    assert len(list((tmp_path / "run" / "nan").iterdir())) == 2
 
 
 # -- what is refused ------------------------------------------------------------------------------------------------
@@ -307,12 +314,37 @@ def test_resuming_with_a_damaged_config(tmp_path, capfd, content):
     assert (tmp_path / "config.json").read_text() == content
 
 
-def test_resuming_from_a_damaged_state(tmp_path, capfd, digits_run):
+@pytest.mark.parametrize("left", [0, 1])
+def test_resuming_from_damaged_states(tmp_path, capfd, digits_run, left):
+    """The one before the newest will do; without it the run is refused, and what is there stays there."""
     copy = shutil.copytree(digits_run, tmp_path / "copy")
-    state = copy / "checkpoints" / "resume.safetensors"
-    os.truncate(state, state.stat().st_size // 2)
-    assert "resume.safetensors is damaged" in refused(capfd, "--out", str(copy), "--resume")
-    assert (copy / "checkpoints" / "last.safetensors").exists()
+    for name in ("resume.safetensors", "resume.previous.safetensors")[: 2 - left]:
+        os.truncate(copy / "checkpoints" / name, 10_000)
+    if left:
+        assert runs.train("--out", str(copy), "--resume") == 0
+        assert "resume.safetensors is damaged" in capfd.readouterr().out
+        assert_same(copy, digits_run)
+    else:
+        assert "resume.safetensors is damaged" in refused(capfd, "--out", str(copy), "--resume")
+        assert (copy / "checkpoints" / "resume.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("which", "entry_point", "flags"),
+    [("best", "train", "--resume --out"), ("best", "evaluate", ""), ("last", "evaluate", "--checkpoint last")],
+)
+def test_damaged_weights_are_not_evaluated(tmp_path, capfd, digits_run, which, entry_point, flags):
+    copy = shutil.copytree(digits_run, tmp_path / "copy")
+    weights = copy / "checkpoints" / f"{which}.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-9] ^= 4
+    weights.write_bytes(content)
+    (copy / "eval.json").unlink()
+    capfd.readouterr()
+    assert runs.status_of(entry_point, *flags.split(), str(copy)) == 2
+    message = capfd.readouterr().err
+    assert f"{which}.safetensors is damaged: its content does not match its checksum" in message
+    assert message.count("\n") == 1
 
 
 def test_a_refused_start_does_not_block_the_next(tmp_path, image_tree, folder_run, capfd):

@@ -5,6 +5,7 @@ gradients are averaged by DistributedDataParallel, so that N processes follow th
 """
 
 import contextlib
+import datetime
 import inspect
 import os
 from collections.abc import Iterator
@@ -14,6 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from ltat_fast.errors import UserError
+
+JOIN_WITHIN = datetime.timedelta(minutes=5)  # from the first process to the last; torch would wait for half an hour
 
 # The flag has a new name since torch 2.13, and the old one warns.
 _BUFFERS = "forward_sync_buffers"
@@ -43,13 +48,26 @@ def launched() -> World:
 
 
 def start(use_cuda: bool) -> World:
-    """Join the processes that torchrun started: NCCL between GPUs, gloo between CPUs."""
+    """Join the processes that torchrun started: NCCL between GPUs, gloo between CPUs.
+
+    Raises UserError if they are not all there in time.
+    """
     world = launched()
     if world.size > 1:
         if use_cuda:
             torch.cuda.set_device(world.local_rank)
-        dist.init_process_group("nccl" if use_cuda else "gloo")
+        try:
+            store, rank, size = next(dist.rendezvous("env://", timeout=JOIN_WITHIN))
+            dist.init_process_group("nccl" if use_cuda else "gloo", store=store, rank=rank, world_size=size)
+        except dist.DistError as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"the {world.size} processes of this run did not find each other: {reason}") from None
     return world
+
+
+def is_loss_of_a_process(error: RuntimeError) -> bool:
+    """Whether ``error`` is what a collective raises when another process is gone. Gloo gives it no type of its own."""
+    return dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error))
 
 
 def current() -> World:

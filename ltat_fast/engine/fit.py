@@ -1,25 +1,20 @@
 """One stage of training, the teacher's or the student's: epochs of steps, evaluated, recorded, saved, resumable."""
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import replace
 
 import torch
 from torch import nn
 
-from ltat_fast import seeding
-from ltat_fast.attacks.pgd import AttackConfig
-from ltat_fast.data import DeviceLoader
-from ltat_fast.engine import checkpoint, distributed, log, speed
+from ltat_fast.engine import checkpoint, distributed, log, recovery, speed
 from ltat_fast.engine.backend import choose_backend
 from ltat_fast.engine.checkpoint import Progress
 from ltat_fast.engine.device import Hardware
 from ltat_fast.engine.precision import gradient_health
-from ltat_fast.engine.schedule import learning_rate
+from ltat_fast.engine.recovery import Diverged
 from ltat_fast.engine.signals import Interrupted, StopOnSignal
+from ltat_fast.engine.stage import Stage
 from ltat_fast.engine.step import TrainStep, frozen_twin, make_optimizer
-from ltat_fast.methods import Method
 from ltat_fast.models.sync_batch_norm import synchronise_batch_norm
 
 AGREE_EVERY = 10  # steps between the moments at which several processes agree to save or to stop
@@ -27,52 +22,6 @@ AGREE_EVERY = 10  # steps between the moments at which several processes agree t
 NOT_IN_LINE = {"epoch", "steps", "lr", "seconds", "images_per_second"}
 NOT_IN_LINE |= {"share_of_ceiling", "zero_gradients", "sign_disagreement"}
 CHECK_EVERY = 50  # steps between looks at the device: for a loss that is not finite, and for the progress bar
-
-# Evaluates the model as it stands: flat names to numbers.
-Evaluate = Callable[[nn.Module], dict[str, float]]
-
-
-class Diverged(Exception):
-    """The loss is not a finite number. The run keeps its last good checkpoint."""
-
-
-@dataclass
-class Stage:
-    """What one stage trains, and how."""
-
-    name: str
-    folder: Path
-    model: nn.Module
-    arch: str
-    method: Method
-    loader: DeviceLoader
-    attack: AttackConfig
-    epochs: int
-    lr: float
-    lr_schedule: str
-    momentum: float
-    weight_decay: float
-    seed: int
-    card: Callable[[int], dict]
-    """epoch to the metadata of a weights file"""
-    evaluate: Evaluate | None = None
-    evaluate_when: Callable[[int], bool] = field(default=lambda epoch: False)
-    """epoch, from 0, to whether it is evaluated"""
-    select_by: str = ""
-    """which of the evaluated numbers picks the best epoch"""
-    backend: str = "auto"
-    attack_fp32: bool = False
-    """attack in float32, whatever the precision of the training step"""
-    max_steps: int | None = None
-    save_minutes: float = 10.0
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.folder / "checkpoints"
-
-    @property
-    def state_file(self) -> Path:
-        return self.checkpoints / "resume.safetensors"
 
 
 def fit(stage: Stage, hardware: Hardware) -> Progress:
@@ -83,8 +32,8 @@ def fit(stage: Stage, hardware: Hardware) -> Progress:
     synchronise_batch_norm(stage.model)
     optimizer = make_optimizer(stage.model, stage.lr, stage.momentum, stage.weight_decay)
     progress = Progress()
-    if stage.state_file.exists():
-        progress = checkpoint.load_state(stage.state_file, stage.model, optimizer, stage.arch, stage.method.state())
+    if checkpoint.has_state(stage.state_file):
+        progress = recovery.last_good_state(stage, optimizer)
         if progress.finished:
             log.say(f"{stage.name}: already trained, {progress.epoch} epochs")
             return progress
@@ -92,8 +41,7 @@ def fit(stage: Stage, hardware: Hardware) -> Progress:
     wrapped = distributed.wrap(stage.model)
 
     def build(backend: str) -> TrainStep:
-        twin = frozen_twin(stage.model, replace(hardware, dtype=torch.float32) if stage.attack_fp32 else hardware)
-        return TrainStep(stage.model, stage.method, optimizer, stage.attack, hardware, backend, wrapped, twin)
+        return train_step(stage, optimizer, hardware, backend, wrapped)
 
     x, y = next(stage.loader.batches(progress.epoch))
     step = choose_backend(stage.backend, build, x, y)
@@ -103,10 +51,21 @@ def fit(stage: Stage, hardware: Hardware) -> Progress:
     record = log.StageLog(stage.folder, progress.epoch) if distributed.current().is_main else log.NoLog()
     try:
         with StopOnSignal() as stop:
-            _Fit(stage, step, progress, record, stop, flops / ceiling).run()
+            return _Fit(stage, step, progress, record, stop, flops / ceiling).run()
     finally:
         record.close()
-    return progress
+
+
+def train_step(
+    stage: Stage,
+    optimizer: torch.optim.SGD,
+    hardware: Hardware,
+    backend: str = "eager",
+    train_model: nn.Module | None = None,
+) -> TrainStep:
+    """The training step of ``stage``; its attack in the precision that the stage asks for."""
+    twin = frozen_twin(stage.model, replace(hardware, dtype=torch.float32) if stage.attack_fp32 else hardware)
+    return TrainStep(stage.model, stage.method, optimizer, stage.attack, hardware, backend, train_model, twin)
 
 
 class _Fit:
@@ -128,17 +87,25 @@ class _Fit:
         self.per_epoch = len(stage.loader)
         self.last_save = time.monotonic()
         self.world = distributed.current()
-        # Noise is drawn for a process's share of the batch: each needs draws of its own.
-        self.noise = (stage.seed, stage.name, "attack", *([self.world.rank] if self.world.size > 1 else []))
 
-    def run(self) -> None:
+    def run(self) -> Progress:
+        if not checkpoint.has_state(self.stage.state_file):
+            self._save()  # there always is a good state to go back to
         while not self.progress.finished:
-            started = time.monotonic() - self.progress.seconds
-            self.step.restart(self.progress.sums)
-            if self.progress.step == 0:
-                self.stage.method.on_epoch_start(self.progress.epoch)
-            done = self._steps(started)
-            self._end_epoch(done, time.monotonic() - started)
+            try:
+                self._epoch()
+            except Diverged as diverged:
+                self.progress = recovery.without_bad_batch(self.stage, self.step, diverged)
+                self._save()
+        return self.progress
+
+    def _epoch(self) -> None:
+        started = time.monotonic() - self.progress.seconds
+        self.step.restart(self.progress.sums)
+        if self.progress.step == 0:
+            self.stage.method.on_epoch_start(self.progress.epoch)
+        done = self._steps(started)
+        self._end_epoch(done, time.monotonic() - started)
 
     def _steps(self, started: float) -> int:
         """The steps of an epoch, from where it was left; how many of them are done."""
@@ -147,14 +114,14 @@ class _Fit:
             for x, y in stage.loader.batches(epoch, start=done):
                 if self._out_of_steps(done):
                     break
-                seed = seeding.stream_seed(*self.noise, epoch, done)
-                step(x, y, lr=self._rate(done), progress=(epoch + 1) / stage.epochs, seed=seed)
+                if self.progress.skipped != [epoch, done]:
+                    step(x, y, **stage.step_arguments(epoch, done))
                 done += 1
                 if done % CHECK_EVERY == 0:
-                    totals = self._totals()
+                    totals = self._totals(done)
                     bar.update(0, completed=done, rate=f"loss {totals['loss'] / totals['steps']:.3f}")
                 if self._time_to_save(done):
-                    self.progress.step, self.progress.sums = done, self._totals()
+                    self.progress.step, self.progress.sums = done, self._totals(done)
                     self.progress.seconds = time.monotonic() - started
                     self._save()
                     self._stop_if_asked(f"in epoch {epoch + 1}, step {done}")
@@ -163,16 +130,19 @@ class _Fit:
     def _end_epoch(self, done: int, seconds: float) -> None:
         """Record and evaluate the epoch; save, so that a resumed run begins with the next."""
         stage, progress, epoch = self.stage, self.progress, self.progress.epoch + 1
-        totals = self._totals()
+        totals = self._totals(done)
         steps = int(totals.pop("steps"))
-        entry = {"epoch": epoch, "steps": steps, "lr": self._rate(done - 1)}
+        entry = {"epoch": epoch, "steps": steps, "lr": stage.rate(epoch - 1, done - 1)}
         entry |= {name: total / max(steps, 1) for name, total in totals.items() if name != "first_bad"}
+        if progress.skipped and progress.skipped[0] == epoch - 1:
+            entry["skipped_step"] = progress.skipped[1] + 1
         entry["seconds"] = round(seconds, 3)
         images_per_second = steps * stage.loader.batch_size / seconds
         entry["images_per_second"] = round(images_per_second, 1)
         entry["share_of_ceiling"] = round(images_per_second * self.seconds_per_image / self.world.size, 4)
 
         finished = epoch == stage.epochs or self._out_of_steps(done)
+        scores = {}
         if stage.evaluate and (stage.evaluate_when(epoch - 1) or finished):
             scores = stage.evaluate(stage.model)
             entry |= scores
@@ -180,19 +150,15 @@ class _Fit:
                 entry |= gradient_health(self.step, *self.check_batch)
             if scores[stage.select_by] > progress.best.get(stage.select_by, -1.0):
                 progress.best = {"epoch": epoch, **scores}
-                self._save_weights("best", epoch)
+                self._save_weights("best", epoch, scores)
         self.record.epoch(entry)
         if finished:
-            self._save_weights("last", epoch)
+            self._save_weights("last", epoch, scores)
         # The state goes last: a run that dies before it repeats this epoch, and writes all of the above again.
         progress.epoch, progress.finished, progress.step, progress.sums, progress.seconds = epoch, finished, 0, {}, 0.0
         self._save()
         log.say(f"{stage.name} {_line(entry, stage.epochs)}")
         self._stop_if_asked(f"after epoch {epoch}")
-
-    def _rate(self, done: int) -> float:
-        stage = self.stage
-        return learning_rate(stage.lr_schedule, stage.lr, self.progress.epoch, done, stage.epochs, self.per_epoch)
 
     def _out_of_steps(self, done: int) -> bool:
         most = self.stage.max_steps
@@ -210,29 +176,21 @@ class _Fit:
             checkpoint.save_state(self.stage.state_file, self.stage.model, self.step.optimizer, self.progress, kept)
         self.last_save = time.monotonic()
 
-    def _save_weights(self, which: str, epoch: int) -> None:
+    def _save_weights(self, which: str, epoch: int, scores: dict[str, float]) -> None:
         if self.world.is_main:
-            file = self.stage.checkpoints / f"{which}.safetensors"
-            checkpoint.write(file, self.stage.model.state_dict(), self.stage.card(epoch))
+            card = self.stage.card(epoch) | {"scores": scores}
+            checkpoint.write(self.stage.checkpoints / f"{which}.safetensors", self.stage.model.state_dict(), card)
 
     def _stop_if_asked(self, where: str) -> None:
         if distributed.any_process(bool(self.stop.asked), self.step.device):
             raise Interrupted(f"stopped by {self.stop.asked or 'another process'} {where}; state saved")
 
-    def _totals(self) -> dict[str, float]:
+    def _totals(self, done: int) -> dict[str, float]:
         """The sums of the epoch so far. Raises :class:`Diverged` if loss or weights are not finite numbers."""
-        totals, stage, epoch = self.step.totals(), self.stage, self.progress.epoch + 1
-        if totals["first_bad"] >= 0:
-            what, step = "loss", int(totals["first_bad"]) + 1
-        elif not torch.stack([t.isfinite().all() for t in stage.model.state_dict().values()]).all():
-            what, step = "weights", int(totals["steps"])
-        else:
-            return totals
-        saved = any(stage.checkpoints.glob("*.safetensors"))
-        kept = f"the last good state is in {stage.checkpoints}" if saved else "no state had been saved yet"
-        raise Diverged(
-            f"{stage.name}: {what} not finite at epoch {epoch}, step {step}; {kept}; a lower --lr is the usual remedy"
-        )
+        totals = self.step.totals()
+        if what := recovery.not_finite(self.step, totals):
+            raise Diverged(what, self.progress.epoch, done)
+        return totals
 
 
 def _line(entry: dict, epochs: int) -> str:

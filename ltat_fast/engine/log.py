@@ -1,11 +1,13 @@
 """The record of a stage: metrics.jsonl (one object an epoch), TensorBoard, and lines or a bar on the terminal."""
 
+import contextlib
 import json
-import os
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ltat_fast.engine import files
 
 console = Console(highlight=False, soft_wrap=True, emoji=False)
 
@@ -17,13 +19,8 @@ def say(text: str) -> None:
 
 def write_json(path: Path, content: dict) -> None:
     """Write ``content`` so that ``path`` holds the old file or the new one, never half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with open(partial, "w") as file:
-        file.write(json.dumps(content, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    with files.whole(path) as file:
+        file.write((json.dumps(content, indent=1) + "\n").encode())
 
 
 class StageLog:
@@ -35,24 +32,25 @@ class StageLog:
     def __init__(self, folder: Path, epochs_done: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"
         kept = [r for r in read_metrics(self.path) if r["epoch"] <= epochs_done]
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        os.replace(partial, self.path)
-        self.tensorboard = SummaryWriter(str(folder / "tb"), purge_step=epochs_done + 1)
+        with files.whole(self.path) as file:
+            file.write("".join(json.dumps(record) + "\n" for record in kept).encode())
+        with files.writing(folder / "tb"):
+            self.tensorboard = SummaryWriter(str(folder / "tb"), purge_step=epochs_done + 1)
 
     def epoch(self, record: dict) -> None:
-        with open(self.path, "a") as file:
+        with files.writing(self.path), open(self.path, "a") as file:
             file.write(json.dumps(record) + "\n")
-        for name, value in record.items():
-            if isinstance(value, int | float) and name != "epoch":
-                self.tensorboard.add_scalar(name, value, record["epoch"])
-        self.tensorboard.flush()
+        with files.writing(self.path.with_name("tb")):
+            for name, value in record.items():
+                if isinstance(value, int | float) and name != "epoch":
+                    self.tensorboard.add_scalar(name, value, record["epoch"])
+            self.tensorboard.flush()
 
     def close(self) -> None:
-        self.tensorboard.close()
+        with contextlib.suppress(OSError):  # a full disk, which has been told by now
+            self.tensorboard.close()
 
 
 class NoLog:

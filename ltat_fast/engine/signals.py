@@ -8,8 +8,11 @@ from collections.abc import Callable, Iterator
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
-class Interrupted(Exception):
-    """A signal asked the run to stop; its state is saved."""
+class Interrupted(BaseException):
+    """A signal asked the run to stop; its state is saved.
+
+    Like KeyboardInterrupt no Exception: code that tries a backend or a file and goes on without it must not catch it.
+    """
 
 
 @contextlib.contextmanager

@@ -174,8 +174,7 @@ class TrainStep:
     def _capture(self, x: Tensor, y: Tensor) -> None:
         """Record the step as a CUDA graph. The warm-up trains for real, so what it changed is put back afterwards."""
         self._x, self._y = x.clone(memory_format=torch.preserve_format), y.clone()
-        saved = [(tensor, tensor.clone()) for tensor in self._state()]
-        known_sums = set(self.sums)
+        put_back = self.snapshot()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -187,31 +186,34 @@ class TrainStep:
         self.optimizer.zero_grad(set_to_none=True)
         with torch.cuda.graph(graph, stream=stream):
             self._run(self._x, self._y)
-        self._put_back(saved, known_sums)
+        put_back()
         self._graph = graph
 
     def trial(self, x: Tensor, y: Tensor, seed: int = 0) -> tuple[Tensor, float]:
         """Adversarial examples and loss of one step that leaves everything as it was: to compare backends with."""
-        saved = [(tensor, tensor.clone()) for tensor in self._state()]
-        known_sums = set(self.sums)
+        put_back = self.snapshot()
         self.restart()
         try:
             self(x, y, lr=float(self.lr), progress=1.0, seed=seed)
             loss = self.totals()["loss"]
         finally:  # a backend may fail half-way, and the run goes on without it
-            self._put_back(saved, known_sums)
+            put_back()
         self.frozen.refresh()
         self.generator.manual_seed(seed)
         return self.perturb(x, y), loss
 
-    def _state(self) -> list[Tensor]:
-        """Every tensor that a step changes."""
+    def snapshot(self) -> Callable[[], None]:
+        """Copy every tensor that a step changes; the function returned puts them back, each where it lies."""
         momenta = [buffer for state in self.optimizer.state.values() for buffer in state.values()]
         tensors = [*self.model.parameters(), *self.model.buffers(), *momenta, *self.method.state().values()]
-        return [tensor.detach() for tensor in [*tensors, self.count, self.first_bad, *self.sums.values()]]
+        tensors = [tensor.detach() for tensor in [*tensors, self.count, self.first_bad, *self.sums.values()]]
+        saved = [(tensor, tensor.clone()) for tensor in tensors]
+        known_sums = set(self.sums)
 
-    def _put_back(self, saved: list[tuple[Tensor, Tensor]], known_sums: set[str]) -> None:
-        for tensor, before in saved:
-            tensor.copy_(before)
-        for name in self.sums.keys() - known_sums:
-            self.sums[name].zero_()
+        def put_back() -> None:
+            for tensor, before in saved:
+                tensor.copy_(before)
+            for name in self.sums.keys() - known_sums:
+                self.sums[name].zero_()
+
+        return put_back

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from toys import images, labels, small_net
 
-from ltat_fast.engine import checkpoint
+from ltat_fast.engine import checkpoint, files
 from ltat_fast.engine.checkpoint import Progress
 from ltat_fast.engine.step import make_optimizer
 from ltat_fast.errors import UserError
@@ -52,7 +52,7 @@ def test_a_crash_while_writing_leaves_the_old_file(file, monkeypatch, where):
     def crash(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint.os, where, crash)
+    monkeypatch.setattr(files.os, where, crash)
     with pytest.raises(KeyboardInterrupt):
         checkpoint.write(file, {"a": torch.zeros(100)}, {})
     monkeypatch.undo()

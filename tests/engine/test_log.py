@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from ltat_fast.engine import log
+from ltat_fast.engine import files, log
 
 
 def record(epoch: int) -> dict:
@@ -52,7 +52,7 @@ def test_write_json_is_whole_or_not_there(tmp_path, monkeypatch):
     def crash(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(log.os, "replace", crash)
+    monkeypatch.setattr(files.os, "replace", crash)
     with pytest.raises(KeyboardInterrupt):
         log.write_json(path, {"a": 2})
     monkeypatch.undo()

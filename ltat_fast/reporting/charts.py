@@ -206,11 +206,10 @@ def gradient_histograms(
     told beside the plot.
     """
     charts = []
-    everything = np.concatenate([values for arrays in magnitudes.values() for values in arrays])
-    positive = everything[everything > 0]
-    if len(positive) == 0:
+    positive = [values[values > 0] for arrays in magnitudes.values() for values in arrays]
+    if not any(map(len, positive)):
         return []
-    low, high = np.log10(np.quantile(positive, [0.001, 1]))
+    low, high = np.log10(np.quantile(np.concatenate(positive), [0.001, 1]))
     edges = np.linspace(low, max(high, low + 1), 41)
     for title, arrays in magnitudes.items():
         with axes(*PANEL) as ax:

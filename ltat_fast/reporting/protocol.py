@@ -6,9 +6,15 @@ from collections.abc import Iterable
 from fractions import Fraction
 from importlib import metadata
 
+from ltat_fast.attacks.evaluation import AUTOATTACK
 from ltat_fast.engine.tables import CHECKPOINTS, Run
 from ltat_fast.reporting.study import Study, attack_name
 
+OBJECTIVES = {
+    "pgd": "cross-entropy",
+    "scaled-pgd": "cross-entropy of rescaled logits",
+    "cw": "margin of the logits (Carlini-Wagner)",
+}
 NOT_SHOWN = {"out", "data_dir", "seed", "resume", "method_options", "teacher"}
 
 
@@ -36,16 +42,18 @@ def _attack(name: str, eps: Fraction) -> dict[str, str]:
         return {"objective": "none", "steps": "-", "step": "-", "start": "the image itself"}
     if name == "fgsm":
         return {"objective": "cross-entropy", "steps": "1", "step": exactly(eps), "start": "the image itself"}
-    if match := re.fullmatch(r"(pgd|cw)(\d+)", name):
-        objective = "cross-entropy" if match[1] == "pgd" else "margin of the logits (Carlini-Wagner)"
-        start = "1 uniform in the ball"
+    if match := re.fullmatch(r"(\D+)(\d+)(?:x(\d+))?", name):
+        start = f"the worst of {match[3]}, uniform in the ball" if match[3] else "1, uniform in the ball"
+        objective = OBJECTIVES.get(match[1], match[1])
         return {"objective": objective, "steps": match[2], "step": exactly(eps / 4), "start": start}
-    if name == "autoattack":
-        parts = "APGD-CE, targeted APGD-DLR, targeted FAB, Square"
-        return {"objective": parts, "steps": "standard version", "step": "adaptive", "start": "as the package has it"}
+    if name in AUTOATTACK:
+        version = AUTOATTACK[name]
+        parts = (
+            "APGD-CE, targeted APGD-DLR, targeted FAB, Square" if version == "standard" else "as its authors have it"
+        )
+        return {"objective": parts, "steps": f"{version} version", "step": "adaptive", "start": "the package's"}
     if name == "worst":
-        words = "an image counts if it is right under every attack named in eval.json"
-        return {"objective": words, "steps": "-", "step": "-", "start": "-"}
+        return {"objective": "an image counts if no attack breaks it", "steps": "-", "step": "-", "start": "-"}
     return {"objective": "see the code of this version", "steps": "-", "step": "-", "start": "-"}
 
 
@@ -73,15 +81,15 @@ def facts(study: Study, test_counts: dict[str, int]) -> list[tuple[str, str]]:
     told = [
         ("Threat model", f"L∞ ball of radius ε = {exactly(eps)} around the image, pixels in [0, 1], clipped to [0, 1]"),
         ("Test images", _test_images(test_counts)),
-        ("Random numbers", "the start noise is a function of seed 0, the attack and the place of the batch"),
+        ("Random numbers", "the start noise is a function of seed 0, the attack and the place of the image"),
         ("Arithmetic", "float32 without TF32, eval mode, batch norm folded into the convolutions"),
-        ("AutoAttack", f"standard version of pyautoattack; {_autoattack_version(study.runs)}"),
+        ("AutoAttack", f"its authors' package pyautoattack, {_autoattack_version(study.runs)}"),
         ("Best checkpoint", _selection(study)),
         ("Plots and headline", f"are of the {study.checkpoint} checkpoint"),
         ("Attack in training", _training_attack(study)),
         ("Tail", _tail(study)),
     ]
-    return [(name, text) for name, text in told if name != "AutoAttack" or "autoattack" in study.attacks()]
+    return [(name, text) for name, text in told if name != "AutoAttack" or AUTOATTACK.keys() & study.attacks()]
 
 
 def _test_images(counts: dict[str, int]) -> str:

@@ -13,13 +13,22 @@ from ltat_fast.engine.tables import Experiment, Run, ratio_text
 
 # The spelling of names that are not plain capitals.
 NAMES = {"natural": "Natural", "robal": "RoBal", "adaad": "AdaAD", "adaiad": "AdaIAD"}
-ATTACK_NAMES = {"clean": "no attack", "autoattack": "AutoAttack", "worst": "all attacks together"}
-NOT_A_GROUP = {"images", "per_class", "weights", "eps", "correct", "attacks"}
+ATTACK_NAMES = {
+    "clean": "no attack",
+    "autoattack": "AutoAttack",
+    "autoattack-plus": "AutoAttack plus",
+    "autoattack-rand": "AutoAttack rand",
+    "worst": "all attacks together",
+}
+STRENGTH = ("clean", "fgsm", "pgd", "scaled-pgd", "cw", "autoattack", "worst")
+NOT_A_GROUP = {"images", "correct", "eps"}
 
 
 def attack_name(attack: str) -> str:
-    """ "pgd20" to "PGD-20"."""
-    return ATTACK_NAMES.get(attack) or re.sub(r"^([a-z]+)(\d)", r"\1-\2", attack).upper()
+    """ "pgd20" to "PGD-20", "pgd20x5" to "PGD-20 from 5 starts"."""
+    name, _, starts = attack.partition("x") if re.search(r"\dx\d", attack) else (attack, "", "")
+    name = ATTACK_NAMES.get(name) or re.sub(r"([a-z])(\d)", r"\1-\2", name).upper()
+    return f"{name} from {starts} starts" if starts else name
 
 
 def method_name(experiment: Experiment) -> str:
@@ -34,12 +43,16 @@ def attacks_of(results: dict) -> dict[str, dict]:
 
 def groups_of(entry: dict) -> dict[str, float | None]:
     """The accuracies of an attack entry by group of classes, "all" among them."""
-    return {name: value for name, value in entry.items() if name not in NOT_A_GROUP}
+    numbers = {k: v for k, v in entry.items() if v is None or (isinstance(v, int | float) and not isinstance(v, bool))}
+    return {name: value for name, value in numbers.items() if name not in NOT_A_GROUP}
 
 
 @dataclass(frozen=True)
 class Study:
-    """Experiments that may be compared. checkpoint and attack: what headline and plots are of."""
+    """Experiments that may be compared.
+
+    checkpoint and attack: what headline and plots are of; the attack is the strongest of those run on most images.
+    """
 
     experiments: tuple[Experiment, ...]
     checkpoint: str
@@ -112,15 +125,16 @@ def _study(group: tuple[Experiment, ...]) -> Study:
     tried = [set(attacks_of(run.results.get(checkpoint, {}))) for e in group for run in e.runs]
     common = set.intersection(*tried) - {"clean"}
 
-    def rank(attack: str) -> tuple[int, int]:
+    def rank(attack: str) -> tuple:
         return min(min(e.images(checkpoint, attack), default=0) for e in group), _strength(attack)
 
     return Study(group, checkpoint, max(common, key=rank, default=None))
 
 
-def _strength(attack: str) -> int:
-    order = ("clean", "fgsm", "pgd", "cw", "autoattack", "worst")
-    return next((i for i, stem in enumerate(order) if attack.startswith(stem)), 2)
+def _strength(attack: str) -> tuple[int, list[int]]:
+    """The kind of attack, then its steps and starts; an unknown one is taken for a PGD."""
+    kind = next((i for i, stem in enumerate(STRENGTH) if attack.startswith(stem)), STRENGTH.index("pgd"))
+    return kind, [int(number) for number in re.findall(r"\d+", attack)]
 
 
 def _entries(run: Run) -> Iterator[dict]:

@@ -122,6 +122,66 @@ def test_an_attack_that_was_not_run_is_a_dash(tmp_path):
     assert " - " in text
 
 
+def test_one_seed_does_not_count_as_two(tmp_path):
+    runs = [write_run(tmp_path / name / "run", seed=seed) for name, seed in (("a", 0), ("b", 1), ("c", 1))]
+    with pytest.raises(UserError, match="b/run and c/run are one experiment with one seed, 1, and would count as two"):
+        tables.rows(runs)
+    assert tables.rows(runs[:2])[0]["seeds"] == 2
+
+
+def test_given_teachers_are_told_apart_where_a_seed_comes_twice(tmp_path):
+    runs = [write_run(tmp_path / f"{t}{s}", seed=s, teacher=f"runs/[{t}]") for t in "ab" for s in (0, 1)]
+    assert [(row["label"], row["seeds"]) for row in tables.rows(runs)[::2]] == [
+        ("ltat teacher=[a]", 2),
+        ("ltat teacher=[b]", 2),
+    ]
+    assert "teacher=[b]" in tables.render(runs)  # square brackets are markup to rich
+    with pytest.raises(UserError, match="c0 are one experiment"):
+        tables.rows([*runs, write_run(tmp_path / "c0", teacher="runs/[a]")])
+
+
+def test_other_training_images_are_another_experiment(tmp_path):
+    runs = [write_run(tmp_path / str(s), seed=s) for s in range(3)]
+    for run, images in zip(runs, ("one", "other", "one"), strict=True):
+        (run / "env.json").write_text(json.dumps({"index_hash": images}))
+    assert [row["seeds"] for row in tables.rows(runs)[::2]] == [2, 1]
+
+
+def test_the_worst_case_has_columns_where_it_is_known(tmp_path):
+    runs = [write_run(tmp_path / "a"), write_run(tmp_path / "b", method="at-bsl")]
+    assert "Worst" not in tables.render(runs)
+    results = json.loads((runs[1] / "eval.json").read_text())
+    results["best"]["worst"] = {"all": 12.25, "tail": 3.5, "images": 100, "attacks": ["clean", "pgd20"]}
+    (runs[1] / "eval.json").write_text(json.dumps(results))
+    table = tables.rows(runs)
+    assert [(row["values"]["Worst"], row["values"]["T-Worst"]) for row in table] == [
+        ([], []),
+        ([], []),
+        ([12.25], [3.5]),
+        ([], []),
+    ]
+    assert "12.25" in tables.render(runs)
+
+
+def test_names_are_as_short_as_they_can_be(tmp_path):
+    runs = [write_run(tmp_path / path, method=m) for path, m in (("a/x", "ltat"), ("b/x", "at-bsl"), ("b/y", "trades"))]
+    assert [run.name for run in tables.load_runs(runs)] == ["a/x", "b/x", "y"]
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("config.json", {"method": "ltat"}, "it does not say arch, dataset, eps"),
+        ("eval.json", {"best": [1]}, "best is not a JSON object"),
+    ],
+)
+def test_a_file_of_another_shape_is_named(tmp_path, file, content, said):
+    run = write_run(tmp_path / "a")
+    (run / file).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=rf"{file} is damaged: {said}"):
+        tables.rows([run])
+
+
 @pytest.mark.parametrize("content", ["{", "", "[1]", "\x00\xff"])
 def test_a_damaged_result_is_named(tmp_path, content):
     run = write_run(tmp_path / "a")

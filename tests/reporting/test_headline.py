@@ -1,0 +1,91 @@
+"""The sentence at the top says no more than the numbers do."""
+
+import made
+import pytest
+
+from ltat_fast.engine import tables
+from ltat_fast.reporting.headline import headline
+from ltat_fast.reporting.study import studies
+
+
+def write_run(folder, tail, *, images=None, drop=(), **config):
+    """A run with this accuracy of the tail under PGD-20, and more under other attacks on as many ``images`` as said."""
+    run = made.write_run(folder, **config)
+    images = images or {"clean": 600, "pgd20": 600, "autoattack": 100}
+    entries = {a: {"all": 80.0, "tail": tail + 30 * (a == "clean"), "images": n} for a, n in images.items()}
+    made.write(run / "eval.json", {which: entries for which in ("best", "last") if which not in drop})
+    return run
+
+
+def headline_of(*runs):
+    (study,) = studies(tables.experiments(list(runs)))
+    return headline(study)
+
+
+def test_one_method(tmp_path):
+    told = headline_of(write_run(tmp_path / "a", 59.44))
+    assert told.sentence == "LTAT classifies 59.4 % of tail-class images correctly under PGD-20."
+    assert told.caveat == "One seed each."
+
+
+def test_two_methods_with_one_seed(tmp_path):
+    told = headline_of(write_run(tmp_path / "a", 50.0, method="at-bsl"), write_run(tmp_path / "b", 60.0))
+    assert told.sentence.endswith(
+        "LTAT classifies 60.0 % of tail-class images correctly under PGD-20, against 50.0 % for AT-BSL."
+    )
+    assert "beyond chance is not known" in told.caveat
+
+
+@pytest.mark.parametrize(("shift", "verdict"), [(20.0, "exceed"), (1.0, "are within")])
+def test_a_lead_is_held_against_the_spread(tmp_path, shift, verdict):
+    for s, noise in enumerate((-2.0, 0.0, 2.0)):  # standard deviation 2 each, of the difference 2.83
+        write_run(tmp_path / f"a{s}", 50 + noise, seed=s)
+        write_run(tmp_path / f"b{s}", 50 - shift + noise, seed=s, method="robal")
+    told = headline_of(*sorted(tmp_path.iterdir()))
+    assert told.caveat == (
+        "Mean ± standard deviation over 3 seeds. "
+        f"The {shift:.1f} points between LTAT and RoBal {verdict} the spread of their difference, 2.8."
+    )
+
+
+def test_of_many_methods_the_first_the_next_and_the_last(tmp_path):
+    methods = {"trades": 20.0, "ltat": 60.0, "awp": 10.0, "at-bsl": 55.0}
+    told = headline_of(*(write_run(tmp_path / m, tail, method=m) for m, tail in methods.items()))
+    assert told.sentence.endswith("against 55.0 % for AT-BSL, the next of 4 methods, and 10.0 % for the last, AWP.")
+    assert [rank.name for rank in told.ranking] == ["LTAT", "AT-BSL", "TRADES", "AWP"]
+
+
+def test_a_method_twice_is_told_apart_by_its_options(tmp_path):
+    a = write_run(tmp_path / "a", 60.0)
+    b = write_run(tmp_path / "b", 50.0)
+    config = made.read(b / "config.json")
+    config["method_options"]["alpha"] = 7.5
+    made.write(b / "config.json", config)
+    assert {rank.name for rank in headline_of(a, b).ranking} == {"LTAT (defaults)", "LTAT (alpha=7.5)"}
+
+
+def test_the_strongest_attack_on_as_many_images(tmp_path):
+    on_all = write_run(tmp_path / "a", 40.0, images={"clean": 600, "pgd20": 600, "autoattack": 600})
+    assert "under AutoAttack" in headline_of(on_all).sentence
+    assert "under PGD-20" in headline_of(write_run(tmp_path / "b", 40.0)).sentence
+    # an attack that one of the runs lacks compares nothing
+    other = write_run(tmp_path / "c", 30.0, method="trades", images={"clean": 600, "pgd20": 600})
+    assert "under PGD-20" in headline_of(on_all, other).sentence
+
+
+def test_best_only_if_it_was_picked_on_other_images(tmp_path):
+    def checkpoint_of(run):
+        return studies(tables.experiments([run]))[0].checkpoint
+
+    assert checkpoint_of(write_run(tmp_path / "a", 1.0)) == "last"
+    assert checkpoint_of(write_run(tmp_path / "b", 1.0, select_on="heldout")) == "best"
+    assert checkpoint_of(write_run(tmp_path / "c", 1.0, select_on="heldout", drop=("best",))) == "last"
+    assert checkpoint_of(write_run(tmp_path / "d", 1.0, drop=("last",))) == "best"
+
+
+def test_runs_without_an_attack_are_compared_without(tmp_path):
+    told = headline_of(write_run(tmp_path / "a", 20.0, images={"clean": 600}))
+    assert told.sentence == "LTAT classifies 50.0 % of tail-class images correctly."
+    run = write_run(tmp_path / "b", 1.0)
+    made.write(run / "eval.json", {})
+    assert headline_of(run).sentence == "No run has been evaluated yet."

@@ -1,0 +1,67 @@
+"""The files of numbers: each number of eval.json once, to its last digit."""
+
+import csv
+import io
+
+import made
+
+from ltat_fast.engine import tables
+from ltat_fast.reporting import tabular
+
+
+def test_csv_is_eval_json(tmp_path):
+    runs = [made.write_run(tmp_path / f"s{s}", seed=s, counts=(9, 4, 2)) for s in range(2)]
+    runs.append(
+        made.write_run(tmp_path / "other", method="trades", attacks=("clean", "cw20"), counts=range(50, 30, -1))
+    )
+    lines = list(csv.DictReader(io.StringIO(tabular.as_csv(tables.experiments(runs)))))
+    found = {
+        (line["run"], line["checkpoint"], line["attack"], line["group"], line["class"]): float(line["accuracy"])
+        for line in lines
+    }
+    assert len(found) == len(lines)
+    expected = {}
+    for run in runs:
+        for which, attacks in made.read(run / "eval.json").items():
+            for attack, entry in attacks.items():
+                for group in ("all", "head", "medium", "tail"):
+                    expected[run.name, which, attack, group, ""] = entry[group]
+                for c, accuracy in enumerate(entry["per_class"]):
+                    expected[run.name, which, attack, "class", str(c)] = accuracy
+    assert found == expected
+    last = lines[-1]
+    assert (last["class"], last["train_images"], last["test_images"]) == ("19", "31", "600")
+    assert (last["method"], last["seed"], last["imbalance_ratio"]) == ("trades", "0", "10.0")
+
+
+def test_csv_of_a_group_without_images_and_of_names_with_commas(tmp_path):
+    run = made.write_run(tmp_path / 'a, "b"', which=("last",), attacks=())
+    entry = {"all": 12.5, "tail": None, "per_class": [None, 12.5], "images": 8, "correct": 3, "eps": 0.1}
+    made.write(run / "eval.json", {"last": {"clean": entry, "checks": [{"name": "x"}]}})
+    lines = list(csv.DictReader(io.StringIO(tabular.as_csv(tables.experiments([run])))))
+    assert {line["run"] for line in lines} == {'a, "b"'}
+    told = {(line["group"], line["class"]): line["accuracy"] for line in lines}
+    assert told == {("all", ""): "12.5", ("tail", ""): ""} | {
+        ("class", "0"): "",
+        ("class", "1"): "12.5",
+    }
+
+
+def test_markdown_is_the_terminals_table(tmp_path):
+    runs = [made.write_run(tmp_path / f"s{s}", seed=s) for s in range(3)]
+    head, rule, *lines, blank, note = tabular.as_markdown(tables.experiments(runs)).rstrip("\n").split("\n")
+    assert (blank, rule.count("---:")) == ("", 5)
+    printed = tables.render(runs)
+    for line in lines:
+        for cell in line.strip("| ").split(" | "):
+            assert cell in printed
+    assert head.split(" | ")[6:] == ["Clean", "PGD", "AA", "T-Clean", "T-PGD |"]
+    assert note in printed
+
+
+def test_a_bar_in_a_name_does_not_end_a_cell(tmp_path):
+    run = made.write_run(tmp_path / "a")
+    config = made.read(run / "config.json")
+    config["method_options"]["ramp"] = "a|b"
+    made.write(run / "config.json", config)
+    assert "ramp=a\\|b" in tabular.as_markdown(tables.experiments([run]))

@@ -1,0 +1,65 @@
+"""The report from the command line."""
+
+import json
+import shutil
+
+import pytest
+import runs
+import torch
+
+from ltat_fast.reporting import page
+
+
+def test_all_files_at_once(digits_run, tmp_path, capsys):
+    files = {kind: tmp_path / "new" / f"report.{kind}" for kind in ("html", "markdown", "csv")}
+    flags = [text for kind, file in files.items() for text in (f"--{kind}", str(file))]
+    assert runs.status_of("report", str(digits_run), *flags) == 0
+    printed = capsys.readouterr().out
+    best = json.loads((digits_run / "eval.json").read_text())["best"]
+    for value in (f"{best['clean']['all']:.2f}", f"{best['pgd20']['tail']:.2f}"):
+        assert value in printed
+        assert value in files["html"].read_text(encoding="utf-8")
+        assert value in files["markdown"].read_text()
+    assert repr(best["pgd20"]["all"]) in files["csv"].read_text()
+    assert files["html"].read_text(encoding="utf-8").startswith("<!doctype html>")
+    assert files["html"].stat().st_size < 500_000
+
+
+def test_without_files_only_the_table_is_made(digits_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(page, "render", lambda *_: pytest.fail("nobody asked for a page"))
+    assert runs.status_of("report", str(digits_run)) == 0
+    assert "T-PGD" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_runs_are_left_as_they_were(digits_run, tmp_path):
+    run = shutil.copytree(digits_run, tmp_path / "run")
+    before = {file: file.stat().st_mtime_ns for file in run.rglob("*")}
+    assert runs.status_of("report", str(run), "--html", str(tmp_path / "page.html")) == 0
+    assert {file: file.stat().st_mtime_ns for file in run.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda run, tmp: [], "name at least one run folder"),
+        (lambda run, tmp: [str(tmp)], "has no results"),
+        (lambda run, tmp: [str(run), str(shutil.copytree(run, tmp / "copy"))], "are one experiment with one seed, 0"),
+        (lambda run, tmp: [str(run), "--csv", str(run / "config.json" / "x.csv")], "cannot write"),
+    ],
+    ids=["none", "no run", "copy", "not writable"],
+)
+def test_what_cannot_be_done_is_one_sentence(digits_run, tmp_path, capsys, make, said):
+    assert runs.status_of("report", *make(digits_run, tmp_path)) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
+def test_a_gpu_that_is_not_there_is_said(digits_run, tmp_path, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    flags = ("--html", str(tmp_path / "page.html"), "--device", "cuda")
+    assert runs.status_of("report", str(digits_run), *flags) == 2
+    assert "no CUDA device" in capsys.readouterr().err

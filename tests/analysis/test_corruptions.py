@@ -42,7 +42,8 @@ def test_the_highest_signed_entries_are_masked(share):
 
 
 def test_counts_do_not_suffer_from_rounding():
-    for share in RANDOM_SHARES:
+    assert 0.29 * 100 < 29
+    for share in (*RANDOM_SHARES, 0.29):
         assert top_mask(torch.rand(1, 1, 10, 10), share).sum() == round(100 * share)
 
 
@@ -103,6 +104,15 @@ def test_the_search_for_an_occlusion():
     measured = correct_under_occlusion(net, x, y, attribution, 0.5, pixels=3, radius=2)
     assert measured.tolist() == expected
     assert 0 < sum(expected) < (net(x).argmax(1) == y).sum(), "some survive and some do not"
+
+
+def test_an_image_that_only_an_occlusion_makes_right_is_not_right():
+    weight = torch.stack([torch.zeros(108), torch.ones(108)])
+    dark = torch.full((1, 3, 6, 6), 0.499)  # class 0, and class 1 with any white square
+    attribution, one = scores(1), torch.ones(1, dtype=torch.int64)
+    assert not correct_under_occlusion(Linear(weight), dark, one, attribution, 1.0).item()
+    white = torch.where(occlusion_mask(attribution, 1, 1), 1.0, dark)
+    assert correct_under_occlusion(Linear(weight), white, one, attribution, 1.0).item()
 
 
 def test_the_radius_follows_the_size():

@@ -56,7 +56,7 @@ def inductive_shares(entries: int) -> tuple[float, ...]:
 def top_mask(scores: Tensor, share: float) -> Tensor:
     """Where the floor(share * C*H*W) highest of each image's ``scores`` ``(B, C, H, W)`` are: bool, like ``scores``."""
     flat = scores.flatten(1)
-    count = int(share * flat.shape[1] + 1e-9)  # 0.02 * 150 is 3, not 2.9999...
+    count = int(share * flat.shape[1] + 1e-9)  # 0.29 * 100 is 28.999999999999996
     mask = torch.zeros_like(flat, dtype=torch.bool).scatter_(1, flat.topk(count, dim=1).indices, True)
     return mask.view(scores.shape)
 

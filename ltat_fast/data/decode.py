@@ -2,9 +2,11 @@
 
 import os
 import time
+import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -75,7 +77,9 @@ def read_image(path: str | Path, image_size: int | None = None) -> np.ndarray:
         UserError: the file cannot be decoded, claims more than :data:`MAX_PIXELS`, or holds floating-point pixels.
     """
     try:
-        with Image.open(path, formats=FORMATS) as file:
+        with open(path, "rb") as opened, Image.open(opened, formats=FORMATS) as file:
+            if file.format == "PNG":
+                _check_png(opened)
             if file.width * file.height > MAX_PIXELS:
                 raise ValueError(f"it claims {file.width}x{file.height} pixels, more than {MAX_PIXELS:,}")
             file.load()
@@ -86,6 +90,21 @@ def read_image(path: str | Path, image_size: int | None = None) -> np.ndarray:
     if image_size is not None and image.size != (image_size, image_size):
         image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BILINEAR)
     return np.asarray(image).transpose(2, 0, 1)
+
+
+def _check_png(file: BinaryIO) -> None:
+    """The CRC-32 of every chunk. Pillow relies on the checksum at the end of the pixels, and can stop short of it."""
+    place = file.tell()
+    file.seek(8)
+    while head := file.read(8):
+        remaining, crc = int.from_bytes(head[:4], "big"), zlib.crc32(head[4:])
+        while remaining and (block := file.read(min(remaining, 1 << 20))):
+            remaining, crc = remaining - len(block), zlib.crc32(block, crc)
+        if file.read(4) != crc.to_bytes(4, "big"):
+            raise ValueError(f"its {head[4:].decode('latin1')} chunk is damaged or cut short")
+        if head[4:] == b"IEND":
+            break
+    file.seek(place)
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -10,6 +10,9 @@ from ltat_fast.errors import UserError
 def read_svhn(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Images uint8 (N, 3, 32, 32) and labels int64 (N,) of one split. The file says 10 for the digit 0.
 
+    Args:
+        path: a file whose checksum is right: SciPy's reader can crash the process on a damaged one
+
     Raises:
         UserError: the file is no MATLAB file, or its arrays are not SVHN's.
     """

@@ -161,6 +161,26 @@ def test_bombs_are_bounded(tmp_path):
         read_image(tmp_path / "frame.gif")
 
 
+def test_a_png_that_pillow_alone_lets_through(tmp_path):
+    """Pixels stored as they are: without the mark of the last block the decoder ends before it compares checksums."""
+    path = png(tmp_path / "a.png", 2, 1, 8, 0, b"\0\7\7")
+    content = bytearray(path.read_bytes())
+    pixels = content.index(b"IDAT") + 4
+    content[pixels:] = zlib.compress(b"\0\7\7", 0) + content[content.index(b"IEND") - 8 :]
+    content[pixels - 8 : pixels - 4] = (len(zlib.compress(b"\0\7\7", 0))).to_bytes(4, "big")
+    end = content.index(b"IEND") - 8
+    content[end : end + 4] = zlib.crc32(content[pixels - 4 : end]).to_bytes(4, "big")
+    path.write_bytes(content)
+    assert row(path) == [(7, 7, 7)] * 2
+    content[pixels + 2] ^= 1
+    content[pixels + 8] ^= 1
+    path.write_bytes(content)
+    with Image.open(path) as image:
+        assert list(image.getdata()) == [6, 7]
+    with pytest.raises(UserError, match=r"a.png: its IDAT chunk is damaged"):
+        read_image(path)
+
+
 def test_pictures_without_pixels_are_refused(tmp_path):
     (tmp_path / "a.ppm").write_bytes(b"P6\n0 5\n255\n")
     (tmp_path / "a.gif").write_bytes(b"GIF89a\0\0\0\0\0\0\0;")

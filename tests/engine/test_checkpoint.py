@@ -79,22 +79,16 @@ def test_every_truncation_is_refused(file):
 
 
 def test_no_flipped_bit_goes_unnoticed(file):
-    """Wherever a bit flips, the file is refused, or (in the name of the checksum) reads as it was written."""
+    """Wherever a bit flips, the file is refused, be it in the name of the checksum."""
     whole = file.read_bytes()
-    accepted, complaints = 0, set()
+    complaints = set()
     for position in range(len(whole)):
         damaged = bytearray(whole)
         damaged[position] ^= 1 << (position % 8)
         file.write_bytes(damaged)
-        try:
-            tensors, card = checkpoint.read(file)
-        except UserError as error:
-            complaints.add(str(error))
-            continue
-        assert_same(tensors, TENSORS)
-        assert card == CARD
-        accepted += 1
-    assert accepted <= len("sha256")
+        with pytest.raises(UserError) as error:
+            checkpoint.read(file)
+        complaints.add(str(error.value))
     assert all(c.startswith(f"{file} is damaged") and "\n" not in c for c in complaints)
 
 

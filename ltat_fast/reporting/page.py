@@ -79,6 +79,7 @@ def _view(study: Study, shown: Gallery) -> dict:
         "attack": attack_name(study.attack or "clean"),
         "columns": [heading for heading, _, _ in tables.columns(list(study.experiments))],
         "tables": [(which, _lines(study, methods, which)) for which in reversed(CHECKPOINTS)],
+        "repeated": any(len(e.runs) > 1 for e in study.experiments),
         "note": protocol.images_and_selection(study),
         "curves": charts.training_curves(study, look),
         "class_bars": charts.class_bars(study, look),

@@ -158,7 +158,7 @@ def test_two_figures_share_no_names_and_equal_ones_are_equal():
     assert svgs[0] == svgs[2]
 
 
-@pytest.mark.parametrize("text", ["<script>alert(1)</script>", '" onload="x', "$\\frac{", "&amp;", "ü€"])
+@pytest.mark.parametrize("text", ["<script>alert(1)</script>", '" onload="x', "$\\frac{$", "$x_1$", "&amp;", "ü€"])
 def test_text_in_a_plot_is_text(text):
     with plot(text) as ax:
         tree = made.parse(figure.to_svg(ax, text))

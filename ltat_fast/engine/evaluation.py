@@ -96,16 +96,18 @@ def evaluate(
 ) -> dict[str, dict]:
     """Accuracies of ``model`` in eval mode and float32 under each attack.
 
-    images: uint8 ``(N, C, H, W)``, labels: int64 ``(N,)``, on the model's device. limits: the most images to use, by
-    attack, "default" for the others. Several processes share the batches; each gets the whole result. Beside the
-    accuracies it has "correct", which images were, and "chosen", which images were used if not all: see :func:`pack`.
+    images: uint8 ``(N, C, H, W)``, labels: int64 ``(N,)``, on the model's device. limits: the most images to use,
+    "default", and the most of those by attack. Several processes share the batches; each gets the whole result. Beside
+    the accuracies it has "correct", which images were, and "chosen", which were used if not all: see :func:`pack`.
     """
     frozen = FrozenTwin(model, fold_bn=True)
     limits = limits or {}
     world = distributed.current()
     results = {}
+    classes = labels.cpu().numpy()
+    every = spread(classes, limits.get("default"))
     for name in attacks:
-        chosen = spread(labels.cpu().numpy(), limits.get(name, limits.get("default")))
+        chosen = every[spread(classes[every], limits.get(name))]
         places = torch.from_numpy(chosen)
         x, y = images[places.to(images.device)], labels[places.to(images.device)]
         part = (world.rank, world.size)

@@ -146,7 +146,7 @@ def _evaluate_weights(
                 checks = check(model(), data.test.images, data.test.labels, ratio(config.eps), log.say)
             if is_main:
                 scores.add_checks(checks)
-        images = min(_limits(config).get(attack, config.limit_eval) or len(data.test), len(data.test))
+        images = min(limit for limit in (len(data.test), config.limit_eval, _limits(config).get(attack)) if limit)
         result = scores.known(attack, images)
         if missing(result):
             result = _evaluate(config, data, data.test, model(), [attack], log.say)[attack]
@@ -156,9 +156,7 @@ def _evaluate_weights(
 
 
 def _limits(config: Config) -> dict[str, int | None]:
-    """The most images an attack may use; all AutoAttacks take those of the others that ``limit_autoattack`` leaves."""
-    both = [limit for limit in (config.limit_eval, config.limit_autoattack) if limit is not None]
-    return {"default": config.limit_eval} | dict.fromkeys(AUTOATTACK, min(both, default=None))
+    return {"default": config.limit_eval} | dict.fromkeys(AUTOATTACK, config.limit_autoattack)
 
 
 def _evaluate(config: Config, data: RunData, images: Images, model, attacks, say=lambda text: None) -> dict:
@@ -217,5 +215,4 @@ def _stage(
         attack_fp32=config.attack_precision == "fp32",
         max_steps=config.max_steps,
         save_minutes=config.save_minutes,
-        on_nan=config.on_nan,
     )

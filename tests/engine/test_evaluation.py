@@ -124,6 +124,17 @@ def test_the_worst_case_counts_an_image_once_it_falls_to_any_attack():
     assert worst["tail"] == worst["per_class"][2]
 
 
+def test_a_limit_of_one_attack_is_within_that_of_all():
+    """Or the worst case would have hardly an image."""
+    torch.manual_seed(0)
+    net, pixels = Linear(torch.randn(3, 27)), torch.randint(0, 256, (200, 3, 3, 3), dtype=torch.uint8)
+    y = torch.arange(200) % 3
+    limits = {"default": 70, "fgsm": 31}
+    results = evaluate(net, pixels, y, ["clean", "fgsm"], GROUPS, 3, 0.02, batch_size=64, limits=limits)
+    assert [results[name]["images"] for name in ("clean", "fgsm")] == [70, 31]
+    assert worst_case(results, y, GROUPS, 3)["images"] == 31
+
+
 def test_the_worst_of_one_attack_is_that_attack():
     y = torch.arange(20) % 3
     correct = np.random.RandomState(0).rand(20) < 0.5

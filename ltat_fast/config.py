@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from ltat_fast.errors import UserError
+from ltat_fast.field_types import check_types
 from ltat_fast.methods import METHODS, Method
 
 
@@ -156,6 +157,8 @@ def validate(config: Config, method: Method) -> None:
     from ltat_fast.attacks.evaluation import parse_attacks
     from ltat_fast.models import ARCHS
 
+    check_types(config)
+    check_types(method)
     choose("dataset", config.dataset, PRESETS)
     choose("method", config.method, METHODS)
     choose("arch", config.arch, ARCHS)
@@ -222,7 +225,7 @@ def load(run_dir: Path) -> tuple[Config, Method]:
         return from_json(json.loads(path.read_text()))
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{run_dir} is not a run: it has no config.json") from None
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as a run's configuration: {error}") from None
 
 

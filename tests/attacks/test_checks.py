@@ -86,6 +86,12 @@ def test_a_sound_model_passes_and_is_left_alone(seed):
     assert torch.equal(torch.get_rng_state(), rng)
 
 
+@pytest.mark.gpu
+def test_a_sound_model_passes_on_a_gpu():
+    net, x, y = sound()
+    assert failed(net.cuda(), x.cuda(), y.cuda()) == []
+
+
 def test_sound_gradients_pass_whatever_the_distance():
     for distance in (0.05, 0.2):
         assert failed(*liar(distance, lambda t, far: (t, torch.ones_like(t)))) == []

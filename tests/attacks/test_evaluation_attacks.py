@@ -145,6 +145,16 @@ def test_repeats_exactly_and_leaves_the_global_generator_alone():
     torch.set_rng_state(rng)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["clean", "fgsm", "pgd5", "cw5x2", "scaled-pgd5"])
+def test_on_a_gpu(name):
+    net, pixels = FrozenTwin(small_net(seed=4).cuda()), uint8_images(90).cuda()
+    y = net(pixels / 255).argmax(1)
+    whole = correct_under(name, net, pixels, y, EPS)
+    assert whole.sum() == 90 if name == "clean" else 0 < whole.sum() < 90
+    assert (correct_under(name, net, pixels, y, EPS, batch_size=32) ^ whole).sum() <= 1  # other kernels, other rounding
+
+
 def test_parse_attacks():
     names = " clean, pgd20,,cw7 ,fgsm,autoattack,pgd20x5,scaled-pgd10,pgd20x1,cw3x12,autoattack-plus,autoattack-rand"
     expected = ["clean", "pgd20", "cw7", "fgsm", "autoattack", "pgd20x5", "scaled-pgd10", "cw3x12"]

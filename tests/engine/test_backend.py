@@ -1,6 +1,8 @@
 """Which backend a step runs on: one that fails or computes something else is dropped, and leaves nothing behind."""
 
 import copy
+import os
+import signal
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from ltat_fast.attacks import AttackConfig
 from ltat_fast.engine import backend as backends
 from ltat_fast.engine.backend import choose_backend
 from ltat_fast.engine.device import Hardware
+from ltat_fast.engine.signals import Interrupted, stop_at_once
 from ltat_fast.engine.step import TrainStep, make_optimizer
 from ltat_fast.methods import Setting
 from ltat_fast.methods.pgd_at import PgdAt
@@ -151,3 +154,18 @@ def test_the_compiled_step_takes_the_same_step():
     assert step.totals()["loss"] == pytest.approx(reference.totals()["loss"], rel=1e-3)
     for ours, theirs in zip(compiled_.net.parameters(), eager.net.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-2)
+
+
+def test_a_signal_while_a_backend_is_tried_stops_the_run():
+    """It is not taken for a fault of the backend, which would be dropped, and the signal with it."""
+
+    class Stopped(Eager):
+        def _record(self, parts):
+            if self.backend == "step":
+                os.kill(os.getpid(), signal.SIGTERM)
+            super()._record(parts)
+
+    setup = Setup()
+    x, y = images(), labels()
+    with stop_at_once(), pytest.raises(Interrupted):
+        choose_backend("step", lambda backend: setup.build(backend, Stopped), x, y)

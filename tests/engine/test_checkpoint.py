@@ -169,3 +169,25 @@ def test_weights_are_not_a_state(tmp_path):
     checkpoint.write(path, {f"model.{k}": v for k, v in net.state_dict().items()}, {"arch": "toy"})
     with pytest.raises(UserError, match="is not the saved state of a run"):
         checkpoint.load_state(path, net, make_optimizer(net, 0.1, 0.9, 0.0), "toy", {})
+
+
+def test_a_state_is_loaded_in_place(tmp_path):
+    """A captured step reads and writes these very tensors."""
+    net = small_net()
+    optimizer = make_optimizer(net, 0.1, 0.9, 0.0)
+    path = tmp_path / "resume.safetensors"
+    checkpoint.save_state(path, net, optimizer, Progress(), {})
+    tensors = [*net.state_dict().values(), *(state["momentum_buffer"] for state in optimizer.state.values())]
+    addresses = [tensor.data_ptr() for tensor in tensors]
+    checkpoint.load_state(path, net, optimizer, "toy", {})
+    tensors = [*net.state_dict().values(), *(state["momentum_buffer"] for state in optimizer.state.values())]
+    assert [tensor.data_ptr() for tensor in tensors] == addresses
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(tmp_path, value):
+    net = small_net()
+    tensors = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    tensors["3.weight"][0, 0, 0, 0] = value
+    with pytest.raises(UserError, match=r"f\.safetensors holds numbers that are not finite, in 3\.weight \(1 such"):
+        checkpoint.load_weights(net, tensors, tmp_path / "f.safetensors", "toy")

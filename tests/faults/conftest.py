@@ -1,0 +1,8 @@
+import launching
+import pytest
+
+
+@pytest.fixture(scope="session")
+def undisturbed(shared):
+    """The run of :mod:`launching`, which nothing has happened to."""
+    return shared("undisturbed", launching.finish)

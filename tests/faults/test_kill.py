@@ -1,0 +1,108 @@
+"""SIGKILL at any moment, and SIGTERM at any: what is left can be resumed, and ends as if nothing had happened."""
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import launching
+import pytest
+from launching import assert_same
+
+from ltat_fast.engine import log
+
+WAIT = 120
+
+
+@pytest.fixture
+def chance() -> random.Random:
+    """Its seed is in the output of a test that fails; FAULT_SEED repeats it."""
+    seed = int(os.environ.get("FAULT_SEED", random.SystemRandom().randrange(2**32)))
+    print(f"FAULT_SEED={seed}")
+    return random.Random(seed)
+
+
+def saving(out: Path) -> bool:
+    return any(next((out / part).glob(".*.partial"), None) for part in ("checkpoints", "teacher/checkpoints"))
+
+
+def kill_at_random(out: Path, chance: random.Random, seconds: float, flags: tuple[str, ...], processes: int) -> bool:
+    """Start or resume the run and kill it at a moment of ``seconds``, or in a save after it; False if it was faster.
+
+    With more than one process often only one of them is killed: the others then have to end by themselves.
+    """
+    moment, in_save = chance.uniform(0, seconds), chance.random() < 0.4
+    victims = chance.choice([[0], [1], [0, 1]]) if processes > 1 else [0]
+    with launching.running(out, *flags, processes=processes) as started:
+        launching.wait_until(lambda: False, started, moment)
+        if in_save:
+            launching.wait_until(lambda: saving(out), started, seconds)
+        finished = any(process.poll() is not None for process in started)
+        if not finished:
+            for victim in victims:
+                started[victim].kill()
+        print(f"killed {victims} after {moment:.2f} s{', in a save' * (in_save and saving(out))}", flush=True)
+        for process in started:
+            _, err = process.communicate(timeout=WAIT)
+            assert process.returncode == 0 if finished else process.returncode != 0, err
+    return not finished
+
+
+def survive(tmp_path: Path, expected: Path, kills: int, chance: random.Random, *flags: str, processes: int = 1) -> None:
+    """Kill runs ``kills`` times in all; each that comes to its end is as ``expected``."""
+    started = time.monotonic()
+    launching.finish(tmp_path / "timed", *flags, processes=processes)
+    seconds = time.monotonic() - started
+    assert_same(tmp_path / "timed", expected)
+    number = 0
+    while kills:
+        if kill_at_random(tmp_path / f"run{number}", chance, seconds, flags, processes):
+            kills -= 1
+        else:
+            assert_same(tmp_path / f"run{number}", expected)
+            number += 1
+    launching.finish(tmp_path / f"run{number}", *flags, processes=processes)
+    assert_same(tmp_path / f"run{number}", expected)
+
+
+def test_killed_at_a_few_moments(tmp_path, undisturbed, chance):
+    survive(tmp_path, undisturbed, 5, chance)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "compiled"), [(1, "none"), (1, "step"), (2, "none")])
+def test_killed_at_25_moments(tmp_path, chance, processes, compiled):
+    flags = ("--compile", compiled)
+    launching.finish(tmp_path / "expected", *flags, processes=processes)
+    survive(tmp_path, tmp_path / "expected", 25, chance, *flags, processes=processes)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_signals_save_and_exit_75(tmp_path, undisturbed, chance, number):
+    """From the first record on at any moment: in a step, a save, an evaluation, between teacher and student."""
+    out = tmp_path / "run"
+    with launching.running(out) as (process,):
+        assert launching.wait_until((out / "teacher" / "metrics.jsonl").exists, [process])
+        launching.wait_until(lambda: False, [process], chance.uniform(0, 2))
+        os.kill(process.pid, number)
+        said, err = process.communicate(timeout=WAIT)
+    assert process.returncode == 75, err
+    assert f"stopped by {signal.Signals(number).name}" in said
+    assert err == ""
+    assert (out / "interrupted").exists()
+    launching.finish(out)
+    assert_same(out, undisturbed)
+
+
+def test_a_start_killed_while_it_writes_its_config_can_be_started_again(tmp_path, undisturbed):
+    """A hidden half-written file is no run, neither to resume nor to be careful of."""
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / ".config.json.123.partial").write_text('{"dataset": "dig')
+    launching.finish(out)
+    assert_same(out, undisturbed)
+
+
+def test_the_record_has_each_epoch_once(undisturbed):
+    assert [r["epoch"] for r in log.read_metrics(undisturbed / "metrics.jsonl")] == [1, 2, 3]

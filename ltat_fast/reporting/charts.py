@@ -96,7 +96,7 @@ def _curves_described(title: str, study: Study, curves: list[dict]) -> str:
         for name, curve in zip(names(study.experiments), curves, strict=True)
         if curve
     ]
-    return f"{title} over epochs: {', '.join(ends)}"
+    return f"{title} over epochs, {study.title}: {', '.join(ends)}"
 
 
 def class_bars(study: Study, styles: Sequence[Style]) -> list[Chart]:

@@ -109,7 +109,8 @@ def to_svg(ax: Axes, description: str) -> Markup:
         for child in [c for c in parent if _local(c.tag) in ("style", "metadata")]:  # that style would be the page's
             parent.remove(child)
     used = set(re.findall(r'(?:url\(|href=")#([\w-]+)', text))
-    own = f"f{hashlib.sha256(text.encode()).hexdigest()[:8]}-"  # names are shared by all figures of a page
+    # Names are shared by all figures of a page; two that are drawn alike are told apart by what they describe.
+    own = f"f{hashlib.sha256((text + description).encode()).hexdigest()[:8]}-"
     for element in root.iter():
         element.tag = _local(element.tag)
         attributes = {_local(name): value for name, value in element.items()}

@@ -149,13 +149,14 @@ def test_colours_are_variables_and_fonts_are_the_pages():
 
 def test_two_figures_share_no_names_and_equal_ones_are_equal():
     svgs = []
-    for text in ("x", "y", "x"):
+    for text, description in (("x", "a line"), ("y", "a line"), ("x", "another"), ("x", "a line")):
         with plot(text) as ax:
-            svgs.append(figure.to_svg(ax, "a line"))
-    first, second = (set(re.findall(r'id="([^"]*)"', svg)) for svg in svgs[:2])
-    assert first
-    assert not first & second
-    assert svgs[0] == svgs[2]
+            svgs.append(figure.to_svg(ax, description))
+    names = [set(re.findall(r'id="([^"]*)"', svg)) for svg in svgs]
+    assert names[0]
+    assert not names[0] & names[1]
+    assert not names[0] & names[2]
+    assert svgs[0] == svgs[3]
 
 
 @pytest.mark.parametrize("text", ["<script>alert(1)</script>", '" onload="x', "$\\frac{$", "$x_1$", "&amp;", "ü€"])

@@ -215,4 +215,5 @@ def _stage(
         attack_fp32=config.attack_precision == "fp32",
         max_steps=config.max_steps,
         save_minutes=config.save_minutes,
+        on_nan=config.on_nan,
     )

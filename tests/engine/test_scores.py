@@ -39,7 +39,8 @@ def test_the_worst_case_follows_the_attacks(tmp_path):
     for attack, seed in (("pgd20", 1), ("cw20", 2)):
         mine.add(attack, result(0.7, seed))
         entry = content(tmp_path)["best"]
-        attacks = [name for name in entry if name != "worst"]
+        *attacks, last = entry
+        assert last == "worst"
         bits = [bin(int("1" + entry[name]["correct"], 16))[3:] for name in attacks]
         survivors = sum(all(b[i] == "1" for b in bits) for i in range(40))
         assert entry["worst"]["attacks"] == attacks
@@ -58,6 +59,8 @@ def test_what_belongs_to_other_weights_or_images_is_not_mixed_in(tmp_path):
     assert list(content(tmp_path)["best"]) == ["clean", "fgsm", "pgd20"]
     scores(tmp_path).add("cw20", result(0.6))
     assert content(tmp_path)["best"]["worst"]["attacks"] == ["pgd20", "cw20"]
+    scores(tmp_path, weights="newer").add("clean", result(0.5))
+    assert "worst" not in content(tmp_path)["best"]
 
 
 def test_results_of_an_earlier_version_stay_and_are_unknown(tmp_path):

@@ -22,6 +22,7 @@ from ltat_fast.engine import run as runs
 from ltat_fast.engine.device import Hardware
 from ltat_fast.engine.evaluation import evaluate, float32_without_shortcuts, spread
 from ltat_fast.engine.run import Images
+from ltat_fast.engine.scores import fingerprint
 from ltat_fast.errors import UserError, exit_on_user_error
 
 PARTS = ("alignment", "linearity", "inequality", "corruptions", "classwise")
@@ -71,7 +72,7 @@ class Analysed:
         return tables.read_json(self.file) if self.file.exists() else {}
 
     def is_known(self, part: str) -> bool:
-        """Whether the numbers are there, for these weights and at least as many images."""
+        """Whether the numbers are there, for these weights, this test set and at least as many images."""
         known = self.results.get(self.which, {}).get(part)
         return bool(known and self.asked[part].items() <= known.items() and known["images"] >= len(self.subject.labels))
 
@@ -106,7 +107,7 @@ def main(argv: list[str] | None = None) -> None:
     for folder in folders:
         runs.weights_in(folder, arguments.checkpoint)
     with float32_without_shortcuts():
-        analysed = [load(folder, arguments, hardware) for folder in folders]
+        analysed = [load(folder, parts, arguments, hardware) for folder in folders]
         for part in parts:
             measure(part, analysed, arguments.again)
     log.say(table.render(arguments.checkpoint, [(a.run.name, a.results.get(a.which, {})) for a in analysed]))
@@ -121,14 +122,14 @@ def parse_parts(names: str) -> list[str]:
     return parts
 
 
-def load(folder: Path, arguments: Arguments, hardware: Hardware) -> Analysed:
-    """The run's network, its teacher and the images, as ``arguments`` want them."""
+def load(folder: Path, parts: list[str], arguments: Arguments, hardware: Hardware) -> Analysed:
+    """The run's network, its teacher if ``parts`` look at it, and the images, as ``arguments`` want them."""
     config, _ = configuration.load(folder)
     config = dataclasses.replace(config, out=folder, data_dir=arguments.data_dir or config.data_dir)
     data = runs.load_data(config, hardware.device)
     weights = runs.weights_in(folder, arguments.checkpoint)
     model = runs.load_model(weights, hardware.device, config.arch, data)
-    name = arguments.teacher or teacher_of(config)
+    name = (arguments.teacher or teacher_of(config)) if set(OF_TEACHER) & set(parts) else None
     teacher = teachers.load(name, config.arch, data, hardware) if name else None
     chosen = torch.from_numpy(spread(data.test.labels.cpu().numpy(), arguments.limit)).to(hardware.device)
     subject = Subject(
@@ -141,7 +142,8 @@ def load(folder: Path, arguments: Arguments, hardware: Hardware) -> Analysed:
         arguments.batch_size,
         teacher,
     )
-    asked = {part: {"weights": runs.weights_digest(weights), "eps": config.eps} for part in PARTS}
+    identity = {"weights": runs.weights_digest(weights), "eps": config.eps, "test_set": fingerprint(data.test)}
+    asked = {part: dict(identity) for part in PARTS}
     for part in OF_TEACHER:
         asked[part]["teacher"] = name and (runs.weights_digest(runs.weights_in(Path(name))) if is_ours(name) else name)
     return Analysed(folder, arguments.checkpoint, subject, asked, data.test)

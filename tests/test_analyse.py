@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 
 from ltat_fast import analyse
-from ltat_fast.analysis.parts import Subject
 from ltat_fast.data import load_dataset
 from ltat_fast.engine import checkpoint
 from ltat_fast.engine.evaluation import spread
@@ -204,6 +203,13 @@ def test_a_run_without_teacher(run, capfd):
     assert "no alignment, because it has no teacher" in capfd.readouterr().out
 
 
+def test_a_teacher_that_is_gone_matters_to_its_own_parts_alone(run, capfd):
+    shutil.rmtree(run / "teacher" / "checkpoints")
+    assert list(analysis(run, *FEW, "--parts", "inequality")["best"]) == ["inequality"]
+    assert runs.status_of("analyse", str(run), *FEW, "--parts", "linearity") == 2
+    assert "has no finished weights" in capfd.readouterr().err
+
+
 def test_corruptions_are_on_what_all_runs_get_right(run, tmp_path, measured):
     other = shutil.copytree(run, tmp_path / "other")
     file = other / "checkpoints" / "best.safetensors"
@@ -237,14 +243,15 @@ def test_an_interrupted_analysis_goes_on(run, monkeypatch, measured):
     assert measured == [("a run", "linearity"), ("a run", "inequality")]
 
 
-def test_batches_are_put_together_in_order():
-    images = torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1)
-    labels = torch.arange(10) % 2
-    subject = Subject(torch.nn.Identity(), images, labels, {"tail": [1], "none": [7]}, [5, 5], 0.1, batch_size=3)
-    values = subject.measure(lambda x, y, stream: {"deep": {"er": 255 * x.flatten() + y}})
-    torch.testing.assert_close(values["deep"]["er"], torch.arange(10).float() + labels)
-    means = subject.averages(values, torch.arange(10) > 5)["deep"]["er"]
-    assert means == {"all": pytest.approx(8), "tail": pytest.approx(9), "none": None}
+def test_other_test_images_are_measured_afresh(folder_run, tmp_path, measured):
+    run = shutil.copytree(folder_run, tmp_path / "run")
+    flags = ("--parts", "inequality", "--checkpoint", "last")
+    first = analysis(run, *flags)["last"]["inequality"]
+    others = runs.write_images(tmp_path / "others", seed=1)
+    second = analysis(run, *flags, "--data-dir", others)["last"]["inequality"]
+    assert measured == [("run", "inequality")] * 2
+    assert first["test_set"] != second["test_set"]
+    assert first["global"] != second["global"]
 
 
 def test_the_table(analysed, run, capfd):

@@ -53,8 +53,9 @@ class Config:
     """momentum of SGD"""
     weight_decay: float = 5e-4
     """weight decay of SGD, on every parameter"""
-    lr_schedule: Literal["step", "onecycle"] = "step"
-    """step: a tenth from 75 %, 90 % and the last epoch on (AT-BSL); onecycle: linear up, linear down"""
+    lr_schedule: Literal["step", "igdm", "rslad", "onecycle"] = "step"
+    """step: a tenth from 75 %, 90 % and the last epoch on (AT-BSL); igdm: after 50 % and 75 %; rslad: after 72 %, 87 %
+    and 95 %; onecycle: linear up, linear down"""
     gamma: float | None = None
     """images a class in the teacher's balanced set, in units of the smallest class; the paper's IR / 2 if not given"""
     teacher: str | None = None
@@ -207,7 +208,7 @@ def from_json(settings: dict) -> tuple[Config, Method]:
     options = settings.pop("method_options", {})
     unknown = set(settings) - {field.name for field in dataclasses.fields(Config)}
     if unknown:
-        raise UserError(f"config.json has settings this version does not know: {', '.join(sorted(unknown))}")
+        raise UserError(f"it has settings this version does not know: {', '.join(sorted(unknown))}")
     for name in ("data_dir", "out"):
         if settings.get(name) is not None:
             settings[name] = Path(settings[name])
@@ -225,7 +226,7 @@ def load(run_dir: Path) -> tuple[Config, Method]:
         return from_json(json.loads(path.read_text()))
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{run_dir} is not a run: it has no config.json") from None
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (UserError, OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as a run's configuration: {error}") from None
 
 

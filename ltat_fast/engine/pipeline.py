@@ -92,7 +92,7 @@ def student_stage(config: Config, method: Method, data: RunData, hardware: Hardw
         flat |= {"tail_clean": result["clean"]["tail"], "tail_pgd20": result["pgd20"]["tail"]}
         return {f"{name}_{key}": value for key, value in flat.items() if value is not None}
 
-    dropped = first_drop(config.epochs)
+    dropped = first_drop(config.lr_schedule, config.epochs)
     stage.evaluate, stage.select_by = scores, f"{name}_pgd20"
     stage.evaluate_when = lambda epoch: epoch >= dropped or (epoch + 1) % config.eval_every == 0
     return stage

@@ -7,9 +7,9 @@ import pytest
 from ltat_fast.engine.schedule import first_drop, learning_rate
 
 
-def by_epoch(epochs: int) -> list[float]:
-    """The "step" rate of each epoch; a hundred steps an epoch, all at the same rate."""
-    rates = [{learning_rate("step", 0.1, e, s, epochs, 100) for s in (0, 50, 99)} for e in range(epochs)]
+def by_epoch(epochs: int, kind: str = "step") -> list[float]:
+    """The rate of each epoch; a hundred steps an epoch, all at the same rate."""
+    rates = [{learning_rate(kind, 0.1, e, s, epochs, 100) for s in (0, 50, 99)} for e in range(epochs)]
     assert all(len(rate) == 1 for rate in rates)
     return [rate.pop() for rate in rates]
 
@@ -23,14 +23,23 @@ def test_thirty_epochs_of_the_teacher():
     assert by_epoch(30) == pytest.approx([0.1] * 22 + [0.01] * 4 + [0.001] * 3 + [0.0001], rel=1e-12)
 
 
-def test_a_single_epoch_keeps_the_full_rate():
-    assert by_epoch(1) == [0.1]
+def test_the_igdm_papers():
+    """The first epochs at a lower rate are 101 and 151 of 200, and for RSLAD 216, 261 and 286 of 300."""
+    assert by_epoch(200, "igdm") == pytest.approx([0.1] * 100 + [0.01] * 50 + [0.001] * 50, rel=1e-12)
+    expected = [0.1] * 215 + [0.01] * 45 + [0.001] * 25 + [0.0001] * 15
+    assert by_epoch(300, "rslad") == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize("kind", ["step", "igdm", "rslad"])
+def test_a_single_epoch_keeps_the_full_rate(kind):
+    assert by_epoch(1, kind) == [0.1]
+
+
+@pytest.mark.parametrize("kind", ["step", "igdm", "rslad"])
 @pytest.mark.parametrize("epochs", [1, 2, 3, 10, 30, 76, 100, 200])
-def test_first_drop_is_the_first_lowered_epoch(epochs):
-    lowered = [e for e, rate in enumerate(by_epoch(epochs)) if rate < 0.1]
-    assert first_drop(epochs) == (lowered[0] if lowered else 0)
+def test_first_drop_is_the_first_lowered_epoch(epochs, kind):
+    lowered = [e for e, rate in enumerate(by_epoch(epochs, kind)) if rate < 0.1]
+    assert first_drop(kind, epochs) == (lowered[0] if lowered else 0)
 
 
 def test_onecycle():

@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     jobs = plan(arguments, out, tuple(argv[split + 1 :]))
     todo = [job for runs in jobs.values() for job in runs if not is_finished(job)]
     log.say(f"{arguments.option}: {len(jobs)} values, {sum(map(len, jobs.values()))} runs, {len(todo)} to do")
-    statuses = train_all(todo, show=lambda line: " test set" in line) if todo else {}
+    statuses = train_all(todo, show=lambda line: "on the test set:" in line) if todo else {}
     entries = collect(arguments.option, jobs)
     write_csv(entries, out / "sensitivity.csv")
     draw(arguments.option, arguments.dataset, entries).savefig(out / "sensitivity.png", dpi=100)

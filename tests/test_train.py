@@ -368,9 +368,14 @@ def test_teachers_that_do_not_fit(tmp_path, image_tree, folder_run, digits_run, 
 
     assert "knows 10 classes, the data has 3" in message(digits_run / "teacher")
 
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
     pickled = tmp_path / "teacher.pt"
-    torch.save({}, pickled)
+    torch.save({"fc.weight": Bomb()}, pickled)
     assert "is not a .safetensors file" in message(pickled)
+    assert not (tmp_path / "executed").exists()
 
     damaged = tmp_path / "damaged.safetensors"
     content = bytearray((folder_run / "teacher" / "checkpoints" / "last.safetensors").read_bytes())

@@ -13,6 +13,7 @@ from launching import assert_same
 from ltat_fast.engine import log
 
 WAIT = 120
+KILLS = int(os.environ.get("FAULT_KILLS", "25"))
 
 
 @pytest.fixture
@@ -72,10 +73,10 @@ def test_killed_at_a_few_moments(tmp_path, undisturbed, chance):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("processes", "compiled"), [(1, "none"), (1, "step"), (2, "none")])
-def test_killed_at_25_moments(tmp_path, chance, processes, compiled):
+def test_killed_at_many_moments(tmp_path, chance, processes, compiled):
     flags = ("--compile", compiled)
     launching.finish(tmp_path / "expected", *flags, processes=processes)
-    survive(tmp_path, tmp_path / "expected", 25, chance, *flags, processes=processes)
+    survive(tmp_path, tmp_path / "expected", KILLS, chance, *flags, processes=processes)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])

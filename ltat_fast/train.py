@@ -47,7 +47,8 @@ def main(argv: list[str] | None = None) -> int:
     except RuntimeError as error:
         if not distributed.is_loss_of_a_process(error):
             raise
-        print("ltat_fast: another process of this run has died; what it said is above or in its log", file=sys.stderr)
+        reason = str(error).splitlines()[0].split(". ")[0]
+        print(f"ltat_fast: another process of this run is gone, see what it said ({reason})", file=sys.stderr)
         return EXIT_LEFT_ALONE
     except Interrupted as error:
         if is_main and (config.run_dir / "config.json").exists():

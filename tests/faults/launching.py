@@ -69,9 +69,10 @@ def assert_same(out: Path, expected: Path) -> None:
 
 
 def wait_until(condition, processes: list[subprocess.Popen], seconds: float = 90) -> bool:
-    """Look without a pause until ``condition()``; False if a process or the time came to its end first."""
+    """Look twice a millisecond until ``condition()``; False if a process or the time came to its end first."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline or any(process.poll() is not None for process in processes):
             return False
+        time.sleep(0.0005)
     return True

@@ -23,7 +23,9 @@ def test_a_process_that_dies_ends_the_run(tmp_path, victim):
         _, err = other.communicate(timeout=60)
         assert time.monotonic() - died < 60
     assert other.returncode == 4, err
-    assert err.endswith("ltat_fast: another process of this run has died; what it said is above or in its log\n")
+    last = err.splitlines()[-1]
+    assert last.startswith("ltat_fast: another process of this run is gone, see what it said (")
+    assert "peer" in last
     assert "Traceback" not in err
 
 

@@ -27,7 +27,8 @@ except ImportError:  # private names, gone in some future torch: take no shortcu
     _len_torch_function_stack = _len_torch_dispatch_stack
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_PLAIN_TYPES = {Tensor, torch.nn.Parameter, type(None), float, int, str}
+_Parameter = torch.nn.Parameter
+_PLAIN_TYPES = {type(None), float, int, str}
 _LIBRARY = torch.library.Library("ltat", "FRAGMENT")
 
 
@@ -82,8 +83,19 @@ def is_plain_call(*args) -> bool:
         or _len_torch_dispatch_stack()
         or _len_torch_function_stack()
         or torch.jit.is_tracing()
-        or not _PLAIN_TYPES.issuperset(map(type, args))
+        or not _all_plain(args)
     )
+
+
+def _all_plain(args: tuple) -> bool:
+    for arg in args:
+        kind = type(arg)
+        if kind is Tensor or kind is _Parameter:
+            if arg.is_neg():  # what lies in memory is not the value
+                return False
+        elif kind not in _PLAIN_TYPES:
+            return False
+    return True
 
 
 def no_double_backward(name: str) -> Callable:
@@ -106,9 +118,25 @@ def triton_why_not() -> str:
     return ""
 
 
+def check_dense(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name} must be dense, got {tensor.layout}")
+
+
 def check_float(name: str, tensor: Tensor) -> None:
+    check_dense(name, tensor)
     if tensor.dtype not in FLOATS:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
+
+
+def check_logits(name: str, logits: Tensor) -> None:
+    check_float(name, logits)
+    if logits.dim() != 2:
+        raise ValueError(f"{name} must have shape (B, C), got {tuple(logits.shape)}")
+    if logits.shape[1] == 0:
+        raise ValueError(f"{name} must have at least one class, got shape {tuple(logits.shape)}")
 
 
 def check_like(name: str, tensor: Tensor, reference_name: str, reference: Tensor) -> None:

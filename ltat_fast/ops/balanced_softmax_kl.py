@@ -14,6 +14,7 @@ class counts n: (C,). Everything is computed from logits in log space, relative 
 
 from collections.abc import Sequence
 from functools import lru_cache
+from math import inf
 
 import torch
 from torch import Tensor
@@ -21,8 +22,9 @@ from torch import Tensor
 from ltat_fast import _ext
 from ltat_fast.ops._operator import (
     Operator,
-    check_float,
+    check_dense,
     check_like,
+    check_logits,
     check_reduction,
     no_double_backward,
     triton_why_not,
@@ -151,16 +153,16 @@ def balanced_softmax_kl(
     Returns float32 (float64 for float64): shape () or, for "none", (B,). An empty batch sums to 0 and averages to NaN.
 
     Nothing synchronises with the device. So a label out of range or a negative count raises ValueError on the CPU, and
-    on CUDA makes the losses and gradients it touches NaN. Differentiating twice raises RuntimeError.
+    on CUDA (a label under torch.func too) makes the losses and gradients it touches NaN. Differentiating twice raises
+    RuntimeError.
 
     Raises ValueError for shapes, devices or numbers that do not fit, TypeError for dtypes.
     """
-    check_float("logits", logits)
-    if logits.dim() != 2:
-        raise ValueError(f"logits must have shape (B, C), got {tuple(logits.shape)}")
+    check_logits("logits", logits)
     check_reduction(reduction)
-    if not tau >= 0 or not temperature > 0 or kl_weight != kl_weight:
-        raise ValueError(f"need tau >= 0, temperature > 0 and a kl_weight, got {tau=}, {temperature=} and {kl_weight=}")
+    if not (0 <= tau < inf and 0 < temperature < inf and -inf < kl_weight < inf):
+        numbers = f"{tau=}, {temperature=} and {kl_weight=}"
+        raise ValueError(f"need tau >= 0, temperature > 0 and a kl_weight, all finite, got {numbers}")
     labels = _checked_labels(labels, logits)
     class_counts = _checked_counts(class_counts, logits)
     if kl_weight == 0:
@@ -173,6 +175,7 @@ def balanced_softmax_kl(
             logits, teacher_logits = logits.to(common), teacher_logits.to(common)
 
     if not _forward.runs_on(logits):
+        logits, labels = _nan_for_wrong_labels(logits, labels)
         return balanced_softmax_kl_ref(
             logits,
             labels,
@@ -186,7 +189,14 @@ def balanced_softmax_kl(
     return _forward(logits, labels, class_counts, teacher_logits, tau, kl_weight, temperature, reduction)[0]
 
 
+def _nan_for_wrong_labels(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """What the CUDA kernels do with a label out of range; torch's gather would end the process's use of the device."""
+    wrong = (labels < 0) | (labels >= logits.shape[1])
+    return logits + torch.where(wrong, float("nan"), 0.0).to(logits)[:, None], labels.masked_fill(wrong, 0)
+
+
 def _checked_labels(labels: Tensor, logits: Tensor) -> Tensor:
+    check_dense("labels", labels)
     if labels.dtype != torch.int64:
         if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
             raise TypeError(f"labels must be integers, got {labels.dtype}")
@@ -206,10 +216,13 @@ def _checked_labels(labels: Tensor, logits: Tensor) -> Tensor:
 def _checked_counts(class_counts: Tensor | Sequence[float], logits: Tensor) -> Tensor:
     if not isinstance(class_counts, Tensor):
         counts = tuple(float(n) for n in class_counts)
-        if min(counts, default=0) < 0:
-            raise ValueError("class_counts must not be negative")
+        if not all(0 <= n < inf for n in counts):
+            raise ValueError("class_counts must not be negative, infinite or NaN")
         compiling = torch.compiler.is_compiling()
         class_counts = (_on_device.__wrapped__ if compiling else _on_device)(counts, logits.device)
+    check_dense("class_counts", class_counts)
+    if class_counts.dtype.is_complex:
+        raise TypeError(f"class_counts must be real numbers, got {class_counts.dtype}")
     if class_counts.shape != logits.shape[1:]:
         raise ValueError(f"class_counts must have shape ({logits.shape[1]},), got {tuple(class_counts.shape)}")
     if class_counts.device != logits.device:

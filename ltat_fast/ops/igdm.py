@@ -19,8 +19,8 @@ from torch import Tensor
 
 from ltat_fast.ops._operator import (
     Operator,
-    check_float,
     check_like,
+    check_logits,
     check_reduction,
     no_double_backward,
 )
@@ -110,9 +110,7 @@ def igdm_loss(
 
     Raises ValueError for shapes, devices or names that do not fit, TypeError for dtypes.
     """
-    check_float("student_plus", student_plus)
-    if student_plus.dim() != 2:
-        raise ValueError(f"student_plus must have shape (B, C), got {tuple(student_plus.shape)}")
+    check_logits("student_plus", student_plus)
     check_like("student_minus", student_minus, "student_plus", student_plus)
     check_like("teacher_plus", teacher_plus, "student_plus", student_plus)
     check_like("teacher_minus", teacher_minus, "student_plus", student_plus)

@@ -176,7 +176,7 @@ def pgd_step(
     if x.dtype != x_adv.dtype:
         raise TypeError(f"x is {x.dtype}, but x_adv is {x_adv.dtype}")
     _check_ball(eps, lower, upper)
-    if isinstance(step_size, Tensor) or step_size != step_size:
+    if isinstance(step_size, Tensor) or not -float("inf") <= step_size <= float("inf"):
         raise ValueError(f"step_size must be a number, got {step_size}")
     x_adv, grad, x = x_adv.detach(), grad.detach(), x.detach()
     if out is None:
@@ -187,6 +187,8 @@ def pgd_step(
     check_like("out", out, "x_adv", x_adv)
     if out.dtype != x_adv.dtype:
         raise TypeError(f"out is {out.dtype}, but x_adv is {x_adv.dtype}")
+    if not torch.compiler.is_compiling() and out.is_neg():
+        raise ValueError("out is the negation of what is in its memory, as a conjugate's imaginary part is")
     target = out.detach()
     if not _pgd_step_out.runs_on(out):
         target.copy_(pgd_step_ref(x_adv, grad, x, step_size, eps, lower, upper))
@@ -213,7 +215,7 @@ def _check_overlap(out: Tensor, *inputs: Tensor) -> None:
         return t.data_ptr(), t.data_ptr() + (reach + 1) * t.element_size()
 
     first, last = span(out)
-    for t in inputs:
+    for t in inputs if out.numel() else ():
         start, stop = span(t)
         if start < last and first < stop and not (start == first and _same_strides(out, t) and t.dtype == out.dtype):
             raise ValueError("out overlaps an input without being it")

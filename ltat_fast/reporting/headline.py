@@ -7,6 +7,8 @@ from statistics import mean, stdev
 from ltat_fast.engine.tables import Experiment
 from ltat_fast.reporting.study import Study, attack_name, method_name
 
+ENOUGH_SEEDS = 3  # of two, the standard deviation says next to nothing
+
 
 @dataclass(frozen=True)
 class Rank:
@@ -28,8 +30,11 @@ class Headline:
     ranking: list[Rank]
 
 
-def headline(study: Study) -> Headline:
-    """The methods ranked on the tail under the study's attack; on all classes or without attack where that is all."""
+def headline(study: Study, test_counts: dict[str, int] | None = None) -> Headline:
+    """The methods ranked on the tail under the study's attack; on all classes or without attack where that is all.
+
+    test_counts: test images by group, where known: how much a single one weighs is said.
+    """
     attack = study.attack or "clean"
     measured = [e.values(study.checkpoint, attack, "tail") for e in study.experiments]
     group = "tail" if all(measured) else "all"
@@ -42,24 +47,29 @@ def headline(study: Study) -> Headline:
     if not ranking:
         return Headline("No run has been evaluated yet.", "", group, [])
     under = f" under {attack_name(attack)}" if study.attack else ""
+    number = (test_counts or {}).get(group)
+    whole = number is not None and all(
+        rank.experiment.images(study.checkpoint, attack) == {test_counts["all"]} for rank in ranking
+    )
+    weight = f" One of the {number} {images} is {100 / number:.2g} points." if whole else ""
     first, *others = ranking
     top, *rest = [f"{mean(rank.robust):.1f} %" for rank in ranking]
     sentence = f"{first.name} classifies {top} of {images} correctly{under}"
     if not others:
-        return Headline(f"{sentence}.", _seeds(ranking), group, ranking)
+        return Headline(f"{sentence}.", _seeds(ranking) + weight, group, ranking)
     if len(others) <= 2:
         against = " and ".join(f"{number} for {rank.name}" for number, rank in zip(rest, others, strict=True))
     else:
         against = f"{rest[0]} for {others[0].name}, the next of {len(ranking)} methods, and {rest[-1]} for the last, "
         against += others[-1].name
-    return Headline(f"{sentence}, against {against}.", _doubt(ranking), group, ranking)
+    return Headline(f"{sentence}, against {against}.", _doubt(ranking) + weight, group, ranking)
 
 
 def _doubt(ranking: list[Rank]) -> str:
     first, second = ranking[:2]
     gap = mean(first.robust) - mean(second.robust)
-    if min(len(first.robust), len(second.robust)) < 2:
-        return f"{_seeds(ranking)} How far {first.name} leads {second.name} beyond chance is not known."
+    if min(len(first.robust), len(second.robust)) < ENOUGH_SEEDS:
+        return f"{_seeds(ranking)} How far {first.name} leads {second.name} beyond chance cannot be told from so few."
     spread = hypot(stdev(first.robust), stdev(second.robust))
     verdict = "are within" if gap <= spread else "exceed"
     between = f"The {gap:.1f} points between {first.name} and {second.name}"

@@ -69,7 +69,7 @@ def _view(study: Study, shown: Gallery) -> dict:
         for e, name, style in zip(study.experiments, names(study.experiments), look, strict=True)
     ]
     pictured = [methods[place] for place in shown.methods]
-    result = headline(study)
+    result = headline(study, shown.test_counts)
     sections, damaged = findings.analyses(study)
     return {
         "study": study,

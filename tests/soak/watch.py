@@ -20,8 +20,8 @@ class Sample:
     """which of the processes that took turns at the run, from 0"""
     seconds: float
     """since the first of them started"""
-    uss_mib: float
-    """memory that would be free again if the process ended: no shared page is in it"""
+    anonymous_mib: float
+    """memory with no file behind it, swapped out or not: pages of libraries come and go with other processes"""
     rss_mib: float
     descriptors: int
     threads: int
@@ -39,12 +39,16 @@ def watch(process: subprocess.Popen, run_dir: Path, seconds: float, every: float
         time.sleep(every)
         try:
             with seen.oneshot():
-                memory = seen.memory_full_info()
-                held = memory.uss / MIB, memory.rss / MIB, seen.num_fds(), seen.num_threads()
-        except psutil.NoSuchProcess:
+                held = _anonymous_mib(process.pid), seen.memory_info().rss / MIB, seen.num_fds(), seen.num_threads()
+        except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
             break
         samples.append(Sample(cycle, time.monotonic() - start, *held, *_inside(run_dir)))
     return samples
+
+
+def _anonymous_mib(pid: int) -> float:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith(("RssAnon:", "VmSwap:"))) / 1024
 
 
 def _inside(run_dir: Path) -> tuple[int, float, int]:
@@ -67,7 +71,7 @@ def settled(samples: list[Sample], share: float = 0.2) -> list[Sample]:
 
 def mib_per_hour(samples: list[Sample]) -> float:
     """Slope of the memory by Theil and Sen, the median over all pairs: no single jump, up to 29 % of them, moves it."""
-    return theilslopes([s.uss_mib for s in samples], [s.seconds / 3600 for s in samples]).slope
+    return theilslopes([s.anonymous_mib for s in samples], [s.seconds / 3600 for s in samples]).slope
 
 
 def problems(samples: list[Sample], most_mib_per_hour: float, most_kib_per_epoch: float) -> list[str]:

@@ -53,6 +53,7 @@ RC = {
     "xtick.color": MUTED,
     "ytick.color": MUTED,
     "xtick.major.size": 0,
+    "xtick.major.pad": 6,
     "ytick.major.size": 0,
     "figure.facecolor": "none",
     "figure.constrained_layout.use": True,

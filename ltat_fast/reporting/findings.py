@@ -10,7 +10,7 @@ from ltat_fast.engine.tables import CHECKPOINTS, Experiment
 from ltat_fast.errors import UserError
 from ltat_fast.reporting.study import Study
 
-NOT_A_QUANTITY = {"weights", "teacher", "compared", "eps"}  # what an analysis is of
+NOT_A_QUANTITY = {"weights", "teacher", "compared", "eps", "test_set"}  # what an analysis is of
 SHOWN_ONE_BY_ONE = 12  # of a longer list of numbers, mean and range are shown
 
 
@@ -49,7 +49,11 @@ def analyses(study: Study) -> tuple[list[Section], list[str]]:
         for title in titles:
             flat = [[dict(_quantities(p[title])) for p in runs if isinstance(p, dict) and title in p] for runs in parts]
             quantities = dict.fromkeys(name for runs in flat for values in runs for name in values)
-            lines = [(name, [_cell([v[name] for v in runs if name in v]) for runs in flat]) for name in quantities]
+            of_experiments = list(zip(study.experiments, flat, strict=True))
+            lines = [
+                (name, [_cell([v[name] for v in runs if name in v], len(e.runs)) for e, runs in of_experiments])
+                for name in quantities
+            ]
             sections.append(Section(title, which, lines))
     return sections, damaged
 
@@ -83,12 +87,13 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
 
 
-def _cell(values: list[object]) -> Cell:
-    """Mean and standard deviation over the runs that have it."""
+def _cell(values: list[object], seeds: int) -> Cell:
+    """Mean and standard deviation over the runs that have it, and how many these are if not all."""
     told = [value if _by_group(value) else {"all": value} for value in values]
     groups = dict.fromkeys(group for value in told for group in value if group != "all")
     by_group = {g: _text([v[g] for v in told if v.get(g) is not None]) for g in ["all", *groups]}
-    return Cell(by_group.pop("all"), list(by_group.items()))
+    some = f" ({len(values)} of {seeds})" if 0 < len(values) < seeds else ""
+    return Cell(by_group.pop("all") + some, list(by_group.items()))
 
 
 def _text(values: list[object]) -> str:

@@ -256,12 +256,14 @@ def test_analyses_are_averaged_over_seeds(tmp_path):
     runs = [made.write_run(tmp_path / str(s), seed=s) for s in range(2)]
     for run, value in zip(runs, (0.25, 0.75), strict=True):
         part = {"global": {"all": value, "tail": 0.5}, "kind": "pooled", "curve": [value] * 20, "weights": "secret"}
+        part |= {"once": 3} if value == 0.75 else {}
         made.write(run / "analysis.json", {"best": {"inequality": part}})
     _, tree = page_of(*runs)
     lines = dict(made.rows(tree.find("table", "analysis")[0])[1:])
     assert lines == {
         "global": "0.5 ± 0.35 tail 0.5 ± 0",
         "kind": "pooled",
+        "once": "3 (1 of 2)",
         "curve, mean": "0.5 ± 0.35",
         "curve, min": "0.5 ± 0.35",
         "curve, max": "0.5 ± 0.35",

@@ -46,7 +46,7 @@ def _best_on_disk(stage: Stage) -> dict:
 
 
 def not_finite(step: TrainStep, totals: dict[str, float]) -> str:
-    """ "loss" or "weights", whichever is not a finite number after the steps that gave ``totals``; empty if both are.
+    """Which of "loss" and "weights" is not finite after the steps that gave ``totals``; empty if both are.
 
     A gradient that is not finite makes the weights so.
     """

@@ -16,6 +16,7 @@ import torch
 FLAGS = ("--dataset", "digits-lt", "--epochs", "3", "--teacher-epochs", "2", "--batch-size", "128")
 FLAGS += ("--teacher-batch-size", "128", "--attack-steps", "1", "--eval-every", "2", "--limit-eval", "40")
 FLAGS += ("--eval-attacks", "clean,pgd2", "--save-minutes", "1e-9")
+WAIT = 400  # seconds for a run to end: compilation on a busy machine, and distributed.JOIN_WITHIN
 
 
 def launch(out: Path, *flags: str, processes: int = 1, **options) -> list[subprocess.Popen]:
@@ -56,8 +57,9 @@ def running(*args, **kwargs) -> Iterator[list[subprocess.Popen]]:
 def finish(out: Path, *flags: str, processes: int = 1, status: int = 0) -> str:
     """Let a run come to its end by itself; what its main process wrote to stderr."""
     with running(out, *flags, processes=processes) as started:
-        (_, err), *_ = [runs.finish(process, status) for process in started]
-    return err
+        said = [process.communicate(timeout=WAIT) for process in started]
+        assert {process.returncode for process in started} == {status}, said
+    return said[0][1]
 
 
 def assert_same(out: Path, expected: Path) -> None:

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import launching
 import pytest
-from launching import assert_same
+from launching import WAIT, assert_same
 
 from ltat_fast.engine import log
 
-WAIT = 400
 KILLS = int(os.environ.get("FAULT_KILLS", "25"))
 
 

@@ -121,6 +121,20 @@ def test_a_damaged_newest_state_gives_way_to_the_one_before(tmp_path, uninterrup
     assert_same_outcome(outcome(tmp_path), uninterrupted)
 
 
+def test_an_epoch_recorded_after_the_older_state_is_recorded_once(tmp_path, uninterrupted, monkeypatch):
+    """Killed after epoch 2, the best, was saved; that state is damaged, and the older one knows of epoch 1 alone."""
+    with monkeypatch.context() as patched:
+        kill_at_call(patched, checkpoint, "save_state", 3, before=False)
+        with pytest.raises(Killed):
+            fit(stage(tmp_path), HARDWARE)
+    assert [record["epoch"] for record in log.read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
+    flip_a_bit(tmp_path / "checkpoints" / "resume.safetensors")
+    rest = Method()
+    fit(stage(tmp_path, rest), HARDWARE)
+    assert rest.calls == 2 * PER_EPOCH
+    assert_same_outcome(outcome(tmp_path), uninterrupted)
+
+
 def test_a_damaged_state_never_takes_the_place_of_the_whole_one(tmp_path, monkeypatch):
     """Killed in the first save after the newest was found damaged: what it fell back to must still be there."""
     with pytest.raises(Interrupted):

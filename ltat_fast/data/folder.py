@@ -118,7 +118,7 @@ def _class_folders(root: Path) -> dict[str, Path]:
     for path in sorted(Path(entry.path) for entry in _entries(root)):
         if path.is_dir() and not path.name.startswith("."):
             name = unicodedata.normalize("NFC", path.name)
-            if not name.isprintable():  # nor are bytes that are no UTF-8
+            if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name):  # Cs: bytes that are no UTF-8
                 raise UserError(f"class folder {path.name!a} in {root} cannot be shown as text; rename it")
             twin = folded.setdefault(name.casefold(), path)
             if twin is not path:

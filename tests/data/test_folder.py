@@ -173,6 +173,7 @@ def test_folders_without_end_are_named(tmp_path):
             scan_image_folder(root)
     finally:
         os.close(folder)
+        subprocess.run(["rm", "-rf", root], check=True)  # too deep for shutil, and so for pytest's own cleaning
         subprocess.run(["rm", "-rf", str(root)])  # Python's own would not come to the end of it
 
 

@@ -41,9 +41,9 @@ def kill_at_random(out: Path, chance: random.Random, seconds: float, flags: tupl
             launching.wait_until(lambda: saving(out), started, seconds)
         finished = any(process.poll() is not None for process in started)
         if not finished:
+            print(f"killed {[*victims]} after {moment:.2f} s{', in a save' * (in_save and saving(out))}", flush=True)
             for victim in victims:
                 started[victim].kill()
-        print(f"killed {[*victims]} after {moment:.2f} s{', in a save' * (in_save and saving(out))}", flush=True)
         for process in started:
             _, err = process.communicate(timeout=WAIT)
             assert process.returncode == 0 if finished else process.returncode != 0, err

@@ -188,7 +188,7 @@ def test_igdm_loss(case):
         grad = np.where(np.abs(a - b) <= 4 * error, np.nan, grad)
     steep = {"kl": 2 * error, "l1": 0.0, "l2": 8 * error}[options["divergence"]]
     for tensor, sign in zip(inputs[:2], (1, -1), strict=True):
-        known = ~np.isnan(grad)
+        known = ~np.isnan(grad) & (np.abs(grad) < 6e4)  # beyond that float16 ends
         rounding = 2 * ROUNDING[tensor.dtype]
         close(tensor.grad[torch.from_numpy(known)], sign * grad[known], steep + 1e-6, max(3e-5, rounding))
 

@@ -131,7 +131,7 @@ METHOD_PRESETS: dict[tuple[str, str], dict] = {
     ("cifar100-lt", "robal"): {"robal_dataset": "cifar100"},
 }
 # What may differ between a run and its resumption: where and how it runs, not what is trained. Another device or
-# evaluation batch moves results by rounding and by the start noise of PGD-20 alone.
+# evaluation batch moves results by rounding, and AutoAttack's random parts, which it seeds batch by batch.
 FREE_ON_RESUME = {"resume", "out", "data_dir", "device", "save_minutes", "eval_batch_size", "on_nan"}
 
 

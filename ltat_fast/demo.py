@@ -1,5 +1,7 @@
 """Demo: LTAT against AT-BSL and PGD-AT on the embedded long-tailed digits, offline, in minutes on two CPU cores.
 
+It ends with a table, and a page with plots and pictures beside the runs.
+
 python -m ltat_fast.demo [--seeds 0 1 2] [--out runs/demo]
 
 Runs that are already there are kept, interrupted ones go on.
@@ -11,7 +13,8 @@ from pathlib import Path
 
 import tyro
 
-from ltat_fast.engine import log, tables
+from ltat_fast import report
+from ltat_fast.engine import log
 from ltat_fast.engine.jobs import Job, train_all
 from ltat_fast.errors import UserError, exit_on_user_error
 
@@ -21,12 +24,12 @@ FLAGS = ("--dataset", "digits-lt", "--limit-autoattack", "100")
 
 @dataclass(frozen=True)
 class Arguments:
-    """LTAT, AT-BSL and PGD-AT on the embedded digits, as one table."""
+    """LTAT, AT-BSL and PGD-AT on the embedded digits, as one table and one page."""
 
     seeds: tuple[int, ...] = (0,)
     """each gives one run a method; the table shows mean and standard deviation"""
     out: Path = Path("runs/demo")
-    """where the runs go"""
+    """where the runs go, and report.html"""
 
 
 @exit_on_user_error
@@ -41,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     statuses = train_all(jobs, show=lambda line: "test_clean" in line or " test set" in line)
     if failed := [job.run_dir.name for job, status in statuses.items() if status]:
         raise UserError(f"{', '.join(failed)} did not finish; the logs are beside the run folders")
-    log.say(tables.render([job.run_dir for job in jobs]))
+    report.main([*(str(job.run_dir) for job in jobs), "--html", str(arguments.out / "report.html")])
     log.say(f"Done in {time.monotonic() - started:.0f} s.")
 
 

@@ -44,6 +44,10 @@ def test_wheel_without_the_extension(tmp_path):
     kernels = {f"ltat_fast/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "ltat_fast").rglob("*.py")}
     assert kernels | modules == {name for name in files if name.endswith(".py")}
+    data = {
+        str(path.relative_to(ROOT)) for kind in ("json", "j2", "css") for path in ROOT.glob(f"ltat_fast/**/*.{kind}")
+    }
+    assert data == {name for name in files if not name.endswith((".py", ".so"))}
     assert not [name for name in files if name.startswith(("tests", "csrc"))]
     if not any(name.endswith(".so") for name in files):
         assert wheel.name.endswith("py3-none-any.whl")

@@ -27,6 +27,7 @@ from ltat_fast.models import build_model
 from ltat_fast.ops import backend_info
 
 LOCK = ".lock"
+PACKAGES = ("ltat-fast", "torch", "torchvision", "triton", "numpy", "pyautoattack")  # whose versions move numbers
 
 
 @dataclass
@@ -205,7 +206,7 @@ def environment(hardware: Hardware, data: RunData) -> dict:
     return {
         "command": shlex.join(sys.argv),
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in ("ltat-fast", "torch", "torchvision", "triton", "numpy")},
+        "packages": {name: _version(name) for name in PACKAGES},
         "cuda": torch.version.cuda,
         "gpu": gpu,
         "machine": platform.processor() or platform.machine(),

@@ -27,8 +27,7 @@ except ImportError:  # private names, gone in some future torch: take no shortcu
     _len_torch_function_stack = _len_torch_dispatch_stack
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_Parameter = torch.nn.Parameter
-_PLAIN_TYPES = {type(None), float, int, str}
+_PLAIN_TYPES = {Tensor, torch.nn.Parameter, type(None), float, int, str}
 _LIBRARY = torch.library.Library("ltat", "FRAGMENT")
 
 
@@ -83,19 +82,8 @@ def is_plain_call(*args) -> bool:
         or _len_torch_dispatch_stack()
         or _len_torch_function_stack()
         or torch.jit.is_tracing()
-        or not _all_plain(args)
+        or not _PLAIN_TYPES.issuperset(map(type, args))
     )
-
-
-def _all_plain(args: tuple) -> bool:
-    for arg in args:
-        kind = type(arg)
-        if kind is Tensor or kind is _Parameter:
-            if arg.is_neg():  # what lies in memory is not the value
-                return False
-        elif kind not in _PLAIN_TYPES:
-            return False
-    return True
 
 
 def no_double_backward(name: str) -> Callable:

@@ -187,8 +187,6 @@ def pgd_step(
     check_like("out", out, "x_adv", x_adv)
     if out.dtype != x_adv.dtype:
         raise TypeError(f"out is {out.dtype}, but x_adv is {x_adv.dtype}")
-    if not torch.compiler.is_compiling() and out.is_neg():
-        raise ValueError("out is the negation of what is in its memory, as a conjugate's imaginary part is")
     target = out.detach()
     if not _pgd_step_out.runs_on(out):
         target.copy_(pgd_step_ref(x_adv, grad, x, step_size, eps, lower, upper))

@@ -264,7 +264,6 @@ WRONG_TENSORS = [
     torch.zeros(3, 4, dtype=torch.int64),
     torch.zeros(3, 4, dtype=torch.complex64),
     torch.zeros(3, 4, dtype=torch.bool),
-    torch.quantize_per_tensor(torch.zeros(3, 4), 0.1, 0, torch.quint8),
     torch.zeros(3, 5),
     torch.zeros(4, 4),
     torch.zeros(3, 0),
@@ -363,6 +362,16 @@ def test_wrong_calls_are_refused_in_a_sentence():
     assert tried > 250
 
 
+@pytest.mark.parametrize("rows", [0, 3])
+def test_logits_without_a_class_are_refused(rows):
+    nothing = torch.zeros(rows, 0)
+    with pytest.raises(ValueError, match="logits must have at least one class"):
+        balanced_softmax_kl(nothing, LABELS[:rows], [])
+    for divergence in ("kl", "l1", "l2"):
+        with pytest.raises(ValueError, match="student_plus must have at least one class"):
+            igdm_loss(*[nothing] * 4, divergence=divergence)
+
+
 def test_values_that_are_not_what_memory_holds():
     """The imaginary part of a conjugate is its memory negated, and no kernel may read it as it lies."""
     hidden = torch.randn(3, 4, dtype=torch.complex64, generator=torch.Generator().manual_seed(0)).conj().imag
@@ -370,10 +379,11 @@ def test_values_that_are_not_what_memory_holds():
     plain = hidden.resolve_neg()
     one = torch.ones(3, 4)
     assert torch.equal(pgd_step(one, hidden, one, 0.1, 1.0), pgd_step(one, plain, one, 0.1, 1.0))
+    assert torch.equal(pgd_step(*[hidden] * 3, 0.1, 0.05, -9, 9), pgd_step(*[plain] * 3, 0.1, 0.05, -9, 9))
     assert torch.equal(igdm_loss(hidden, one, one, one), igdm_loss(plain, one, one, one))
     assert torch.equal(balanced_softmax_kl(hidden, LABELS, COUNTS), balanced_softmax_kl(plain, LABELS, COUNTS))
-    with pytest.raises(ValueError, match="out is the negation"):
-        pgd_step(one, one, one, 0.1, 1.0, out=hidden)
+    pgd_step(one, -one, one, 0.1, 1.0, out=hidden)
+    assert torch.equal(hidden, one - 0.1)
 
 
 def test_a_label_out_of_range_where_plain_torch_runs():

@@ -72,7 +72,7 @@ def test_killed_at_a_few_moments(tmp_path, undisturbed, chance):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("processes", "compiled"), [(1, "none"), (1, "step"), (2, "none")])
+@pytest.mark.parametrize(("processes", "compiled"), [(1, "none"), (1, "step"), (2, "none"), (2, "step")])
 def test_killed_at_many_moments(tmp_path, chance, processes, compiled):
     flags = ("--compile", compiled)
     launching.finish(tmp_path / "expected", *flags, processes=processes)

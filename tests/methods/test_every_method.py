@@ -32,7 +32,7 @@ def test_a_short_run_ends_finite(flags, tmp_path):
     assert record["steps"] == 2
     assert all(math.isfinite(value) for value in record.values())
     scores = json.loads((run / "eval.json").read_text())
-    assert set(scores["last"]) == {"clean", "pgd20"}
+    assert set(scores["last"]) == {"clean", "pgd20", "worst"}
     assert scores["last"]["pgd20"]["images"] == 50
 
 

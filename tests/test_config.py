@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -304,3 +307,13 @@ def test_no_setting_is_both_checked_and_free():
     names = {field.name for field in dataclasses.fields(Config)}
     assert names >= configuration.FREE_ON_RESUME
     assert math.isfinite(Config.save_minutes)
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_idle_threads_wait_unless_asked_to_spin(given, expected):
+    """Set before torch, and with it OpenMP, is loaded, which reads it once."""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment |= {"OMP_DISPLAY_ENV": "true"} | ({"OMP_WAIT_POLICY": given} if given else {})
+    run = [sys.executable, "-c", "import ltat_fast.train, torch"]
+    shown = subprocess.run(run, env=environment, capture_output=True, text=True, check=True).stderr
+    assert f"OMP_WAIT_POLICY = '{expected}'" in shown

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ltat_fast.analysis.theorem import CLASSES, Gaussians, linear_error
+from ltat_fast.analysis.gaussians import CLASSES, Gaussians, linear_error
 
 
 def fit(x: np.ndarray, y: np.ndarray, eps: float = 0.0) -> tuple[np.ndarray, float]:
@@ -47,7 +47,7 @@ def fit(x: np.ndarray, y: np.ndarray, eps: float = 0.0) -> tuple[np.ndarray, flo
 
 
 def fitted_errors(setting: Gaussians, count: int, fits: int) -> list[dict[tuple[str, str, str], float]]:
-    """As :func:`ltat_fast.analysis.theorem.theorem`, for natural and adversarial fits on ``count`` samples.
+    """As :func:`ltat_fast.analysis.gaussians.theorem`, for natural and adversarial fits on ``count`` samples.
 
     Each entry is of samples of its own; the errors are exact, those of the fitted weights on infinite test data.
     """

@@ -1,104 +1,21 @@
-"""Theorem 1 on two Gaussians: adversarial training on long-tailed data makes the tail class less robust.
-
-Cho, Lee, Kim, "Long-tailed Adversarial Training with Self-Distillation" (ICLR 2025), section 3.2 and appendix A.
-y = +1 (head) with probability r / (r + 1), else -1 (tail); x_1 ... x_n ~ N(eta y, 1) independent; f = sign(w.x + b).
-The best classifier against an adversary of eps' (0: natural, eps: robust) has equal weights, here of norm 1, and
-
-    b* = ln r / (2 sqrt(n) (eta - eps')),    R^y(b; eps') = Phi( -sqrt(n) (eta - eps') - y b ).
-
-The paper's equations (4) and (5) are R^-1 for both biases and both adversaries. Corollary 1, that the robust
-classifier's tail error under attack is the higher one, needs r > 1 and 0 < eps < eta; at r = 1 the two are equal.
+"""Theorem 1 in numbers: closed forms, a Monte-Carlo check of them, and logistic regression on finite samples.
 
 python -m ltat_fast.analysis.theorem [--ratios 1 2 5] [--out runs/theory]     # table and figures, docs/theory.md
 """
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import NormalDist, mean, stdev
+from statistics import mean, stdev
 
 import numpy as np
 import tyro
 from rich.table import Table
 
+from ltat_fast.analysis import theorem_figures
+from ltat_fast.analysis.gaussians import Gaussians, corollary_gap, monte_carlo, theorem
+from ltat_fast.analysis.logistic import fitted_errors
 from ltat_fast.engine import log
 from ltat_fast.errors import UserError, exit_on_user_error
-
-PHI = NormalDist().cdf
-CLASSES = {"head": +1, "tail": -1}
-
-
-@dataclass(frozen=True)
-class Gaussians:
-    """The two Gaussians and the adversary. ratio: r >= 1, images of the head class for one of the tail class.
-
-    Raises ValueError outside of 0 <= eps < eta, r >= 1, n >= 1.
-    """
-
-    ratio: float
-    eta: float = 1.0
-    n: int = 2
-    eps: float = 0.5
-
-    def __post_init__(self):
-        if not (0 <= self.eps < self.eta and self.ratio >= 1 and self.n >= 1):
-            raise ValueError(f"the theorem needs 0 <= eps < eta, ratio >= 1 and n >= 1, not {self}")
-
-    def optimal_bias(self, eps: float) -> float:
-        """b* of the classifier that is best against an adversary of ``eps``; 0 gives the natural one."""
-        return math.log(self.ratio) / (2 * math.sqrt(self.n) * (self.eta - eps))
-
-    def error(self, bias: float, eps: float, label: int) -> float:
-        """R^label of the equal-weight classifier of norm 1 with ``bias``, under an adversary of ``eps``."""
-        return PHI(-math.sqrt(self.n) * (self.eta - eps) - label * bias)
-
-    def total_error(self, bias: float, eps: float) -> float:
-        """Both classes' errors, weighted by how often they are."""
-        r = self.ratio
-        return (r * self.error(bias, eps, +1) + self.error(bias, eps, -1)) / (r + 1)
-
-    def sample(self, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """x ``(count, n)`` and y ``(count,)`` of the mixture."""
-        y = np.where(rng.random(count) < self.ratio / (self.ratio + 1), 1, -1)
-        return rng.normal(self.eta * y[:, None], 1.0, (count, self.n)), y
-
-
-def linear_error(setting: Gaussians, weights: np.ndarray, bias: float, eps: float, label: int) -> float:
-    """R^label of any linear classifier: its margin under attack is N(eta sum w + y b - eps ||w||_1, ||w||_2^2)."""
-    margin = setting.eta * weights.sum() + label * bias - eps * np.abs(weights).sum()
-    return PHI(-margin / np.linalg.norm(weights))
-
-
-def theorem(setting: Gaussians) -> dict[tuple[str, str, str], float]:
-    """The errors by (classifier, error, class): ("nat" | "rob", "nat" | "rob", "head" | "tail")."""
-    adversaries = {"nat": 0.0, "rob": setting.eps}
-    return {
-        (classifier, error, group): setting.error(setting.optimal_bias(trained), tested, label)
-        for classifier, trained in adversaries.items()
-        for error, tested in adversaries.items()
-        for group, label in CLASSES.items()
-    }
-
-
-def monte_carlo(setting: Gaussians, count: int, rng: np.random.Generator) -> dict[tuple[str, str, str], float]:
-    """The same errors measured on ``count`` images a class, each moved by the adversary and then classified."""
-    weights = np.full(setting.n, setting.n**-0.5)
-    adversaries = {"nat": 0.0, "rob": setting.eps}
-    rates = {}
-    for group, label in CLASSES.items():
-        x = rng.normal(setting.eta * label, 1.0, (count, setting.n))
-        for error, tested in adversaries.items():
-            moved = x - label * tested * np.sign(weights)
-            for classifier, trained in adversaries.items():
-                predicted = np.sign(moved @ weights + setting.optimal_bias(trained))
-                rates[classifier, error, group] = float((predicted != label).mean())
-    return rates
-
-
-def corollary_gap(setting: Gaussians) -> float:
-    """R_rob^-1(f_rob) - R_rob^-1(f_nat): positive where r > 1 and 0 < eps < eta, 0 at r = 1 or eps = 0."""
-    errors = theorem(setting)
-    return errors["rob", "rob", "tail"] - errors["nat", "rob", "tail"]
 
 
 @dataclass(frozen=True)
@@ -125,9 +42,6 @@ class Arguments:
 
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
-    from ltat_fast.analysis import theorem_figures
-    from ltat_fast.analysis.logistic import fitted_errors
-
     arguments = tyro.cli(Arguments, prog="python -m ltat_fast.analysis.theorem", args=argv)
     if min(arguments.samples, arguments.draws) < 1 or arguments.fits < 2:
         raise UserError("--samples and --draws must be 1 or more, --fits 2 or more")

@@ -6,8 +6,8 @@ from statistics import mean, stdev
 import numpy as np
 from matplotlib.figure import Figure
 
+from ltat_fast.analysis.gaussians import Gaussians, theorem
 from ltat_fast.analysis.logistic import fit
-from ltat_fast.analysis.theorem import Gaussians, theorem
 
 COLOURS = {"nat": "tab:blue", "rob": "tab:red"}
 NAMES = {"nat": "natural", "rob": "adversarial"}

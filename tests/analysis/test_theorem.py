@@ -12,8 +12,8 @@ from scipy.optimize import minimize, minimize_scalar
 from scipy.stats import norm
 from sklearn.linear_model import LogisticRegression
 
+from ltat_fast.analysis.gaussians import Gaussians, corollary_gap, linear_error, monte_carlo, theorem
 from ltat_fast.analysis.logistic import fit, fitted_errors
-from ltat_fast.analysis.theorem import Gaussians, corollary_gap, linear_error, monte_carlo, theorem
 
 PAPER = [Gaussians(r) for r in (1.0, 2.0, 5.0)]
 CASES = [*PAPER, Gaussians(20.0, eta=0.7, n=5, eps=0.3), Gaussians(3.0, eta=0.5, n=1, eps=0.1)]

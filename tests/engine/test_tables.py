@@ -147,12 +147,15 @@ def test_other_training_images_are_another_experiment(tmp_path):
     assert [row["seeds"] for row in tables.rows(runs)[::2]] == [2, 1]
 
 
-def test_the_worst_case_has_columns_where_it_is_known(tmp_path):
+def test_the_worst_case_has_columns_where_it_is_of_all_images(tmp_path):
     runs = [write_run(tmp_path / "a"), write_run(tmp_path / "b", method="at-bsl")]
     assert "Worst" not in tables.render(runs)
     results = json.loads((runs[1] / "eval.json").read_text())
-    results["best"]["worst"] = {"all": 12.25, "tail": 3.5, "images": 100, "attacks": ["clean", "pgd20"]}
-    (runs[1] / "eval.json").write_text(json.dumps(results))
+    images = results["best"]["clean"]["images"]
+    for number, shown in ((images - 1, False), (images, True)):
+        results["best"]["worst"] = {"all": 12.25, "tail": 3.5, "images": number, "attacks": ["clean", "pgd20"]}
+        (runs[1] / "eval.json").write_text(json.dumps(results))
+        assert ("Worst" in tables.render(runs)) is shown
     table = tables.rows(runs)
     assert [(row["values"]["Worst"], row["values"]["T-Worst"]) for row in table] == [
         ([], []),

@@ -8,7 +8,6 @@ sensitivity.png beside the runs; deviations are those over the seeds.
 """
 
 import csv
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -20,7 +19,7 @@ from matplotlib.ticker import NullLocator
 
 from ltat_fast.config import PRESETS, choose
 from ltat_fast.engine import log, tables
-from ltat_fast.engine.jobs import Job, is_finished, train_all
+from ltat_fast.engine.jobs import Job, is_finished, split_flags, train_all
 from ltat_fast.errors import UserError, exit_on_user_error
 
 CURVES = {"clean": ("clean", "tab:blue"), "pgd20": ("PGD-20", "tab:red")}
@@ -47,14 +46,13 @@ class Arguments:
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> int:
     """Exit status 1 if a run failed."""
-    argv = sys.argv[1:] if argv is None else argv
-    split = argv.index("--") if "--" in argv else len(argv)
-    arguments = tyro.cli(Arguments, prog="python -m ltat_fast.sensitivity", args=argv[:split])
+    own, forwarded = split_flags(argv)
+    arguments = tyro.cli(Arguments, prog="python -m ltat_fast.sensitivity", args=own)
     choose("dataset", arguments.dataset, PRESETS)
     if not arguments.values or not arguments.seeds:
         raise UserError("--values and --seeds need at least one number each")
     out = arguments.out or Path("runs") / f"sensitivity-{arguments.option}-{arguments.dataset}"
-    jobs = plan(arguments, out, tuple(argv[split + 1 :]))
+    jobs = plan(arguments, out, forwarded)
     todo = [job for runs in jobs.values() for job in runs if not is_finished(job)]
     log.say(f"{arguments.option}: {len(jobs)} values, {sum(map(len, jobs.values()))} runs, {len(todo)} to do")
     statuses = train_all(todo, show=lambda line: "on the test set:" in line) if todo else {}

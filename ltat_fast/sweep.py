@@ -10,7 +10,6 @@ submits each row as a job instead (needs submitit); call the sweep again later f
 
 import json
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.resources import files
@@ -20,7 +19,7 @@ import tyro
 
 from ltat_fast.config import PRESETS, choose
 from ltat_fast.engine import log, tables
-from ltat_fast.engine.jobs import Job, is_finished, train_all
+from ltat_fast.engine.jobs import Job, is_finished, split_flags, train_all
 from ltat_fast.errors import UserError, exit_on_user_error
 
 
@@ -56,14 +55,13 @@ class Row:
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> int:
     """Exit status 1 if a row failed."""
-    argv = sys.argv[1:] if argv is None else argv
-    split = argv.index("--") if "--" in argv else len(argv)
-    arguments = tyro.cli(Arguments, prog="python -m ltat_fast.sweep", args=argv[:split])
+    own, forwarded = split_flags(argv)
+    arguments = tyro.cli(Arguments, prog="python -m ltat_fast.sweep", args=own)
     paper = json.loads((files("ltat_fast") / "paper_tables.json").read_text())
     choose("table", arguments.table, paper)
     if arguments.dataset is not None:
         choose("dataset", arguments.dataset, PRESETS)
-    rows = list(plan(paper[arguments.table], arguments, tuple(argv[split + 1 :])))
+    rows = list(plan(paper[arguments.table], arguments, forwarded))
     todo = [job for row in rows for job in row.jobs if not is_finished(job)]
     log.say(f"table {arguments.table}: {len(rows)} rows, {sum(len(row.jobs) for row in rows)} runs, {len(todo)} to do")
     if arguments.slurm_partition is not None:

@@ -34,6 +34,13 @@ class Job:
         return self.run_dir.parent / f"{self.run_dir.name}.log"
 
 
+def split_flags(argv: Sequence[str] | None) -> tuple[list[str], tuple[str, ...]]:
+    """The command's own flags (of ``sys.argv`` if None), and those behind ``--``, which go to every run."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    split = argv.index("--") if "--" in argv else len(argv)
+    return argv[:split], tuple(argv[split + 1 :])
+
+
 def is_finished(job: Job) -> bool:
     """Whether the run of ``job`` has been trained and evaluated under all the attacks it is to be evaluated under."""
     try:

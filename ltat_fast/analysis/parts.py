@@ -16,7 +16,7 @@ from ltat_fast.analysis.inequality import default_block, global_gini, regional_g
 from ltat_fast.analysis.linearity import output_distance, remainder
 from ltat_fast.attacks import AttackConfig, pgd
 from ltat_fast.attacks.objectives import cross_entropy
-from ltat_fast.engine.evaluation import spread
+from ltat_fast.engine.evaluation import spread, unpack
 from ltat_fast.models.frozen import FrozenTwin
 
 Values = dict[str, "Values"] | Tensor  # of one value an image
@@ -166,7 +166,10 @@ def by_frequency(scores: dict[str, dict], test_labels: np.ndarray, counts: list[
     accuracies = {"classes": frequency_groups(counts)}
     for attack, result in scores.items():
         if "per_class" in result:
-            images = np.bincount(test_labels[spread(test_labels, result["images"])], minlength=len(counts))
+            # Results of versions before "chosen" were of evenly spread images.
+            known = "chosen" in result
+            seen = unpack(result["chosen"], len(test_labels)) if known else spread(test_labels, result["images"])
+            images = np.bincount(test_labels[seen], minlength=len(counts))
             means = classwise(result["per_class"], images.tolist(), counts)
             accuracies[attack] = {"accuracy": means, "images": result["images"]}
     return accuracies

@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
             raise
         reason = str(error).splitlines()[0].split(". ")[0]
         print(f"ltat_fast: another process of this run is gone, see what it said ({reason})", file=sys.stderr)
-        return EXIT_LEFT_ALONE
+        distributed.leave_broken(EXIT_LEFT_ALONE)
     except Interrupted as error:
         if is_main and (config.run_dir / "config.json").exists():
             with contextlib.suppress(OSError):

@@ -8,8 +8,10 @@ import contextlib
 import datetime
 import inspect
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -79,6 +81,17 @@ def stop() -> None:
     """Leave the group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def leave_broken(status: int) -> NoReturn:
+    """End this process at once, in a group that has lost a member.
+
+    What DDP had under way stays with gloo's threads. One that lets go of it while the interpreter shuts down aborts
+    the process ("terminate called without an active exception"), so nothing is shut down.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def wrap(model: nn.Module) -> nn.Module:

@@ -2,9 +2,11 @@
 
 python -m ltat_fast.sensitivity --option alpha --values 1 3 5 10 --seeds 0 1 2
 python -m ltat_fast.sensitivity --option gamma --values 1 2 5 10 --dataset cifar100-lt -- --data-dir DIR
+python -m ltat_fast.sensitivity --option kl_weight --values 0 0.5 1 --images heldout      # to choose one
 
-What follows -- goes to every run. Finished runs are kept, interrupted ones go on. Writes sensitivity.csv and
-sensitivity.png beside the runs; deviations are those over the seeds.
+What follows -- goes to every run; ``--teacher RUN/teacher`` there spares each run a teacher of its own. Finished runs
+are kept, interrupted ones go on. Writes sensitivity.csv and sensitivity.png beside the runs; deviations are those over
+the seeds.
 """
 
 import csv
@@ -33,14 +35,17 @@ class Arguments:
 
     values: tuple[float, ...]
     """what the option is set to; gamma is in units of the smallest class, the paper's default is IR / 2"""
-    option: Literal["alpha", "gamma"] = "alpha"
-    """alpha: weight of the distillation; gamma: images a class in the teacher's balanced set"""
+    option: Literal["alpha", "gamma", "kl_weight"] = "alpha"
+    """alpha: weight of the gradient matching; gamma: images a class in the teacher's balanced set; kl_weight: weight of
+    the plain distillation"""
+    images: Literal["test", "heldout"] = "test"
+    """judge by the test images, as the paper's figures, or by training images held out, as one should to choose"""
     dataset: str = "digits-lt"
     """with its preset"""
     seeds: tuple[int, ...] = (0,)
     """each gives one run a value"""
     out: Path | None = None
-    """where the runs go; runs/sensitivity-<option>-<dataset> if not given"""
+    """where the runs go; runs/sensitivity-<option>-<dataset>[-heldout] if not given"""
 
 
 @exit_on_user_error
@@ -51,14 +56,17 @@ def main(argv: list[str] | None = None) -> int:
     choose("dataset", arguments.dataset, PRESETS)
     if not arguments.values or not arguments.seeds:
         raise UserError("--values and --seeds need at least one number each")
-    out = arguments.out or Path("runs") / f"sensitivity-{arguments.option}-{arguments.dataset}"
+    suffix = "-heldout" if arguments.images == "heldout" else ""
+    out = arguments.out or Path("runs") / f"sensitivity-{arguments.option}-{arguments.dataset}{suffix}"
     jobs = plan(arguments, out, forwarded)
     todo = [job for runs in jobs.values() for job in runs if not is_finished(job)]
     log.say(f"{arguments.option}: {len(jobs)} values, {sum(map(len, jobs.values()))} runs, {len(todo)} to do")
     statuses = train_all(todo, show=lambda line: "on the test set:" in line) if todo else {}
-    entries = collect(arguments.option, jobs)
+    entries = collect(arguments.option, jobs, arguments.images)
     write_csv(entries, out / "sensitivity.csv")
-    draw(arguments.option, arguments.dataset, entries).savefig(out / "sensitivity.png", dpi=100)
+    draw(arguments.option, f"{arguments.dataset}, {arguments.images} images", entries).savefig(
+        out / "sensitivity.png", dpi=100
+    )
     for entry in entries:
         log.say("{option} {value:g}, {checkpoint}, {attack}, {group}: {mean:.2f} ± {std:.2f} ({seeds})".format(**entry))
     log.say(f"wrote {out / 'sensitivity.csv'} and {out / 'sensitivity.png'}")
@@ -68,30 +76,49 @@ def main(argv: list[str] | None = None) -> int:
 def plan(arguments: Arguments, out: Path, extra: tuple[str, ...]) -> dict[float, list[Job]]:
     """The runs of each value, a run a seed."""
     option, flags = arguments.option, ("--dataset", arguments.dataset, "--method", "ltat")
-    flags += ("--eval-attacks", "clean,pgd20")
+    flags += ("--select-on", arguments.images, "--eval-attacks", "clean,pgd20")
 
     def job(value: float, seed: int) -> Job:
         name = f"{option}{value:g}-seed{seed}"
-        return Job(out / name, (*flags, f"--{option}", f"{value:g}", "--seed", str(seed), *extra))
+        return Job(out / name, (*flags, f"--{option.replace('_', '-')}", f"{value:g}", "--seed", str(seed), *extra))
 
     return {value: [job(value, seed) for seed in arguments.seeds] for value in sorted(set(arguments.values))}
 
 
-def collect(option: str, jobs: dict[float, list[Job]]) -> list[dict]:
-    """A line of :data:`COLUMNS` a value, checkpoint, attack and group: percent, over the runs that are evaluated."""
+def collect(option: str, jobs: dict[float, list[Job]], images: str) -> list[dict]:
+    """A line of :data:`COLUMNS` a value, checkpoint, attack and group: percent, over the runs that are finished."""
+    read = on_test_images if images == "test" else on_heldout_images
     entries = []
     for value, runs in jobs.items():
-        results = [tables.load_results(job.run_dir)[1] for job in runs if (job.run_dir / "eval.json").exists()]
-        for checkpoint in ("best", "last"):
+        results = [read(job.run_dir) for job in runs if (job.run_dir / "eval.json").exists()]
+        for checkpoint in tables.CHECKPOINTS:
             for attack in CURVES:
                 for group in GROUPS:
-                    found = [result.get(checkpoint, {}).get(attack, {}).get(group) for result in results]
-                    scores = [score for score in found if score is not None]
-                    if scores:
+                    if scores := tables.scores(results, checkpoint, attack, group):
                         spread = stdev(scores) if len(scores) > 1 else 0.0
                         line = (option, value, checkpoint, attack, group, mean(scores), spread, len(scores))
                         entries.append(dict(zip(COLUMNS, line, strict=True)))
     return entries
+
+
+def on_test_images(run_dir: Path) -> dict:
+    """Percent by checkpoint, attack and group."""
+    return tables.load_results(run_dir)[1]
+
+
+def on_heldout_images(run_dir: Path) -> dict:
+    """:func:`on_test_images`, of the images that picked the best epoch. They are in metrics.jsonl, epoch by epoch."""
+    records = [record for record in log.read_metrics(run_dir / "metrics.jsonl") if "heldout_pgd20" in record]
+    if not records:
+        return {}
+    chosen = {"best": max(records, key=lambda record: record["heldout_pgd20"]), "last": records[-1]}
+    return {
+        checkpoint: {
+            attack: {"all": record[f"heldout_{attack}"], "tail": record.get(f"heldout_tail_{attack}")}
+            for attack in CURVES
+        }
+        for checkpoint, record in chosen.items()
+    }
 
 
 def write_csv(entries: list[dict], path: Path) -> None:
@@ -102,8 +129,11 @@ def write_csv(entries: list[dict], path: Path) -> None:
         writer.writerows(entries)
 
 
-def draw(option: str, dataset: str, entries: list[dict]) -> Figure:
-    """All classes left (figure 6), the tail right (figure 7); best checkpoints solid, last ones dashed."""
+def draw(option: str, images: str, entries: list[dict]) -> Figure:
+    """All classes left (figure 6), the tail right (figure 7); best checkpoints solid, last ones dashed.
+
+    images: what the accuracies are of, for the titles.
+    """
     figure = Figure((8, 3.4), layout="constrained")
     for axes, (group, title) in zip(figure.subplots(1, 2), GROUPS.items(), strict=True):
         for attack, (name, colour) in CURVES.items():
@@ -117,7 +147,7 @@ def draw(option: str, dataset: str, entries: list[dict]) -> Figure:
             axes.set_xscale("log")
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xticks(values, [f"{value:g}" for value in values])
-        axes.set(xlabel=option, ylabel="accuracy (%)", title=f"{dataset}, {title}")
+        axes.set(xlabel=option, ylabel="accuracy (%)", title=f"{images}: {title}")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     return figure
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import tyro
 
-from ltat_fast.config import PRESETS, choose
+from ltat_fast.config import PRESETS, Config, choose
 from ltat_fast.engine import log, tables
 from ltat_fast.engine.jobs import Job, is_finished, split_flags, train_all
 from ltat_fast.errors import UserError, exit_on_user_error
@@ -50,6 +50,12 @@ class Row:
     jobs: tuple[Job, ...]
     comparable: bool
     """whether the runs are on the paper's dataset"""
+    scores: str = "eval.json"
+    """where in the folder of a run its numbers are: table 6 has those of the self-teacher"""
+
+    def results(self) -> list[dict]:
+        """What is there of its runs so far."""
+        return [tables.read_json(path) for job in self.jobs if (path := job.run_dir / self.scores).exists()]
 
 
 @exit_on_user_error
@@ -91,12 +97,20 @@ def plan(table: dict, arguments: Arguments, extra: tuple[str, ...]) -> Iterator[
             flags += ["--imbalance-ratio", ratio]
         for row in experiment["rows"]:
             title = f"{row['name']} IR {ratio}" if several else row["name"]
+            own_flags = (*flags, *row["flags"], *(longer(flags[1]) if row.get("longer") else ()))
+            scores = f"{row['stage']}/eval.json" if "stage" in row else "eval.json"
             stem = title.lower().replace(" ", "")
             jobs = tuple(
-                Job(folder_of(arguments) / f"{stem}-seed{seed}", (*flags, *row["flags"], "--seed", str(seed), *extra))
+                Job(folder_of(arguments) / f"{stem}-seed{seed}", (*own_flags, "--seed", str(seed), *extra))
                 for seed in arguments.seeds or table.get("seeds", [0])
             )
-            yield Row(title, row["paper"], jobs, own)
+            yield Row(title, row["paper"], jobs, own, scores)
+
+
+def longer(dataset: str) -> tuple[str, str]:
+    """The flags by which a method without a teacher trains as many epochs as LTAT's teacher and student together."""
+    settings = vars(Config()) | PRESETS[dataset]
+    return "--epochs", str(settings["epochs"] + settings["teacher_epochs"])
 
 
 def submit(jobs: list[Job], partition: str, minutes: int) -> None:
@@ -120,18 +134,17 @@ def render(rows: list[Row], notes: list[str]) -> str:
         "|---|---|---|" + "---:|" * len(headings),
     ]
     for row in rows:
-        finished = [job.run_dir for job in row.jobs if (job.run_dir / "eval.json").exists()]
-        measured = {entry["checkpoint"]: entry for entry in tables.rows(finished)} if finished else {}
-        for which in ("best", "last"):
-            entry = measured.get(which, {"values": {}, "seeds": 0})
+        results = row.results()
+        for which in tables.CHECKPOINTS if row.scores == "eval.json" else ("last",):
             cells = []
-            for heading in headings:
-                ours = tables.cell(entry["values"].get(heading, []), entry["seeds"])
+            for heading, attack, group in tables.COLUMNS:
+                ours = tables.cell(tables.scores(results, which, attack, group), len(results))
                 theirs = row.paper.get(which, {}).get(heading)
                 cells.append(f"{ours} ({theirs:g})" if row.comparable and theirs is not None else ours)
-            lines.append(f"| {row.title} | {which} | {entry['seeds']} | " + " | ".join(cells) + " |")
+            lines.append(f"| {row.title} | {which} | {len(results)} | " + " | ".join(cells) + " |")
     if any(row.comparable for row in rows):
-        lines += ["", "In brackets: the paper's numbers.", *(f"Of those: {note}." for note in notes)]
+        known = any(row.paper for row in rows)
+        lines += ["", *["In brackets: the paper's numbers."] * known, *(f"Note: {note}." for note in notes)]
     return "\n".join(lines)
 
 

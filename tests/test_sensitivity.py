@@ -23,6 +23,7 @@ def test_the_runs():
     assert given == {
         "--dataset": "digits-lt",
         "--method": "ltat",
+        "--select-on": "test",
         "--eval-attacks": "clean,pgd20",
         "--gamma": "10",
         "--seed": "4",
@@ -47,7 +48,7 @@ def test_means_and_deviations(tmp_path):
     for job, of_seed in zip(jobs[1.0], scores, strict=True):
         written(job.run_dir, of_seed)
     written(jobs[3.0][0].run_dir, (70, 60, 40, 10))
-    entries = collect("alpha", jobs)
+    entries = collect("alpha", jobs, "test")
     found = {(e["value"], e["checkpoint"], e["attack"], e["group"]): e for e in entries}
     assert len(found) == len(entries) == 2 * (4 + 1), (
         "nothing for 9, which has not run, and no tail where there is none"
@@ -90,6 +91,33 @@ def test_run_and_keep(tmp_path, capsys):
             if line["value"] == value:
                 score = results[line["checkpoint"]][line["attack"]][line["group"]]
                 assert float(line["mean"]) == pytest.approx(score)
+
+
+def test_chosen_on_images_held_out(tmp_path):
+    """A run's own scores of them, of the epoch they picked and of the last one; its test images stay out of it."""
+    flags = ("--option", "kl_weight", "--values", "0.5", "--images", "heldout", "--out", str(tmp_path))
+    assert status_of("sensitivity", *flags, "--", *QUICK, "--epochs", "3", "--eval-every", "1") == 0
+    folder = tmp_path / "kl_weight0.5-seed0"
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["select_on"], config["method_options"]["kl_weight"]) == ("heldout", 0.5)
+
+    scores = [{"pgd20": p, "clean": 80 + p, "tail_pgd20": p / 2, "tail_clean": p / 4} for p in (10.0, 30.0, 30.0, 20.0)]
+    records = [{f"heldout_{k}": v for k, v in entry.items()} | {"epoch": i + 1} for i, entry in enumerate(scores)]
+    records[2]["heldout_clean"] = 0.0
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert status_of("sensitivity", *flags, "--", *QUICK, "--epochs", "3", "--eval-every", "1") == 0
+    lines = list(csv.DictReader((tmp_path / "sensitivity.csv").read_text().splitlines()))
+    found = {(line["checkpoint"], line["attack"], line["group"]): float(line["mean"]) for line in lines}
+    assert found == {
+        ("best", "clean", "all"): 110,
+        ("best", "clean", "tail"): 7.5,
+        ("best", "pgd20", "all"): 30,
+        ("best", "pgd20", "tail"): 15,
+        ("last", "clean", "all"): 100,
+        ("last", "clean", "tail"): 5,
+        ("last", "pgd20", "all"): 20,
+        ("last", "pgd20", "tail"): 10,
+    }
 
 
 @pytest.mark.parametrize(

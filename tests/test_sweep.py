@@ -20,7 +20,9 @@ def test_tables_hold_the_papers_numbers():
     assert ours["paper"]["last"] == {"Clean": 71.74, "PGD": 37.8, "AA": 33.74, "T-Clean": 74.7, "T-PGD": 36.2}
     pgd_at = TABLES["2"]["experiments"][0]["rows"][0]
     assert pgd_at["paper"]["best"]["T-PGD"] is None, "missing from the paper's text"
-    assert sorted(TABLES, key=int) == ["1", "2", "3", "4", "5", "7", "8", "10"]
+    assert sorted(TABLES, key=int) == [str(number) for number in range(1, 11)]
+    teacher = TABLES["6"]["experiments"][0]["rows"][-1]
+    assert teacher["paper"] == {"last": {"Clean": 35.71, "PGD": 14.94, "T-Clean": 34.6, "T-PGD": 14.1}}
 
 
 def test_a_table_on_its_own_dataset():
@@ -74,7 +76,31 @@ def test_the_papers_numbers_stand_beside_ours():
     assert "| Ours | last | 0 | - (71.74) | - (37.8) | - (33.74) | - (74.7) | - (36.2) |" in text
 
 
-@pytest.mark.parametrize("flags", [("--table", "9"), ("--table", "1", "--dataset", "mnist")])
+def test_longer_baselines_have_the_epochs_of_teacher_and_student():
+    for dataset, epochs in ((None, "130"), ("digits-lt", "60")):
+        *longer, ours = plan(TABLES["9"], Arguments("9", dataset=dataset), ())
+        assert [row.title for row in longer][-1] == "AT-BSL longer"
+        for row in longer:
+            assert row.jobs[0].flags[row.jobs[0].flags.index("--epochs") + 1] == epochs
+        assert "--epochs" not in ours.jobs[0].flags
+
+
+def test_the_self_teacher_is_a_row_of_its_own(tmp_path):
+    """Table 6 compares it with students: its scores are not those of the run it belongs to."""
+    rows = list(plan(TABLES["6"], Arguments("6", seeds=(0, 1), out=tmp_path), ()))
+    for row, score in ((rows[0], 50.0), (rows[-1], 70.0)):
+        for i, job in enumerate(row.jobs):
+            for file, extra in (("eval.json", 0), ("teacher/eval.json", -20)):
+                (job.run_dir / file).parent.mkdir(parents=True, exist_ok=True)
+                entry = {"clean": {"all": score + extra + i, "tail": None}}
+                (job.run_dir / file).write_text(json.dumps({"last": entry}))
+    lines = render(rows, []).splitlines()
+    assert "| RoBal on D | last | 2 | 50.50 ± 0.71 | - | - | - | - |" in lines
+    assert "| PGD-AT on D_B | last | 2 | 50.50 ± 0.71 (35.71) | - (14.94) | - | - (34.6) | - (14.1) |" in lines
+    assert not any(line.startswith("| PGD-AT on D_B | best") for line in lines)
+
+
+@pytest.mark.parametrize("flags", [("--table", "11"), ("--table", "1", "--dataset", "mnist")])
 def test_unknown_names(flags, capsys):
     assert status_of("sweep", *flags) == 2
     assert "choose one of" in capsys.readouterr().err

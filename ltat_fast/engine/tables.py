@@ -59,13 +59,18 @@ class Experiment:
 
     def values(self, which: str, attack: str, group: str) -> list[float]:
         """Percent of each run that has it."""
-        found = [run.results.get(which, {}).get(attack, {}).get(group) for run in self.runs]
-        return [value for value in found if value is not None]
+        return scores([run.results for run in self.runs], which, attack, group)
 
     def images(self, which: str, attack: str) -> set[int]:
         """How many test images the runs used for it."""
         found = [run.results.get(which, {}).get(attack, {}).get("images") for run in self.runs]
         return {number for number in found if number is not None}
+
+
+def scores(results: list[dict], which: str, attack: str, group: str) -> list[float]:
+    """Percent of one checkpoint under one attack, of each content of an eval.json that has it."""
+    found = [result.get(which, {}).get(attack, {}).get(group) for result in results]
+    return [score for score in found if score is not None]
 
 
 def load_results(run_dir: Path) -> tuple[dict, dict]:
@@ -157,12 +162,8 @@ def _has_worst_of_all(entry: dict) -> bool:
     return "worst" in images and images["worst"] == max(images.values())
 
 
-def rows(run_dirs: list[Path]) -> list[dict]:
+def rows(found: list[Experiment]) -> list[dict]:
     """One dict an experiment and checkpoint: its config, "checkpoint", "seeds", and a list of values a column."""
-    return _rows(experiments(run_dirs))
-
-
-def _rows(found: list[Experiment]) -> list[dict]:
     return [
         {
             "label": experiment.label,
@@ -202,7 +203,7 @@ def cells(found: list[Experiment]) -> tuple[list[str], list[list[str]]]:
     """The table as headings and lines of text; from column :data:`NUMBERS_FROM` on they are numbers."""
     headings = [heading for heading, _, _ in columns(found)]
     lines = []
-    for row in _rows(found):
+    for row in rows(found):
         c = row["config"]
         name = [row["label"], c["dataset"], ratio_text(c), c["arch"], row["checkpoint"], str(row["seeds"])]
         lines.append(name + [cell(row["values"][heading], row["seeds"]) for heading in headings])
@@ -225,7 +226,7 @@ def render(run_dirs: list[Path]) -> str:
 
 def note(found: list[Experiment]) -> str:
     """How many test images the numbers are of, and what picked the best checkpoint."""
-    images = sorted(set().union(*(row["images"] for row in _rows(found))))
+    images = sorted(set().union(*(row["images"] for row in rows(found))))
     heldout = {experiment.config["select_on"] for experiment in found} == {"heldout"}
     return f"Percent of {' or '.join(map(str, images)) or 'the'} test images; tail: see eval.json. " + (
         "Best epoch by PGD-20 on held-out training images."

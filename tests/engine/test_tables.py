@@ -29,12 +29,16 @@ def write_run(
     return folder
 
 
+def rows(runs):
+    return tables.rows(tables.experiments(runs))
+
+
 def values(row):
     return {name: [round(v, 6) for v in cells] for name, cells in row["values"].items()}
 
 
 def test_columns_are_the_papers(tmp_path):
-    best, last = tables.rows([write_run(tmp_path / "a")])
+    best, last = rows([write_run(tmp_path / "a")])
     assert values(best) == {"Clean": [50], "PGD": [30], "AA": [25], "T-Clean": [45], "T-PGD": [25]}
     assert values(last) == {"Clean": [49], "PGD": [29], "AA": [24], "T-Clean": [45], "T-PGD": [25]}
     assert (best["checkpoint"], last["checkpoint"], best["seeds"]) == ("best", "last", 1)
@@ -42,7 +46,7 @@ def test_columns_are_the_papers(tmp_path):
 
 def test_mean_and_sample_deviation_over_seeds(tmp_path):
     runs = [write_run(tmp_path / str(s), clean, seed=s) for s, clean in enumerate((50.0, 53.0, 56.0))]
-    best, _ = tables.rows(runs)
+    best, _ = rows(runs)
     assert best["seeds"] == 3
     assert tables.cell(best["values"]["Clean"], 3) == "53.00 ± 3.00"
     assert tables.cell([38.849], 1) == "38.85"
@@ -52,7 +56,7 @@ def test_mean_and_sample_deviation_over_seeds(tmp_path):
 def test_a_run_named_twice_counts_once(tmp_path, monkeypatch):
     run = write_run(tmp_path / "a")
     monkeypatch.chdir(tmp_path)
-    best, _ = tables.rows([run, run, tmp_path / "a" / ".." / "a", type(run)("a")])
+    best, _ = rows([run, run, tmp_path / "a" / ".." / "a", type(run)("a")])
     assert best["seeds"] == 1
     assert values(best)["Clean"] == [50]
 
@@ -61,7 +65,7 @@ def test_a_mean_over_some_of_the_seeds_says_so(tmp_path):
     write_run(tmp_path / "0", 50.0, seed=0)
     write_run(tmp_path / "1", 60.0, seed=1, attacks=("clean", "pgd20"))
     write_run(tmp_path / "2", 70.0, seed=2, which=("last",))
-    best, last = tables.rows([tmp_path / s for s in "012"])
+    best, last = rows([tmp_path / s for s in "012"])
     assert tables.cell(best["values"]["Clean"], best["seeds"]) == "55.00 ± 7.07 (2 of 3)"
     assert tables.cell(best["values"]["AA"], best["seeds"]) == "25.00 (1 of 3)"
     assert tables.cell(last["values"]["Clean"], last["seeds"]) == "59.00 ± 10.00"
@@ -72,7 +76,7 @@ def test_a_mean_over_some_of_the_seeds_says_so(tmp_path):
 )
 def test_other_experiments_are_other_rows(tmp_path, other):
     runs = [write_run(tmp_path / "a", 50.0), write_run(tmp_path / "b", 60.0, seed=1, **other)]
-    table = tables.rows(runs)
+    table = rows(runs)
     assert [(row["checkpoint"], values(row)["Clean"]) for row in table] == [
         ("best", [50]),
         ("last", [49]),
@@ -86,7 +90,7 @@ def test_where_and_how_a_run_ran_is_not_another_experiment(tmp_path):
         write_run(tmp_path / "a", data_dir="x", device="cpu", save_minutes=1.0, teacher="runs/t0"),
         write_run(tmp_path / "b", seed=4, resume=True, teacher="runs/t1"),
     ]
-    assert [row["seeds"] for row in tables.rows(runs)] == [2, 2]
+    assert [row["seeds"] for row in rows(runs)] == [2, 2]
 
 
 def test_no_number_is_cut_short(tmp_path):
@@ -125,26 +129,26 @@ def test_an_attack_that_was_not_run_is_a_dash(tmp_path):
 def test_one_seed_does_not_count_as_two(tmp_path):
     runs = [write_run(tmp_path / name / "run", seed=seed) for name, seed in (("a", 0), ("b", 1), ("c", 1))]
     with pytest.raises(UserError, match="b/run and c/run are one experiment with one seed, 1, and would count as two"):
-        tables.rows(runs)
-    assert tables.rows(runs[:2])[0]["seeds"] == 2
+        rows(runs)
+    assert rows(runs[:2])[0]["seeds"] == 2
 
 
 def test_given_teachers_are_told_apart_where_a_seed_comes_twice(tmp_path):
     runs = [write_run(tmp_path / f"{t}{s}", seed=s, teacher=f"runs/[{t}]") for t in "ab" for s in (0, 1)]
-    assert [(row["label"], row["seeds"]) for row in tables.rows(runs)[::2]] == [
+    assert [(row["label"], row["seeds"]) for row in rows(runs)[::2]] == [
         ("ltat teacher=[a]", 2),
         ("ltat teacher=[b]", 2),
     ]
     assert "teacher=[b]" in tables.render(runs)  # square brackets are markup to rich
     with pytest.raises(UserError, match="c0 are one experiment"):
-        tables.rows([*runs, write_run(tmp_path / "c0", teacher="runs/[a]")])
+        rows([*runs, write_run(tmp_path / "c0", teacher="runs/[a]")])
 
 
 def test_other_training_images_are_another_experiment(tmp_path):
     runs = [write_run(tmp_path / str(s), seed=s) for s in range(3)]
     for run, images in zip(runs, ("one", "other", "one"), strict=True):
         (run / "env.json").write_text(json.dumps({"index_hash": images}))
-    assert [row["seeds"] for row in tables.rows(runs)[::2]] == [2, 1]
+    assert [row["seeds"] for row in rows(runs)[::2]] == [2, 1]
 
 
 def test_the_worst_case_has_columns_where_it_is_of_all_images(tmp_path):
@@ -156,7 +160,7 @@ def test_the_worst_case_has_columns_where_it_is_of_all_images(tmp_path):
         results["best"]["worst"] = {"all": 12.25, "tail": 3.5, "images": number, "attacks": ["clean", "pgd20"]}
         (runs[1] / "eval.json").write_text(json.dumps(results))
         assert ("Worst" in tables.render(runs)) is shown
-    table = tables.rows(runs)
+    table = rows(runs)
     assert [(row["values"]["Worst"], row["values"]["T-Worst"]) for row in table] == [
         ([], []),
         ([], []),
@@ -182,7 +186,7 @@ def test_a_file_of_another_shape_is_named(tmp_path, file, content, said):
     run = write_run(tmp_path / "a")
     (run / file).write_text(json.dumps(content))
     with pytest.raises(UserError, match=rf"{file} is damaged: {said}"):
-        tables.rows([run])
+        rows([run])
 
 
 @pytest.mark.parametrize("content", ["{", "", "[1]", "\x00\xff"])
@@ -190,13 +194,13 @@ def test_a_damaged_result_is_named(tmp_path, content):
     run = write_run(tmp_path / "a")
     (run / "eval.json").write_bytes(content.encode("latin-1"))
     with pytest.raises(UserError, match=r"eval\.json is damaged"):
-        tables.rows([run])
+        rows([run])
 
 
 def test_a_run_without_results_is_named(tmp_path):
     run = write_run(tmp_path / "a")
     (run / "eval.json").unlink()
     with pytest.raises(UserError, match=r"a has no results: eval\.json is not there"):
-        tables.rows([run])
+        rows([run])
     with pytest.raises(UserError, match=r"config\.json is not there"):
-        tables.rows([tmp_path / "nowhere"])
+        rows([tmp_path / "nowhere"])

@@ -12,6 +12,7 @@ import inspect
 import io
 import re
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
@@ -22,17 +23,17 @@ from typing import Literal
 
 import torch
 import tyro
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from ltat_fast import __version__
 from ltat_fast import config as configuration
-from ltat_fast.engine import checkpoint, log, tables
+from ltat_fast.engine import checkpoint, files, log, tables
 from ltat_fast.engine import run as runs
 from ltat_fast.errors import UserError, exit_on_user_error
 from ltat_fast.models import ARCHS, classifier, cosine, standalone
 
-MODULE, PROGRAM, ONNX = "model.py", "model.pt2", "model.onnx"
+FILES = (standalone.WEIGHTS, standalone.CARD, "model.py", "model.pt2", "model.onnx")
 TOLERANCE = 1e-4  # beside the largest logit: a compiler may sum in another order
 
 
@@ -77,32 +78,46 @@ def export(run_dir: Path, which: str, out: Path, image_size: int | None = None) 
     with torch.no_grad():
         expected = model(images)
 
-    save_file(model.state_dict(), out / standalone.WEIGHTS)
-    log.write_json(out / standalone.CARD, card(run_dir, which, model, origin | {"image_size": size}))
-    (out / MODULE).write_text(source(ARCHS[origin["arch"]]))
+    about = card(run_dir, which, model, origin | {"image_size": size})
+    with files.writing(out), tempfile.TemporaryDirectory(prefix=".partial-", dir=out) as folder:
+        written = write_all(Path(folder), model, about, images, expected)
+        for path in written:  # all of them have been tried
+            path.replace(out / path.name)
+    return [out / path.name for path in written]
+
+
+def write_all(folder: Path, model: nn.Module, about: dict, images: Tensor, expected: Tensor) -> list[Path]:
+    """Every format of ``model`` into ``folder``, each tried on ``images``; the files."""
+    weights, card_file, module, program_file, onnx = (folder / name for name in FILES)
+    # As bytes: what torch and safetensors raise when they cannot write is no OSError.
+    weights.write_bytes(save(model.state_dict()))
+    log.write_json(card_file, about)
+    module.write_text(source(ARCHS[about["architecture"]["arch"]]))
     with torch.no_grad():
-        check(MODULE, import_file(out / MODULE).load_model()(images), expected)
+        check(module.name, import_file(module).load_model()(images), expected)
     program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    torch.export.save(program, out / PROGRAM)
-    check(PROGRAM, torch.export.load(out / PROGRAM).module()(images), expected)
-    files = [standalone.WEIGHTS, standalone.CARD, MODULE, PROGRAM]
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    program_file.write_bytes(buffer.getvalue())
+    check(program_file.name, torch.export.load(program_file).module()(images), expected)
+    written = [weights, card_file, module, program_file]
     if missing := [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]:
-        log.say(f"no {ONNX}: it needs {' and '.join(missing)} (pip install onnx onnxscript)")
+        log.say(f"no {onnx.name}: it needs {' and '.join(missing)} (pip install onnx onnxscript)")
     else:
-        write_onnx(program, out / ONNX)
-        check_onnx(out / ONNX, images, expected)
-        files.append(ONNX)
-    return [out / name for name in files]
+        onnx.write_bytes(onnx_of(program))
+        check_onnx(onnx, images, expected)
+        written.append(onnx)
+    return written
 
 
 def claim(out: Path) -> None:
     """Make the folder ``out``. Raises UserError if there is something in it that an export did not write."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        ours = (out / standalone.CARD).exists() or not any(out.iterdir())
+        found = [path.name for path in out.iterdir() if not path.name.startswith(".partial-")]
     except OSError as error:
         raise UserError(f"cannot write to {out}: {error.strerror}") from None
-    if not ours:
+    if found and standalone.CARD not in found:
         raise UserError(f"{out} is not empty, and not an export: choose another --out")
 
 
@@ -174,12 +189,12 @@ def import_file(path: Path) -> ModuleType:
     return module
 
 
-def write_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
-    """``program`` as ONNX, the batch left open; the exporter's own progress report is not shown."""
+def onnx_of(program: torch.export.ExportedProgram) -> bytes:
+    """``program`` as an ONNX file, the batch left open; the exporter's own progress report is not shown."""
     with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         names = {"input_names": ["images"], "output_names": ["logits"]}
-        torch.onnx.export(program, (), path, dynamo=True, external_data=False, **names)
+        return torch.onnx.export(program, (), dynamo=True, **names).model_proto.SerializeToString()
 
 
 def check_onnx(path: Path, images: Tensor, expected: Tensor) -> None:

@@ -6,11 +6,12 @@ import subprocess
 import sys
 from importlib.util import find_spec
 
+import disks
 import numpy as np
 import pytest
 import runs
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ltat_fast import export as exporting
 from ltat_fast.engine import checkpoint
@@ -105,7 +106,7 @@ def test_the_module_of_every_network(arch, method, tmp_path):
     model = METHODS[method](**options).wrap_model(model, counts).eval()
     origin = {"arch": arch, "num_classes": 10, "in_channels": 3}
     (tmp_path / "card.json").write_text(json.dumps({"architecture": exporting.architecture(model, origin)}))
-    exporting.save_file(model.state_dict(), tmp_path / standalone.WEIGHTS)
+    save_file(model.state_dict(), tmp_path / standalone.WEIGHTS)
     text = exporting.source(ARCHS[arch])
     assert "ltat_fast." not in text.replace("ltat-fast", "")
     (tmp_path / "model.py").write_text(text)
@@ -157,3 +158,17 @@ def test_a_file_that_computes_something_else_is_refused(digits_run, tmp_path, mo
     monkeypatch.setattr(exporting, "source", broken)
     assert runs.status_of("export", str(digits_run), "--out", str(tmp_path / "out")) == 2
     assert "gives other logits than the network" in capsys.readouterr().err
+    assert not any((tmp_path / "out").iterdir()), "what is wrong is not handed on"
+
+
+def test_a_full_disk(digits_run, tmp_path, capfd):
+    """One sentence, nothing half-written, and an export that was there stays as it was."""
+    with disks.file_system(tmp_path / "disk", "700k") as disk:
+        out = disk / "export"
+        assert runs.status_of("export", str(digits_run), "--out", str(out)) == 2
+        assert capfd.readouterr().err.startswith(f"ltat_fast: error: cannot write {out}: No space left on device")
+        assert [*out.iterdir()] == []
+        (out / "card.json").write_text("the old one")
+        assert runs.status_of("export", str(digits_run), "--out", str(out)) == 2
+        assert [path.name for path in out.iterdir()] == ["card.json"]
+        assert (out / "card.json").read_text() == "the old one"

@@ -1,33 +1,18 @@
 """Disks that are full, read-only or limited: one sentence, no half-written file, and afterwards --resume goes on."""
 
-import contextlib
 import os
 import resource
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
+import disks
 import launching
 import pytest
 import runs
 from launching import assert_same
 
 from ltat_fast.engine import checkpoint, log
-
-
-@contextlib.contextmanager
-def file_system(folder: Path, size: str) -> Iterator[Path]:
-    """A file system of its own in ``folder``, of ``size`` and no larger; where that is not permitted, a skip."""
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True) if shutil.which("mount") else None
-    if done is None or done.returncode:
-        pytest.skip(f"this test mounts a small file system, which is not permitted here: {done and done.stderr}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def remount(folder: Path, options: str) -> None:
@@ -43,7 +28,7 @@ def assert_whole(run_dir: Path) -> None:
 # A state is 0.6 MB and weights are 0.3: full in the teacher, in its second save, and in the student.
 @pytest.mark.parametrize("size", ["400k", "1500k", "2800k"])
 def test_a_full_disk(tmp_path, undisturbed, size):
-    with file_system(tmp_path / "disk", size) as disk:
+    with disks.file_system(tmp_path / "disk", size) as disk:
         err = launching.finish(disk / "run", status=2)
         assert err.startswith("ltat_fast: error: cannot write ")
         assert "No space left on device" in err
@@ -71,7 +56,7 @@ def test_a_file_may_grow_no_larger(tmp_path, undisturbed):
 
 
 def test_a_line_of_the_record_that_did_not_fit_is_not_read_back(tmp_path):
-    with file_system(tmp_path / "disk", "64k") as disk:
+    with disks.file_system(tmp_path / "disk", "64k") as disk:
         record = log.StageLog(disk, 0)
         record.epoch({"epoch": 1, "loss": 0.5})
         (disk / "ballast").write_bytes(b"0" * (os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize))
@@ -82,7 +67,7 @@ def test_a_line_of_the_record_that_did_not_fit_is_not_read_back(tmp_path):
 
 
 def test_a_read_only_run_folder(tmp_path, undisturbed, capfd):
-    with file_system(tmp_path / "disk", "64m") as disk:
+    with disks.file_system(tmp_path / "disk", "64m") as disk:
         shutil.copytree(undisturbed, disk / "run")
         remount(disk, "ro")
         for flags, words in (
@@ -100,7 +85,7 @@ def test_a_read_only_run_folder(tmp_path, undisturbed, capfd):
 
 def test_images_on_a_disk_that_keeps_no_cache(tmp_path, image_tree, monkeypatch, capfd):
     """Neither beside the images nor in the user's own cache: they are decoded for this run alone."""
-    with file_system(tmp_path / "disk", "64m") as disk:
+    with disks.file_system(tmp_path / "disk", "64m") as disk:
         shutil.copytree(image_tree, disk / "images", ignore=lambda folder, names: {n for n in names if n[0] == "."})
         remount(disk, "ro")
         monkeypatch.setenv("XDG_CACHE_HOME", str(disk / "cache"))

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from ltat_fast.config import PRESETS, choose
-from ltat_fast.engine import log, tables
+from ltat_fast.engine import files, log, tables
 from ltat_fast.engine.jobs import Job, is_finished, split_flags, train_all
 from ltat_fast.errors import UserError, exit_on_user_error
 
@@ -63,10 +63,10 @@ def main(argv: list[str] | None = None) -> int:
     log.say(f"{arguments.option}: {len(jobs)} values, {sum(map(len, jobs.values()))} runs, {len(todo)} to do")
     statuses = train_all(todo, show=lambda line: "on the test set:" in line) if todo else {}
     entries = collect(arguments.option, jobs, arguments.images)
-    write_csv(entries, out / "sensitivity.csv")
-    draw(arguments.option, f"{arguments.dataset}, {arguments.images} images", entries).savefig(
-        out / "sensitivity.png", dpi=100
-    )
+    figure = draw(arguments.option, f"{arguments.dataset}, {arguments.images} images", entries)
+    with files.writing(out):
+        write_csv(entries, out / "sensitivity.csv")
+        figure.savefig(out / "sensitivity.png", dpi=100)
     for entry in entries:
         log.say("{option} {value:g}, {checkpoint}, {attack}, {group}: {mean:.2f} ± {std:.2f} ({seeds})".format(**entry))
     log.say(f"wrote {out / 'sensitivity.csv'} and {out / 'sensitivity.png'}")
@@ -122,7 +122,6 @@ def on_heldout_images(run_dir: Path) -> dict:
 
 
 def write_csv(entries: list[dict], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()

@@ -12,13 +12,13 @@ import json
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.resources import files
+from importlib import resources
 from pathlib import Path
 
 import tyro
 
 from ltat_fast.config import PRESETS, Config, choose
-from ltat_fast.engine import log, tables
+from ltat_fast.engine import files, log, tables
 from ltat_fast.engine.jobs import Job, is_finished, split_flags, train_all
 from ltat_fast.errors import UserError, exit_on_user_error
 
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     """Exit status 1 if a row failed."""
     own, forwarded = split_flags(argv)
     arguments = tyro.cli(Arguments, prog="python -m ltat_fast.sweep", args=own)
-    paper = json.loads((files("ltat_fast") / "paper_tables.json").read_text())
+    paper = json.loads((resources.files("ltat_fast") / "paper_tables.json").read_text())
     choose("table", arguments.table, paper)
     if arguments.dataset is not None:
         choose("dataset", arguments.dataset, PRESETS)
@@ -76,7 +76,8 @@ def main(argv: list[str] | None = None) -> int:
     statuses = train_all(todo, show=lambda line: " test set" in line) if todo else {}
     text = render(rows, paper[arguments.table]["notes"])
     log.say(text)
-    (folder_of(arguments) / "table.md").write_text(text + "\n")
+    with files.whole(folder_of(arguments) / "table.md") as file:
+        file.write(f"{text}\n".encode())
     return 1 if any(statuses.values()) else 0
 
 

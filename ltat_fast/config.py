@@ -53,11 +53,12 @@ class Config:
     """momentum of SGD"""
     weight_decay: float = 5e-4
     """weight decay of SGD, on every parameter"""
-    lr_schedule: Literal["step", "igdm", "rslad", "onecycle"] = "step"
+    lr_schedule: str = "step"
     """step: a tenth from 75 %, 90 % and the last epoch on (AT-BSL); igdm: after 50 % and 75 %; rslad: after 72 %, 87 %
-    and 95 %; onecycle: linear up, linear down"""
+    and 95 %; onecycle: linear up, linear down; or the shares of the epochs after which it is a tenth, as 0.5,0.8"""
     gamma: float | None = None
-    """images a class in the teacher's balanced set, in units of the smallest class; the paper's IR / 2 if not given"""
+    """images a class in the teacher's balanced set, in units of the smallest class; the paper's IR / 2, at least 1, if
+    not given"""
     teacher: str | None = None
     """use this teacher instead of training one: a finished run (its student; its teacher is RUN/teacher), a
     .safetensors file, torchvision:NAME[@FILE], timm:NAME[@FILE] or module:PACKAGE.MODULE:NAME (docs/teachers.md)"""
@@ -73,8 +74,9 @@ class Config:
 
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 where the hardware has it; evaluation is always fp32"""
-    attack_precision: Literal["same", "fp32"] = "same"
-    """same: the attack of training runs in --precision; fp32: to check what that costs"""
+    attack_precision: Literal["auto", "same", "fp32"] = "auto"
+    """of the attack of training. same: as --precision; auto: the same, but fp32 for TRADES, whose attack starts where
+    bf16 cannot tell its gradient's sign"""
     compile: Literal["auto", "none", "step", "graph"] = "auto"
     """how the step runs: eager (none), torch.compile (step) or one CUDA graph; auto: graph on a GPU, else eager"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -156,6 +158,7 @@ def choose(kind: str, value: str, options: Iterable[str]) -> None:
 def validate(config: Config, method: Method) -> None:
     """Refuse, with one sentence, what cannot work. Cheap: nothing is loaded."""
     from ltat_fast.attacks.evaluation import parse_attacks
+    from ltat_fast.engine.schedule import parse_schedule
     from ltat_fast.models import ARCHS
 
     check_types(config)
@@ -166,6 +169,7 @@ def validate(config: Config, method: Method) -> None:
     ratio(config.eps, "eps")
     ratio(config.step_size, "step-size")
     parse_attacks(config.eval_attacks)
+    parse_schedule(config.lr_schedule)
     if config.imbalance_ratio is None:
         if config.dataset != "imagefolder-lt":
             raise UserError(f"--imbalance-ratio None is for imagefolder-lt; {config.dataset} needs a number, 1 or more")

@@ -73,7 +73,10 @@ class DeviceLoader:
         if batch_size < 1 or batch_size % world_size:
             raise UserError(f"a batch of {batch_size} images does not split evenly over {world_size} processes")
         if len(self.indices) < (batch_size if drop_last else 1):
-            raise UserError(f"{len(self.indices)} images do not fill one batch of {batch_size}; use a smaller batch")
+            raise UserError(
+                f"{len(self.indices)} images do not fill one batch of {batch_size}; use a smaller batch "
+                "(--batch-size, for the teacher --teacher-batch-size)"
+            )
         self.batch_size, self.drop_last = batch_size, drop_last
         self.seed, self.pad, self.flip = seed, pad, flip
         self.policy = None if augment == "none" else POLICIES[augment](*images.shape[2:], self.images.device)

@@ -5,6 +5,7 @@ profile). All randomness comes from private legacy NumPy generators: their strea
 and NumPy's global state is neither read nor moved.
 """
 
+import bisect
 import hashlib
 import math
 from dataclasses import dataclass
@@ -59,13 +60,37 @@ def class_counts(n_max: int, num_classes: int, imbalance_ratio: float) -> list[i
         raise UserError(f"the imbalance ratio must be a finite number of at least 1, got {imbalance_ratio}")
     if num_classes < 2:
         raise UserError(f"a long-tailed profile needs at least two classes, got {num_classes}")
-    ratio = 1 / imbalance_ratio
-    counts = [int(n_max * ratio ** (c / (num_classes - 1))) for c in range(num_classes)]
+    counts = _profile(n_max, num_classes, imbalance_ratio)
     if counts[-1] < 1:
         raise UserError(
             f"an imbalance ratio of {imbalance_ratio:g} leaves no image in the last class when the first has {n_max}"
         )
     return counts
+
+
+def _profile(n_max: int, num_classes: int, imbalance_ratio: float) -> list[int]:
+    ratio = 1 / imbalance_ratio
+    return [int(n_max * ratio ** (c / (num_classes - 1))) for c in range(num_classes)]
+
+
+def fitted_counts(sizes: list[int], imbalance_ratio: float) -> list[int]:
+    """Images of each class in the largest profile that classes of these ``sizes`` can fill, the larger class more.
+
+    Sizes that are alike are taken in class order; so of sizes that follow a profile of a smaller ratio, all is used.
+
+    Raises:
+        UserError: see :func:`class_counts`.
+    """
+    order = sorted(range(len(sizes)), key=lambda c: -sizes[c])
+
+    def too_large(n_max: int) -> bool:
+        counts = _profile(n_max, len(sizes), imbalance_ratio)
+        return any(count > sizes[c] for c, count in zip(order, counts, strict=True))
+
+    class_counts(max(sizes), len(sizes), imbalance_ratio)  # refuses what cannot be
+    n_max = bisect.bisect_left(range(max(sizes) + 1), True, key=too_large) - 1
+    counts = dict(zip(order, class_counts(n_max, len(sizes), imbalance_ratio), strict=True))
+    return [counts[c] for c in range(len(sizes))]
 
 
 def long_tailed_indices(
@@ -74,12 +99,12 @@ def long_tailed_indices(
     """Indices of the images kept, int64, class by class.
 
     Each class in turn is shuffled from its ascending indices by one legacy generator and cut to its count, so the
-    subsets of a larger ratio lie within those of a smaller one. A class with fewer images than asked keeps them all.
+    subsets of a larger ratio lie within those of a smaller one.
 
     Args:
         labels: int64 (N,), every class in ``range(labels.max() + 1)`` present
         imbalance_ratio: largest over smallest class; None keeps everything, in class order
-        n_max: images of class 0; None takes the largest class found
+        n_max: images of class 0; a class with fewer than the profile asks keeps them all. None: :func:`fitted_counts`
 
     Raises:
         UserError: see :func:`class_counts`.
@@ -87,7 +112,10 @@ def long_tailed_indices(
     members = _members(labels)
     if imbalance_ratio is None:
         return np.concatenate(members)
-    counts = class_counts(n_max or max(map(len, members)), len(members), imbalance_ratio)
+    if n_max is None:
+        counts = fitted_counts([len(indices) for indices in members], imbalance_ratio)
+    else:
+        counts = class_counts(n_max, len(members), imbalance_ratio)
     rng = np.random.RandomState(seed)
     for indices in members:
         rng.shuffle(indices)

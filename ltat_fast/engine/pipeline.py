@@ -212,7 +212,7 @@ def _stage(
         seed=config.seed,
         card=functools.partial(run.model_card, config, data, method),
         backend=config.compile,
-        attack_fp32=config.attack_precision == "fp32",
+        attack_fp32=config.attack_precision == "fp32" or (config.attack_precision == "auto" and method.flat_start),
         max_steps=config.max_steps,
         save_minutes=config.save_minutes,
         on_nan=config.on_nan,

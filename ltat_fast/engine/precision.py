@@ -5,25 +5,28 @@ from torch import Tensor
 
 from ltat_fast.engine.step import TrainStep
 from ltat_fast.models.frozen import FrozenTwin
+from ltat_fast.ops import pgd_init
 
 
 def gradient_health(step: TrainStep, x: Tensor, y: Tensor) -> dict[str, float]:
-    """Of the input gradients that the attack of ``step`` would start from at the images ``x``, in percent:
+    """Of the input gradients that an attack of ``step`` on the images ``x`` starts with, in percent:
 
     ``zero_gradients``, exactly zero, where a sign step stands still; ``sign_disagreement``, of another sign than the
     float32 network says (not given for an attack in float32). Everything stays as it was.
     """
     step.frozen.refresh()
-    grad = _input_gradient(step, step.frozen, x, y)
+    # Not at the images themselves, where the gradient of a divergence from the clean prediction is zero.
+    start = pgd_init(x, step.attack.eps, step.attack.noise, torch.Generator(x.device).manual_seed(0))
+    grad = _input_gradient(step, step.frozen, x, start, y)
     health = {"zero_gradients": 100 * (grad == 0).float().mean().item()}
     if step.frozen.dtype not in (None, torch.float32):
-        exact = _input_gradient(step, FrozenTwin(step.model, fold_bn=False), x, y)
+        exact = _input_gradient(step, FrozenTwin(step.model, fold_bn=False), x, start, y)
         health["sign_disagreement"] = 100 * (grad.sign() != exact.sign()).float().mean().item()
     return health
 
 
-def _input_gradient(step: TrainStep, network: FrozenTwin, x: Tensor, y: Tensor) -> Tensor:
+def _input_gradient(step: TrainStep, network: FrozenTwin, x: Tensor, start: Tensor, y: Tensor) -> Tensor:
     with torch.no_grad():
         target = step.method.target(network, x, y)
-    point = x.detach().requires_grad_()
+    point = start.detach().requires_grad_()
     return torch.autograd.grad(step.method.objective(point, network(point), target), point)[0]

@@ -2,6 +2,8 @@
 
 import math
 
+from ltat_fast.errors import UserError
+
 # The share of training after which the rate is a tenth of what it was, and whether the epoch that completes the share
 # is itself the first at the lower rate.
 DROPS = {
@@ -11,14 +13,32 @@ DROPS = {
 }
 
 
+def parse_schedule(kind: str) -> tuple[tuple[float, ...], bool] | None:
+    """The entry of :data:`DROPS`, or its like from "0.5,0.8"; None for "onecycle". Raises UserError for others."""
+    if kind == "onecycle":
+        return None
+    if kind in DROPS:
+        return DROPS[kind]
+    try:
+        shares = tuple(float(share) for share in kind.split(","))
+    except ValueError:
+        shares = ()
+    if not shares or not all(0 < share < 1 for share in shares):
+        names = ", ".join([*DROPS, "onecycle"])
+        raise UserError(
+            f"--lr-schedule takes {names}, or shares of the epochs between 0 and 1 such as 0.5,0.8, not {kind}"
+        )
+    return shares, False
+
+
 def first_drop(kind: str, epochs: int) -> int:
     """The first epoch, from 0, at a lowered rate, or 0 if there is none; of "onecycle" what it is of "step"."""
-    return min(_drops(kind if kind in DROPS else "step", epochs), default=0)
+    return min(_drops("step" if kind == "onecycle" else kind, epochs), default=0)
 
 
 def _drops(kind: str, epochs: int) -> list[int]:
     """The epochs, from 0, from which on the rate is a tenth of what it was before."""
-    shares, itself = DROPS[kind]
+    shares, itself = parse_schedule(kind)
     drops = [math.ceil(share * epochs - 1e-9) - itself for share in shares]
     return [drop for drop in drops if 0 < drop < epochs]  # the first epoch keeps the full rate
 
@@ -26,8 +46,8 @@ def _drops(kind: str, epochs: int) -> list[int]:
 def learning_rate(kind: str, peak: float, epoch: int, step: int, epochs: int, steps_per_epoch: int) -> float:
     """The rate of ``step`` (from 0) of ``epoch`` (from 0).
 
-    "step", "igdm" and "rslad" divide by ten at each of their :data:`DROPS`; "onecycle" is linear from a tenth to the
-    peak over the first 30 % of steps, then linear to zero.
+    "onecycle" is linear from a tenth to the peak over the first 30 % of steps, then linear to zero; the others divide
+    by ten at each of their drops (:func:`parse_schedule`).
     """
     if kind != "onecycle":
         return peak * 0.1 ** sum(epoch >= drop for drop in _drops(kind, epochs))

@@ -3,7 +3,8 @@ via Adaptive Adversarial Distillation", CVPR 2023).
 
 The attack ascends KL(T(x') || S(x')) through both networks, from a Gaussian start, so each of its steps costs a forward
 and a backward of the teacher as well; ``akd`` with teacher_weight 1 is the same loss on PGD examples. The authors' code
-divides the KL by the number of classes on CIFAR-10. Departures as in :mod:`ltat_fast.methods.distillation`.
+divides the KL by the number of classes on CIFAR-10 (``--loss-scale 0.1``). Departures as in
+:mod:`ltat_fast.methods.distillation`.
 """
 
 from dataclasses import dataclass

@@ -2,8 +2,8 @@
 Robust Distillation", AAAI 2020).
 
 The attack ascends cross-entropy. Defaults are those of the IGDM paper's comparison, teacher_weight 1 and temperature 1.
-The authors' own code uses temperature 30, divides the KL by the number of classes, and attacks in train mode from a
-start that is not clipped.
+The authors' own code uses temperature 30, divides the KL by the number of classes (``--loss-scale``), and attacks in
+train mode from a start that is not clipped.
 """
 
 from dataclasses import dataclass

@@ -2,7 +2,8 @@
 Distributions", CVPR 2024; balanced softmax by Ren et al., NeurIPS 2020).
 
 As the authors' code: the attack ascends plain cross-entropy from a Gaussian start; the prior enters the loss alone,
-never the attack and never the test. Their code has no tau, which is tau = 1.
+never the attack and never the test. Their code has no tau, which is tau = 1. Departure: the start is clipped to [0, 1],
+theirs after the first step alone.
 """
 
 from dataclasses import dataclass

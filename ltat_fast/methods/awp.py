@@ -48,7 +48,7 @@ class Awp(Method):
             self.base, self._gamma, self._from = AtBsl() if self.balanced else PgdAt(), 0.01, 1
         self._gamma = self._gamma if self.awp_gamma is None else self.awp_gamma
         self._from = self._from if self.awp_from is None else self.awp_from
-        self.noise = self.base.noise
+        self.noise, self.flat_start = self.base.noise, self.base.flat_start
 
     def setup(self, setting):
         super().setup(setting)

@@ -40,6 +40,9 @@ class Method:
     teacher: ClassVar[Literal["none", "balanced", "robust", "natural"]] = "none"
     """trained by the run unless one is given: PGD-AT on the balanced re-sampling, PGD-AT on all of the data, or
     standard training on all of it"""
+    flat_start: ClassVar[bool] = False
+    """The attack starts where its objective is all but flat: in bfloat16 the sign of that gradient is half noise, so
+    the attack runs in float32 unless the user says otherwise"""
     attacks: ClassVar[bool] = True
     """False: ``x_adv`` is ``x``"""
     differentiates_twice: ClassVar[bool] = False

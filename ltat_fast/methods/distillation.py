@@ -77,6 +77,8 @@ class Distillation(Method):
 
     igdm_alpha: float = 0.0
     """weight of indirect gradient matching in the last epoch, growing as epoch / epochs; 0 leaves it out"""
+    loss_scale: float = 1.0
+    """of the whole loss but IGDM: one over the number of classes where the authors' code averages over those too"""
     extra_clean_forward: bool = False
     """show the student the clean images even where the loss does not need them, as the authors' code does: this
     moves batch norm's running statistics alone"""
@@ -96,6 +98,7 @@ class Distillation(Method):
     def loss(self, model, x, x_adv, y, progress):
         at = Logits(model, self.setting.teacher, x, x_adv)
         loss, parts = self.distill(at, y, progress)
+        loss = self.loss_scale * loss
         if self.extra_clean_forward:
             with torch.no_grad():
                 at.student("clean")

@@ -6,7 +6,7 @@ the whole long tail:
     L = BSL(f(x'), y)  +  kl_weight KL(f_T(x') || f(x'))  +  alpha_e KL(softmax dT || softmax dS)
     dS = f(x + d) - f(x - d),   dT = f_T(x + d) - f_T(x - d),   d = x' - x
 
-The last term is indirect gradient matching (IGDM; Lee, Cho, Kim, ICLR 2025, eq. 10): by Taylor's argument the logit
+The last term is indirect gradient matching (IGDM; Lee, Cho, Kim, ICLR 2025, eq. 8): by Taylor's argument the logit
 differences stand for the input gradients, and no second derivative is needed. ``x - d`` is not clipped: the difference
 must stay symmetric. The paper's algorithm box is not public; which terms it holds is inferred (docs/ltat.md), so the
 weights are flags.
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+from torch import Tensor
 
 from ltat_fast.errors import UserError
 from ltat_fast.methods.base import Method
@@ -37,8 +38,12 @@ class Ltat(Method):
     """weight of KL(teacher || student) on the adversarial example"""
     temperature: float = 1.0
     """temperature of that KL"""
+    kl_target: Literal["adv", "clean"] = "adv"
+    """where the teacher is asked for that KL: at x', or at x as ARD does"""
     tau: float = 1.0
     """strength of the class prior in the balanced softmax"""
+    noise: Literal["uniform", "gaussian"] = "uniform"
+    """start of the attack: uniform in the ball, or 0.001 N(0, 1) as AT-BSL"""
 
     def check(self) -> None:
         super().check()
@@ -46,32 +51,34 @@ class Ltat(Method):
             raise UserError("--temperature must be above 0")
 
     def loss(self, model, x, x_adv, y, progress):
-        teacher, counts = self.setting.teacher, self.setting.class_counts
-        matching = self.alpha > 0
-        x_minus = 2 * x - x_adv
-
-        with torch.no_grad():
-            # One call for both points: the teacher is in eval mode, so its batch does not matter.
-            if matching:
-                teacher_plus, teacher_minus = teacher(torch.cat([x_adv, x_minus])).chunk(2)
-            elif self.kl_weight > 0:
-                teacher_plus = teacher(x_adv)
+        distilling, matching = self.kl_weight > 0, self.alpha > 0
+        points = {"adv": x_adv, "minus": 2 * x - x_adv, "clean": x}
+        needed = ({"adv", "minus"} if matching else set()) | ({self.kl_target} if distilling else set())
+        taught = self._taught({name: point for name, point in points.items() if name in needed})
 
         plus = model(x_adv)
         loss = balanced_softmax_kl(
             plus,
             y,
-            counts,
-            teacher_plus if self.kl_weight > 0 else None,
+            self.setting.class_counts,
+            taught[self.kl_target] if distilling else None,
             tau=self.tau,
             kl_weight=self.kl_weight,
             temperature=self.temperature,
         )
-        parts = {"bsl_kl" if self.kl_weight > 0 else "bsl": loss.detach()}
+        parts = {"bsl_kl" if distilling else "bsl": loss.detach()}
         if matching:
             # Two calls here: in train mode a joint batch would mix the batch statistics of the two points.
-            igdm = igdm_loss(plus, model(x_minus), teacher_plus, teacher_minus)
+            igdm = igdm_loss(plus, model(points["minus"]), taught["adv"], taught["minus"])
             alpha = self.alpha * progress if self.ramp == "linear" else self.alpha
             loss = loss + alpha * igdm
             parts["igdm"] = igdm.detach()
         return loss, parts
+
+    def _taught(self, points: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The teacher's logits, in one call: it is in eval mode, so its batch does not matter."""
+        if not points:
+            return {}
+        with torch.no_grad():
+            logits = self.setting.teacher(torch.cat([*points.values()]))
+        return dict(zip(points, logits.chunk(len(points)), strict=True))

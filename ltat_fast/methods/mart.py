@@ -7,9 +7,9 @@ Revisiting Misclassified Examples", ICLR 2020, eq. 11), with p = softmax f(x), q
 The constants and the gradient through every p are those of the authors' code. The attack ascends cross-entropy from a
 Gaussian start. beta is 5, the authors' for ResNet-18, and by preset 6 for WRN-34-10.
 
-Departures: 1 - q_k is computed as the sum of the other probabilities, the same number without the cancellation where
-q_k is near 1. The threat model and the schedule are those of the run, not the authors' (ResNet-18: lr 0.01, weight
-decay 3.5e-3; WRN: lr 0.1, weight decay 7e-4).
+Departures: the start is clipped to [0, 1]. 1 - q_k is computed as the sum of the other probabilities, the same number
+without the cancellation where q_k is near 1. The threat model and the schedule are those of the run, not the authors'
+(ResNet-18: lr 0.01, weight decay 3.5e-3; WRN: lr 0.1, weight decay 7e-4).
 """
 
 import math

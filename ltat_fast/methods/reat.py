@@ -7,10 +7,11 @@ a term on the features h of the adversarial examples of tail classes.
     L_tail = mean over tail samples b of  mean_j(KL_bj) / d * mean_j(W_bj)         as the authors' code computes it
                                           mean_j(W_bj KL_bj)                       pairwise, as it seems to be meant
 
-Tail classes are those from 2 floor(C / 3) + 1 on. The attack ascends cross-entropy with a weight for each class, the
-inverse effective number (Cui et al. 2019) of adversarial examples that were predicted as it in the epoch before:
-E_c = (1 - b^m_c) / (1 - b), b = (n_c - 1) / n_c. A positive weight cannot change the sign of a sample's gradient, so
-this leaves the examples as they are; it is here because it is part of the method.
+Tail classes are the rarer ones, from rank 2 floor(C / 3) + 1 on, counted from 0 (the authors' code takes the index,
+which is the rank on its datasets); of three classes there is none. The attack ascends cross-entropy with a weight for
+each class, the inverse effective number (Cui et al. 2019) of adversarial examples that were predicted as it in the
+epoch before: E_c = (1 - b^m_c) / (1 - b), b = (n_c - 1) / n_c. A positive weight cannot change the sign of a sample's
+gradient, so this leaves the examples as they are; it is here because it is part of the method.
 
 Departures: the start is clipped; no forward for logging; quadratic loops over the batch are matrices; the schedule of
 the run (theirs: 80 epochs). In several processes pairs are formed within a process.
@@ -47,7 +48,8 @@ class Reat(Method):
     def setup(self, setting):
         super().setup(setting)
         counts = self._counts = setting.class_counts.clamp(min=1)
-        self._is_tail = torch.arange(len(counts), device=counts.device) > len(counts) // 3 * 2
+        rank = counts.argsort(descending=True, stable=True).argsort()
+        self._is_tail = rank > len(counts) // 3 * 2
         self._omega = (counts.sum() / counts).sqrt()
         self.class_weights = effective_number_weights(counts, counts)
         self.predicted = torch.zeros_like(counts)

@@ -40,4 +40,4 @@ class Rslad(Distillation):
         adversarial = kl(target, at.student("adv")).mean()
         clean = kl(target, at.student("clean")).mean()
         loss = self.adversarial_weight * adversarial + (1 - self.adversarial_weight) * clean
-        return self.loss_scale * loss, {"kl": adversarial.detach(), "kl_clean": clean.detach()}
+        return loss, {"kl": adversarial.detach(), "kl_clean": clean.detach()}

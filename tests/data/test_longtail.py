@@ -15,6 +15,7 @@ from ltat_fast.data import (
     long_tailed_indices,
     make_long_tailed,
 )
+from ltat_fast.data.longtail import fitted_counts
 from ltat_fast.data.sources import Dataset, ImageSet
 from ltat_fast.errors import UserError
 
@@ -111,7 +112,42 @@ def test_classes_give_what_they_have():
     labels = np.repeat([0, 1, 2], [4, 50, 20])
     indices = long_tailed_indices(labels, 10, n_max=100)  # asks for 100, 31, 10
     assert np.bincount(labels[indices]).tolist() == [4, 31, 10]
-    assert np.bincount(labels[long_tailed_indices(labels, 1)]).tolist() == [4, 50, 20]
+    assert np.bincount(labels[long_tailed_indices(labels, 1, n_max=100)]).tolist() == [4, 50, 20]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "ratio", "expected"),
+    [
+        ([10, 60, 40, 30], 1, [10, 10, 10, 10]),
+        ([10, 60, 40, 30], 10, [6, 60, 27, 12]),
+        ([10, 60, 40, 30], 2, [10, 21, 16, 13]),  # 21 / 2, truncated as everywhere, is 10
+        (
+            [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50],
+            100,
+            [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50],
+        ),
+        # The training images of SVHN.
+        ([4948, 13861, 10585, 8497, 7458, 6882, 5727, 5595, 5045, 4659], 1, [4659] * 10),
+    ],
+)
+def test_where_no_size_is_published_the_ratio_holds(sizes, ratio, expected):
+    labels = np.repeat(np.arange(len(sizes)), sizes)
+    assert np.bincount(labels[long_tailed_indices(labels, ratio)]).tolist() == expected
+
+
+@pytest.mark.parametrize("ratio", [1, 2, 3.7, 10, 50])
+def test_the_fitted_profile_is_the_largest_there_is(ratio):
+    rng = np.random.RandomState(0)
+    for _ in range(30):
+        sizes = rng.randint(60, 400, size=rng.randint(2, 12)).tolist()
+        counts = fitted_counts(sizes, ratio)
+        assert all(count <= size for count, size in zip(counts, sizes, strict=True))
+        descending = sorted(counts, reverse=True)
+        assert descending == class_counts(descending[0], len(sizes), ratio)
+        by_size = [counts[c] for c in sorted(range(len(sizes)), key=lambda c: -sizes[c])]
+        assert by_size == descending
+        larger = class_counts(descending[0] + 1, len(sizes), ratio)
+        assert any(count > size for count, size in zip(larger, sorted(sizes, reverse=True), strict=True))
 
 
 def test_without_a_ratio_everything_stays_in_class_order():

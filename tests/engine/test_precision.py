@@ -14,10 +14,10 @@ from ltat_fast.methods import METHODS
 from ltat_fast.models import build_model
 
 
-def step_of(model: nn.Module, dtype: torch.dtype) -> TrainStep:
+def step_of(model: nn.Module, dtype: torch.dtype, method: str = "pgd-at") -> TrainStep:
     hardware = Hardware(torch.device("cpu"), dtype, "")
     optimizer = make_optimizer(model, 0.1, 0.9, 0.0)
-    return TrainStep(model, METHODS["pgd-at"](), optimizer, AttackConfig(), hardware)
+    return TrainStep(model, METHODS[method](), optimizer, AttackConfig(noise=METHODS[method].noise), hardware)
 
 
 @pytest.fixture
@@ -53,6 +53,17 @@ def test_bf16_is_held_against_float32(batch):
     assert exact["zero_gradients"] < 1
     reduced = gradient_health(step_of(model, torch.bfloat16), *batch)
     assert 0 < reduced["sign_disagreement"] < 20
+
+
+def test_the_attack_of_trades_does_not_start_at_the_image(batch):
+    """There the gradient of its divergence is zero, and its sign chance; close by, in bf16, it still nearly is."""
+    model = network()
+    assert gradient_health(step_of(model, torch.float32, "trades"), *batch)["zero_gradients"] < 1
+    reduced, cross_entropy = (
+        gradient_health(step_of(model, torch.bfloat16, method), *batch)["sign_disagreement"]
+        for method in ("trades", "pgd-at")
+    )
+    assert 2 * cross_entropy < reduced < 45
 
 
 def test_nothing_changes(batch):

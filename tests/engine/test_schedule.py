@@ -4,7 +4,8 @@ import itertools
 
 import pytest
 
-from ltat_fast.engine.schedule import first_drop, learning_rate
+from ltat_fast.engine.schedule import first_drop, learning_rate, parse_schedule
+from ltat_fast.errors import UserError
 
 
 def by_epoch(epochs: int, kind: str = "step") -> list[float]:
@@ -28,6 +29,18 @@ def test_the_igdm_papers():
     assert by_epoch(200, "igdm") == pytest.approx([0.1] * 100 + [0.01] * 50 + [0.001] * 50, rel=1e-12)
     expected = [0.1] * 215 + [0.01] * 45 + [0.001] * 25 + [0.0001] * 15
     assert by_epoch(300, "rslad") == pytest.approx(expected, rel=1e-12)
+
+
+def test_shares_of_ones_own():
+    """The Tiny-ImageNet runs of the IGDM paper drop after epochs 50 and 80 of 100."""
+    assert by_epoch(100, "0.5,0.8") == pytest.approx([0.1] * 50 + [0.01] * 30 + [0.001] * 20, rel=1e-12)
+    assert first_drop("0.8,0.5", 100) == 50
+
+
+@pytest.mark.parametrize("kind", ["", "cosine", "0.5,", "0,0.5", "1.0", "nan", "50,80"])
+def test_what_is_no_schedule(kind):
+    with pytest.raises(UserError, match="--lr-schedule takes step, igdm, rslad, onecycle, or shares"):
+        parse_schedule(kind)
 
 
 @pytest.mark.parametrize("kind", ["step", "igdm", "rslad"])

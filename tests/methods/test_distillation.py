@@ -75,6 +75,19 @@ def test_igdm_is_added_with_its_weight_and_ramp(name):
         assert added.item() == pytest.approx(8.0 * progress * parts["igdm"].item(), rel=1e-9)
 
 
+@pytest.mark.parametrize("name", DISTILLATION)
+def test_the_scale_is_of_everything_but_igdm(name):
+    net, (x, y) = toy_classifier(METHODS[name]()).eval(), batch()
+    x_adv = (x + 0.1 * (x < 0.5)).clamp(0, 1)
+    losses = []
+    for scale in (1.0, 0.25):
+        method = ready(name, net, teacher_classifier(), igdm_alpha=8.0, loss_scale=scale)
+        loss, parts = method.loss(net, x, x_adv, y, HALF)
+        losses.append((loss - 4.0 * parts["igdm"]).item())
+    assert losses[1] == pytest.approx(losses[0] / 4, rel=1e-9)
+    assert losses[0] > 1e-3
+
+
 class Watched:
     """A network that remembers what it was shown."""
 

@@ -87,6 +87,12 @@ def test_tail_classes(classes, first):
     assert method._is_tail.nonzero()[:, 0].tolist() == list(range(first, classes))
 
 
+def test_tail_classes_are_rare_wherever_they_stand():
+    method = Reat()
+    method.setup(Setting(torch.tensor([2, 5, 10, 20, 40, 60, 3])))
+    assert method._is_tail.nonzero()[:, 0].tolist() == [0, 6]
+
+
 # -- the class weights ----------------------------------------------------------------------------------------------
 
 

@@ -2,12 +2,16 @@
 
 The extension is optional. Without torch or a compiler, or with LTAT_BUILD_EXT=0, the package installs without it, says
 so, and runs plain torch in its place. LTAT_REQUIRE_EXT=1 makes a failed build an error. CUDA sources are built where
-torch has CUDA and a toolkit is found, for TORCH_CUDA_ARCH_LIST (default: the GPU present, else 8.0 and 9.0).
+torch has CUDA and a toolkit that fits it is found, for TORCH_CUDA_ARCH_LIST (default: the GPU present, else 8.0 and
+9.0); without one the extension has the CPU operators alone.
 """
 
 import os
+import re
+import subprocess
 import sys
 from glob import glob
+from pathlib import Path
 
 from setuptools import find_packages, setup
 
@@ -18,6 +22,22 @@ CXX_FLAGS = ["-O3", "-g0", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-ma
 
 def loud(message):
     print(f"\n{'*' * 100}\n*** ltat_fast: {message}\n{'*' * 100}\n", file=sys.stderr)
+
+
+def misfit(torch_cuda, home):
+    """Why the toolkit in ``home`` cannot build for a torch of CUDA ``torch_cuda``, or None."""
+    if not Path(home, "include", "cuda_runtime.h").exists():
+        return f"{home} has no include/cuda_runtime.h; set CUDA_HOME to the toolkit"
+    try:
+        said = subprocess.run(
+            [Path(home, "bin", "nvcc"), "--version"], capture_output=True, text=True, check=True
+        ).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        return f"its nvcc does not run ({error})"
+    found = re.search(r"release ((\d+)\.\d+)", said)
+    if found is None or found[2] != torch_cuda.split(".")[0]:
+        return f"{home} is CUDA {found[1] if found else '?'}, torch is built for {torch_cuda}"
+    return None
 
 
 def extension():
@@ -35,6 +55,11 @@ def extension():
         return {}
 
     with_cuda = torch.version.cuda is not None and CUDA_HOME is not None
+    if with_cuda and (reason := misfit(torch.version.cuda, CUDA_HOME)):
+        if os.environ.get("LTAT_REQUIRE_EXT") == "1":
+            raise RuntimeError(f"no CUDA operators: {reason}")
+        loud(f"no CUDA operators in the C++ extension: {reason}. Those of Triton and of the CPU are not concerned.")
+        with_cuda = False
     if with_cuda and not torch.cuda.is_available():
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
     macros = [("LTAT_TORCH_VERSION", f'"{torch.__version__}"')]

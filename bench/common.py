@@ -102,9 +102,13 @@ def captured(call: Callable[[], object]) -> Callable[[], None]:
             call()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=side):
         call()
-    return graph.replay
+
+    def replay(owner=call) -> None:  # of the memory that the graph reads
+        graph.replay()
+
+    return replay
 
 
 def copy_bandwidth(device: torch.device, rounds: int = 30) -> float:

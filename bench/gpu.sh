@@ -9,11 +9,11 @@
 # its plot from each benchmark. Each part has a time limit of its own; the next one runs whatever became of the last.
 # Exit status: 0 if every part succeeded or was skipped.
 set -uo pipefail
+: "${1:?usage: bench/gpu.sh OUTDIR [cuda|cpu]}"
+out=$(realpath -m "$1")
 cd "$(dirname "$0")/.." || exit
-
-out=$(realpath -m "${1:?usage: bench/gpu.sh OUTDIR [cuda|cpu]}")
 device=${2:-cuda}
-budget=530
+budget=510
 log=$out/log.txt
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
@@ -34,7 +34,8 @@ part() { # part NAME SECONDS COMMAND...
         return 1
     fi
     printf '\n===== %s: %s\n' "$name" "$*" >>"$log"
-    timeout --kill-after=5 $((limit < left ? limit : left)) "$@" >>"$log" 2>&1
+    # Interrupted, pytest says what it has found so far and bench.step times what it has built so far.
+    timeout --signal=INT --kill-after=40 $((limit < left ? limit : left)) "$@" >>"$log" 2>&1
     status=$?
     case $status in
     0) result=ok ;;
@@ -45,6 +46,11 @@ part() { # part NAME SECONDS COMMAND...
     ((status == 0)) || failures=$((failures + 1))
     return $status
 }
+
+# Where nvcc on the PATH is a link or a wrapper, torch guesses a folder without the headers.
+if [[ -z ${CUDA_HOME:-} && -e /usr/local/cuda/include/cuda_runtime.h ]]; then
+    export CUDA_HOME=/usr/local/cuda
+fi
 
 # A scratch virtual environment on top of the machine's own packages, which stay as they are.
 python=$scratch/venv/bin/python
@@ -69,11 +75,16 @@ else
     small=(--arch smallresnet --image-size 8 --batch-size 8 --attack-steps 1 --rounds 2)
     large=("${small[@]}" --method at-bsl)
 fi
-part "GPU tests" 120 "$python" -m pytest -q -m gpu -p no:cacheprovider
-part "bench.step, ResNet-18 at 32" 150 "$python" -m bench.step --device "$device" "${small[@]}" \
+# The operators first: everything else stands on them. In four processes where there is pytest-xdist: compiling takes
+# most of the time.
+tests=("$python" -m pytest -q -m gpu -p no:cacheprovider)
+"$python" -c 'import xdist' 2>/dev/null && [[ $device == cuda ]] && tests+=(-n 4)
+part "GPU tests of the operators" 130 "${tests[@]}" tests/ops tests/kernels
+part "bench.step, ResNet-18 at 32" 170 "$python" -m bench.step --device "$device" "${small[@]}" \
     --out "$out/step-resnet18-$device.csv"
 part "bench.ops" 70 "$python" -m bench.ops --device "$device" --quick --out "$out/ops-$device.csv"
-part "bench.step, PreActResNet-18 at 64" 150 "$python" -m bench.step --device "$device" "${large[@]}" \
+part "GPU tests of the rest" 110 "${tests[@]}" --ignore=tests/ops --ignore=tests/kernels
+part "bench.step, PreActResNet-18 at 64" 130 "$python" -m bench.step --device "$device" "${large[@]}" \
     --out "$out/step-preactresnet18-$device.csv"
 sanitizer=$(PATH=$PATH:/usr/local/cuda/bin type -P compute-sanitizer)
 if [[ $device == cuda && -n $sanitizer ]]; then
@@ -93,6 +104,7 @@ fi
     "$python" -c 'import platform, torch; print("torch", torch.__version__, "python", platform.python_version())'
     printf '\n| part | result | seconds |\n|---|---|---|\n'
     cat "$scratch/parts"
+    shopt -s nullglob
     "$python" - "$out"/*.csv <<'EOF'
 import csv, sys
 

@@ -49,8 +49,7 @@ class Case:
     dtype: torch.dtype
     reference: Callable[..., Tensor]
     fused: dict[str, Callable[..., Tensor]]  # by provider name
-    inputs: tuple[Tensor, ...]
-    grad_inputs: list[Tensor]
+    inputs: tuple[Tensor, ...]  # those that require gradients are differentiated
     traffic: dict[str, int]  # least bytes to move, by direction
     check: Callable[[Tensor], None] | None = None  # in place of equality with the reference, for a random op
 
@@ -73,7 +72,6 @@ def pgd_init_case(shape: tuple[int, ...], dtype: torch.dtype, device: torch.devi
         reference=functools.partial(pgd_init_ref, eps=EPS),
         fused={"ours": functools.partial(pgd_init, eps=EPS)},
         inputs=(x,),
-        grad_inputs=[],
         traffic={"forward": 2 * x.nbytes},  # read x, write the start
         check=check,
     )
@@ -92,7 +90,6 @@ def pgd_step_case(shape: tuple[int, ...], dtype: torch.dtype, device: torch.devi
         reference=functools.partial(pgd_step_ref, step_size=STEP, eps=EPS),
         fused={"ours": fused, "ours, out=": functools.partial(fused, out=out)},
         inputs=(x_adv, grad, x),
-        grad_inputs=[],
         traffic={"forward": 4 * x.nbytes},  # read x_adv, grad, x; write the iterate
     )
 
@@ -109,15 +106,13 @@ def balanced_softmax_kl_case(shape: tuple[int, ...], dtype: torch.dtype, device:
         reference=balanced_softmax_kl_ref,
         fused={"ours": balanced_softmax_kl},
         inputs=(student, labels, counts, teacher),
-        grad_inputs=[student],
         # forward: read two (B, C); backward: read two, write one; labels, counts and row statistics are small change
         traffic={"forward": 2 * student.nbytes, "backward": 3 * student.nbytes, "both": 5 * student.nbytes},
     )
 
 
 def igdm_loss_case(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Case:
-    logits = tuple(torch.randn(shape, device=device, dtype=dtype) for _ in range(4))
-    grad_inputs = [tensor.requires_grad_() for tensor in logits[:2]]
+    logits = tuple(torch.randn(shape, device=device, dtype=dtype, requires_grad=i < 2) for i in range(4))
     size = logits[0].nbytes
     return Case(
         op="igdm_loss",
@@ -126,7 +121,6 @@ def igdm_loss_case(shape: tuple[int, ...], dtype: torch.dtype, device: torch.dev
         reference=igdm_loss_ref,
         fused={"ours": igdm_loss},
         inputs=logits,
-        grad_inputs=grad_inputs,
         # forward: read four (B, C); backward: read four, write two
         traffic={"forward": 4 * size, "backward": 6 * size, "both": 10 * size},
     )
@@ -147,15 +141,26 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
 
 
 def directions(case: Case, function: Callable[..., Tensor]) -> dict[str, Callable[[], object]]:
-    """Calls without arguments, by direction."""
-    if not case.grad_inputs:
-        return {"forward": lambda: function(*case.inputs)}
-    loss = function(*case.inputs)
-    upstream = torch.ones_like(loss)
+    """Calls without arguments, by direction, on leaves of their own.
+
+    Of their own, because a leaf remembers the stream of the first forward that is still alive: the one that "backward"
+    keeps would tie a capture of "both" to the default stream, which a capture does not survive.
+    """
+    inputs = [t.detach().clone().requires_grad_() if t.requires_grad else t for t in case.inputs]
+    leaves = [t for t in inputs if t.requires_grad]
+    if not leaves:
+        return {"forward": lambda: function(*inputs)}
+
+    upstream = torch.ones_like(case.reference(*(t.detach() for t in inputs)))
+
+    @functools.cache
+    def kept() -> Tensor:
+        return function(*inputs)
+
     return {
-        "forward": lambda: function(*case.inputs),
-        "backward": lambda: torch.autograd.grad(loss, case.grad_inputs, upstream, retain_graph=True),
-        "both": lambda: torch.autograd.grad(function(*case.inputs), case.grad_inputs, upstream),
+        "forward": lambda: function(*inputs),
+        "backward": lambda: torch.autograd.grad(kept(), leaves, upstream, retain_graph=True),
+        "both": lambda: torch.autograd.grad(function(*inputs), leaves, upstream),
     }
 
 
@@ -182,12 +187,17 @@ def providers(case: Case) -> dict[str, Callable[..., Tensor]]:
 
 def measure(case: Case, device: torch.device, roof: float) -> list[dict[str, object]]:
     """One row a direction, way of launching and provider."""
-    calls = {name: directions(case, function) for name, function in providers(case).items()}
+    functions = providers(case)
+    calls = {name: directions(case, function) for name, function in functions.items()}
     rows = []
     for direction, traffic in case.traffic.items():
         launchers = {"eager": {name: by_direction[direction] for name, by_direction in calls.items()}}
+        for call in launchers["eager"].values():
+            call()  # what is made at the first call is not timed
         if device.type == "cuda" and direction != "backward":  # a graph cannot start at a saved autograd node
-            launchers["graph"] = {name: common.captured(call) for name, call in launchers["eager"].items()}
+            launchers["graph"] = {
+                name: common.captured(directions(case, function)[direction]) for name, function in functions.items()
+            }
         for launch, variants in launchers.items():
             timings = common.time_interleaved(variants, device)
             for name, timing in timings.items():

@@ -4,7 +4,7 @@ Plain PyTorch in float32 with torch's own defaults (on CUDA these allow TF32 in 
 switched to eval() and attacked directly, each ascent step is sign, addition, minimum, maximum and clamp, the class
 prior is a list made a tensor in every step, the losses come from torch.nn.functional, the optimizer is
 SGD(model.parameters(), lr, momentum, weight_decay). Written from the papers' formulas; nothing is made slow on
-purpose, and nothing in it waits for the device.
+purpose. What waits for the device is the copy of that class prior to it, once a step, as in the published code.
 """
 
 import torch

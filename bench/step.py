@@ -4,7 +4,8 @@
 
 All rows start from the same weights, see the same batch and are timed in interleaved rounds in one process. Before
 that, each takes LOSS_STEPS steps from the same start noise: ``loss`` is the loss of the last of them, so that a row
-that computes something else shows. Rows are appended to the CSV; a plot of this run lies beside it as PNG.
+that computes something else shows. Rows are appended to the CSV; a plot of this run lies beside it as PNG. Interrupted
+(SIGINT) while it builds a row, it times those before it.
 
 ``gflop`` is what the step needs, counted operator by operator in eager mode on a frozen twin, and the same in all
 rows: a row that does more (a compiled network also computes weight gradients in the attack) only looks slower.
@@ -243,6 +244,9 @@ def measure(problem: Problem, rounds: int) -> list[dict[str, object]]:
             variant = build()
             states[name] = warm_up(variant, problem.device)
             variants[name] = variant
+        except KeyboardInterrupt:  # the rows that are ready are timed
+            notes |= {later: "interrupted" for later in ladder(problem) if later not in variants | notes}
+            break
         except Exception as error:  # what a compiler or a capture raises; the other rows are still worth having
             notes[name] = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
     timings = common.time_interleaved(variants, problem.device, rounds)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -82,6 +83,53 @@ def test_torch_missing_costs_only_the_extension(tmp_path):
     wheel, printed = build_wheel(tmp_path, PYTHONPATH=str(no_torch))
     assert "no C++ extension: No module named torch. Install torch first" in printed
     assert "ltat_fast/kernels/pgd.py" in files_of(wheel)
+
+
+NVCC = """#!/bin/sh
+echo 'nvcc: NVIDIA (R) Cuda compiler driver'
+echo 'Cuda compilation tools, release {0}, V{0}.99'
+"""
+
+
+@pytest.mark.parametrize(
+    ("release", "header", "complaint"),
+    [
+        ("13.2", True, ""),
+        ("12.4", True, "is CUDA 12.4, torch is built for 13.0"),
+        ("13.0", False, "has no include/cuda_runtime.h; set CUDA_HOME"),
+        (None, True, "its nvcc does not run"),
+    ],
+)
+def test_a_toolkit_that_does_not_fit_costs_only_the_cuda_operators(
+    release, header, complaint, tmp_path, monkeypatch, capsys
+):
+    """PyPI's torch for Linux is a CUDA build, so this is what many a machine with an old toolkit sees."""
+    from torch.utils import cpp_extension
+
+    for folder in ("bin", "include"):
+        (tmp_path / folder).mkdir()
+    if release:
+        (tmp_path / "bin" / "nvcc").write_text(NVCC.format(release))
+        (tmp_path / "bin" / "nvcc").chmod(0o755)
+    if header:
+        (tmp_path / "include" / "cuda_runtime.h").touch()
+    described = {}
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
+    monkeypatch.delenv("LTAT_REQUIRE_EXT", raising=False)
+    monkeypatch.delenv("LTAT_BUILD_EXT", raising=False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr("setuptools.setup", lambda **keywords: described.update(keywords))
+    runpy.run_path("setup.py")
+    (module,) = described["ext_modules"]
+    assert any(source.endswith("igdm.cu") for source in module.sources) is not bool(complaint)
+    assert any(source.startswith("csrc/cpu/") for source in module.sources)
+    assert complaint in capsys.readouterr().err
+    if complaint:
+        monkeypatch.setenv("LTAT_REQUIRE_EXT", "1")
+        with pytest.raises(RuntimeError, match=re.escape(complaint)):
+            runpy.run_path("setup.py")
 
 
 def test_torch_is_not_a_build_requirement():

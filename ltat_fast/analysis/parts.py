@@ -18,6 +18,7 @@ from ltat_fast.attacks import AttackConfig, pgd
 from ltat_fast.attacks.objectives import cross_entropy
 from ltat_fast.engine.evaluation import spread, unpack
 from ltat_fast.models.frozen import FrozenTwin
+from ltat_fast.pixels import to_unit
 
 Values = dict[str, "Values"] | Tensor  # of one value an image
 Stream = Callable[[str], torch.Generator]
@@ -44,7 +45,7 @@ class Subject:
         """Images in [0, 1], labels, and the random streams of the batch by name."""
         for start in range(0, len(self.labels), self.batch_size):
             x, y = (t[start : start + self.batch_size] for t in (self.images, self.labels))
-            yield x.float() / 255, y, functools.partial(seeding.stream, x.device, "analysis", start)
+            yield to_unit(x), y, functools.partial(seeding.stream, x.device, "analysis", start)
 
     def attack(self, x: Tensor, y: Tensor, stream: Stream) -> Tensor:
         """PGD-20 on the network's own cross-entropy, steps of eps / 4, as in the evaluation."""

@@ -17,6 +17,7 @@ from ltat_fast.attacks.objectives import cross_entropy, cw_margin, scaled_cross_
 from ltat_fast.attacks.pgd import AttackConfig, pgd
 from ltat_fast.errors import UserError
 from ltat_fast.models.frozen import FrozenTwin
+from ltat_fast.pixels import to_unit
 
 AUTOATTACK = {"autoattack": "standard", "autoattack-plus": "plus", "autoattack-rand": "rand"}
 OBJECTIVES = {"pgd": cross_entropy, "cw": cw_margin, "scaled-pgd": scaled_cross_entropy}
@@ -61,7 +62,7 @@ def correct_under(
         return _under_autoattack(name, model, images, labels, eps, seed, batch_size, mine)
     correct = [torch.empty(0, dtype=torch.bool)]
     for batch in mine:
-        x, y = images[batch].float() / 255, labels[batch]
+        x, y = to_unit(images[batch]), labels[batch]
         correct.append(_under_restarts(name, model, x, y, places[batch], eps, seed).cpu())
     return torch.cat(correct)
 
@@ -71,7 +72,7 @@ def _under_autoattack(name, model, images, labels, eps, seed, batch_size, mine: 
     if not mine:
         return torch.empty(0, dtype=torch.bool)
     index = torch.cat(mine)
-    x, y = images[index].float() / 255, labels[index]
+    x, y = to_unit(images[index]), labels[index]
     x_adv = autoattack(model, x, y, eps, seed=seed, batch_size=batch_size, version=AUTOATTACK[name])
     in_batches = zip(x_adv.split(batch_size), y.split(batch_size), strict=True)
     return torch.cat([_is_correct(model, *batch).cpu() for batch in in_batches])

@@ -1,6 +1,6 @@
 """Datasets as uint8 arrays, the long-tailed profile, and batches made on the device."""
 
-from ltat_fast.data.loader import DeviceLoader, resident, to_unit
+from ltat_fast.data.loader import DeviceLoader, resident
 from ltat_fast.data.longtail import (
     LongTailed,
     balanced_indices,
@@ -28,5 +28,4 @@ __all__ = [
     "long_tailed_indices",
     "make_long_tailed",
     "resident",
-    "to_unit",
 ]

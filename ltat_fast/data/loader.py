@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ltat_fast.data.augment import POLICIES, Crops, apply_crops, draw_crops
 from ltat_fast.errors import UserError
+from ltat_fast.pixels import to_unit
 from ltat_fast.seeding import stream
 
 
@@ -121,8 +122,3 @@ def resident(array: Tensor | np.ndarray, device: torch.device | str) -> Tensor:
     if isinstance(array, np.ndarray):
         array = torch.from_numpy(array if array.flags.writeable else array.copy())
     return array.to(device).contiguous()
-
-
-def to_unit(x: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
-    """uint8 images as float32 in [0, 1], by the division that torchvision's ToTensor does."""
-    return x.to(torch.float32, memory_format=memory_format).div_(255)

@@ -12,6 +12,7 @@ from ltat_fast.attacks.checks import run_checks
 from ltat_fast.attacks.evaluation import correct_under
 from ltat_fast.engine import distributed
 from ltat_fast.models.frozen import FrozenTwin
+from ltat_fast.pixels import to_unit
 
 
 def accuracies(correct: Tensor, labels: Tensor, groups: dict[str, list[int]], num_classes: int) -> dict:
@@ -128,7 +129,7 @@ def check(model: nn.Module, images: Tensor, labels: Tensor, eps: float, say: Cal
     """
     index = torch.from_numpy(spread(labels.cpu().numpy(), 64)).to(images.device)
     with float32_without_shortcuts():
-        checks = run_checks(FrozenTwin(model, fold_bn=True), images[index].float() / 255, labels[index], eps)
+        checks = run_checks(FrozenTwin(model, fold_bn=True), to_unit(images[index]), labels[index], eps)
     failed = [check for check in checks if not check.passed]
     say(
         f"  checks: {len(checks) - len(failed)} of {len(checks)} passed"

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ltat_fast.engine.evaluation import float32_without_shortcuts
 from ltat_fast.engine.step import TrainStep
 from ltat_fast.models.frozen import FrozenTwin
 from ltat_fast.ops import pgd_init
@@ -20,7 +21,8 @@ def gradient_health(step: TrainStep, x: Tensor, y: Tensor) -> dict[str, float]:
     grad = _input_gradient(step, step.frozen, x, start, y)
     health = {"zero_gradients": 100 * (grad == 0).float().mean().item()}
     if step.frozen.dtype not in (None, torch.float32):
-        exact = _input_gradient(step, FrozenTwin(step.model, fold_bn=False), x, start, y)
+        with float32_without_shortcuts():
+            exact = _input_gradient(step, FrozenTwin(step.model, fold_bn=False), x, start, y)
         health["sign_disagreement"] = 100 * (grad.sign() != exact.sign()).float().mean().item()
     return health
 

@@ -21,6 +21,7 @@ from ltat_fast.engine.run import RunData
 from ltat_fast.engine.step import frozen_twin
 from ltat_fast.errors import UserError
 from ltat_fast.models.classifier import FullPrecisionLinear, Normalize
+from ltat_fast.pixels import to_unit
 
 Build = Callable[[RunData], nn.Module]
 
@@ -46,7 +47,7 @@ def load(name: str, arch: str, data: RunData, hardware: Hardware) -> nn.Module:
         if type(module) is nn.Linear and module.out_features == data.num_classes:
             module.__class__ = FullPrecisionLinear
     model = model.to(hardware.device, memory_format=torch.channels_last)
-    images = data.train.images[:2].float() / 255
+    images = to_unit(data.train.images[:2])
     with torch.no_grad():
         logits = _attempt(name, lambda: frozen_twin(model, hardware)(images))
     if not isinstance(logits, Tensor) or logits.shape != (len(images), data.num_classes):

@@ -1,6 +1,8 @@
 """The benchmarks' own arithmetic, against known truths."""
 
+import subprocess
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -62,3 +64,33 @@ def test_ops_benchmark_rejects_a_wrong_op(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     with pytest.raises(AssertionError):
         ops.providers(case)
+
+
+def test_a_forward_that_is_kept_holds_no_leaf_of_another(monkeypatch):
+    """A capture of one must not meet what another has left on the default stream: autograd ties the two by the leaf."""
+    from bench import ops
+
+    case = ops.igdm_loss_case((4, 10), torch.float32, CPU)
+    seen = []
+
+    def loss(*inputs):
+        seen.append(inputs)
+        return case.reference(*inputs)
+
+    one, other = ops.directions(case, loss), ops.directions(case, loss)
+    assert not seen, "nothing runs before it is called"
+    expected = one["both"]()
+    torch.testing.assert_close(one["backward"](), expected)
+    torch.testing.assert_close(one["backward"](), expected)
+    torch.testing.assert_close(other["both"](), expected)
+    assert len(seen) == 3, "the forward of backward runs once"
+    assert all(ours is not theirs for ours, theirs in zip(seen[0][:2], seen[2][:2], strict=True))
+
+
+def test_gpu_script_needs_a_folder(tmp_path):
+    script = Path(common.__file__).parent / "gpu.sh"
+    ran = subprocess.run(["bash", str(script)], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ran.returncode != 0
+    assert "usage: bench/gpu.sh OUTDIR" in ran.stderr
+    assert ran.stdout == ""
+    assert [*tmp_path.iterdir()] == []

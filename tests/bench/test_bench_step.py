@@ -131,3 +131,20 @@ def test_compiled_rows_keep_the_trajectory(reference_losses):
     expected = reference_losses("ltat")
     for variant in (Reference(problem("ltat"), compiled=True), Ours(problem("ltat"), backend="step")):
         assert (losses(variant) - expected).abs().max() < FP32 * expected[0]
+
+
+def test_interrupted_while_it_builds_it_times_what_is_built(tmp_path, monkeypatch):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    def short_ladder(p):
+        rows = [name for name in ladder(p) if "compile" not in name]
+        return {name: ladder(p)[name] for name in rows[:2]} | {"slow": interrupted, rows[2]: ladder(p)[rows[2]]}
+
+    monkeypatch.setattr(bench_step, "ladder", short_ladder)
+    out = tmp_path / "step.csv"
+    flags = "--device cpu --arch smallresnet --image-size 8 --batch-size 8 --attack-steps 1 --rounds 2"
+    main([*flags.split(), "--out", str(out)])
+    with out.open(newline="") as file:
+        notes = [(row["note"], row["median_ms"] != "nan") for row in csv.DictReader(file)]
+    assert notes == [("", True), ("", True), ("interrupted", False), ("interrupted", False)]

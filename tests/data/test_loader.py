@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from ltat_fast.data import DeviceLoader, resident, to_unit
+from ltat_fast.data import DeviceLoader, resident
 from ltat_fast.errors import UserError
+from ltat_fast.pixels import to_unit
 
 
 def dataset(n=50, channels=3, size=8):

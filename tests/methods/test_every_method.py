@@ -41,6 +41,7 @@ COUNTS = torch.arange(100, 0, -10)
 
 def trial(name: str, hardware: Hardware, backend: str = "eager") -> tuple[TrainStep, tuple[torch.Tensor, float]]:
     """A step of ``name`` on noise, and the adversarial examples and loss it would have."""
+    torch.compiler.reset()  # each method compiles the same functions anew, and Dynamo stops at the eighth
 
     def network(method, seed):
         torch.manual_seed(seed)

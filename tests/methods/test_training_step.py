@@ -64,7 +64,9 @@ class Twin:
             t, t_minus = self.teacher(x_adv), self.teacher(x_minus)
         if options.get("kl_weight"):
             temperature = options.get("temperature", 1.0)
-            loss = loss + options["kl_weight"] * kl(t / temperature, z / temperature)
+            with torch.no_grad():
+                target = self.teacher(x) if options.get("kl_target") == "clean" else t
+            loss = loss + options["kl_weight"] * kl(target / temperature, z / temperature)
         if options["alpha"]:
             ramp = epoch / EPOCHS if options.get("ramp", "linear") == "linear" else 1.0
             loss = loss + options["alpha"] * ramp * kl(t - t_minus, z - self.net(x_minus))
@@ -92,6 +94,8 @@ class Twin:
         ("ltat", {"alpha": 3.0, "ramp": "constant", "tau": 0.5}),
         ("ltat", {"alpha": 0.0, "kl_weight": 0.7, "temperature": 2.0}),
         ("ltat", {"alpha": 5.0, "kl_weight": 1.3}),
+        ("ltat", {"alpha": 0.0, "kl_weight": 1.3, "kl_target": "clean"}),
+        ("ltat", {"alpha": 5.0, "kl_weight": 1.3, "kl_target": "clean", "noise": "gaussian"}),
         ("ltat", {"alpha": 0.0}),
     ],
     ids=lambda value: value if isinstance(value, str) else ",".join(f"{k}={v}" for k, v in value.items()) or "default",

@@ -205,3 +205,11 @@ def test_importing_the_package_is_light():
     )
     assert ran.returncode == 0, ran.stderr
     assert ltat_fast.__version__
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: this GPU test did not run")
+@pytest.mark.parametrize("op", backend_info())
+def test_a_gpu_runs_the_fused_kernel(op):
+    """Or the other GPU tests compare the reference with itself."""
+    assert backend_info()[op]["cuda"] in ("triton", "c++/cuda")

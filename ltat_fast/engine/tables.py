@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -58,7 +59,9 @@ class Experiment:
         return [which for which in CHECKPOINTS if any(which in run.results for run in self.runs)]
 
     def values(self, which: str, attack: str, group: str) -> list[float]:
-        """Percent of each run that has it."""
+        """Percent of each run that has it; none of "worst" where it is of other attacks in one run than in the next."""
+        if attack == "worst" and not same_worst(self.runs, which):
+            return []
         return scores([run.results for run in self.runs], which, attack, group)
 
     def images(self, which: str, attack: str) -> set[int]:
@@ -71,6 +74,12 @@ def scores(results: list[dict], which: str, attack: str, group: str) -> list[flo
     """Percent of one checkpoint under one attack, of each content of an eval.json that has it."""
     found = [result.get(which, {}).get(attack, {}).get(group) for result in results]
     return [score for score in found if score is not None]
+
+
+def same_worst(runs: Iterable[Run], which: str) -> bool:
+    """Whether "worst" is over the same attacks in all ``runs`` that have it: only then may it be compared."""
+    found = [run.results.get(which, {}).get("worst") for run in runs]
+    return len({frozenset(entry.get("attacks", [])) for entry in found if entry is not None}) <= 1
 
 
 def load_results(run_dir: Path) -> tuple[dict, dict]:
@@ -151,9 +160,14 @@ def _repeated_seed(runs: list[Run]) -> int | None:
 
 
 def columns(found: list[Experiment]) -> list[tuple[str, str, str]]:
-    """The paper's columns, and those of the worst case where a run has it of as many images as the rest."""
-    entries = [run.results.get(which, {}) for e in found for run in e.runs for which in CHECKPOINTS]
-    return COLUMNS + WORST_COLUMNS if any(map(_has_worst_of_all, entries)) else COLUMNS
+    """The paper's columns, and those of the worst case if a run has it of as many images as the rest.
+
+    At each checkpoint the worst case must be over the same attacks in all runs that have it.
+    """
+    runs = [run for experiment in found for run in experiment.runs]
+    entries = [run.results.get(which, {}) for run in runs for which in CHECKPOINTS]
+    has_worst = any(map(_has_worst_of_all, entries)) and all(same_worst(runs, which) for which in CHECKPOINTS)
+    return COLUMNS + WORST_COLUMNS if has_worst else COLUMNS
 
 
 def _has_worst_of_all(entry: dict) -> bool:

@@ -16,7 +16,8 @@ def as_csv(found: list[Experiment]) -> str:
     """One line a run, checkpoint, attack and group of classes, and one a class (group "class").
 
     accuracy: percent, every digit of eval.json; empty where there was no image. train_images: of the class, if known.
-    test_images: of the whole evaluation, not of the group.
+    test_images: of the whole evaluation, not of the group. The worst case is left out of the runs of an experiment that
+    have it over different attacks.
     """
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
@@ -33,6 +34,8 @@ def _lines(found: list[Experiment]) -> Iterator[tuple]:
             counts = run.environment.get("class_counts", [])
             for which in tables.CHECKPOINTS:
                 for attack, entry in attacks_of(run.results.get(which, {})).items():
+                    if attack == "worst" and not tables.same_worst(experiment.runs, which):
+                        continue
                     start, images = (*of_run, which, attack), entry.get("images")
                     for group, accuracy in groups_of(entry).items():
                         yield (*start, group, None, None, images, accuracy)

@@ -170,6 +170,31 @@ def test_the_worst_case_has_columns_where_it_is_of_all_images(tmp_path):
     assert "12.25" in tables.render(runs)
 
 
+def add_worst(run, attacks, which=("best", "last"), **entry):
+    results = json.loads((run / "eval.json").read_text())
+    for name in which:
+        results[name]["worst"] = {"all": 12.25, "tail": 3.5, "images": 600, "attacks": attacks} | entry
+    (run / "eval.json").write_text(json.dumps(results))
+    return run
+
+
+def test_the_worst_of_other_attacks_is_not_compared(tmp_path):
+    weak, strong = ["clean", "fgsm"], ["clean", "fgsm", "autoattack"]
+    runs = [add_worst(write_run(tmp_path / str(s), seed=s), attacks) for s, attacks in enumerate((weak, strong))]
+    other = add_worst(write_run(tmp_path / "other", method="trades"), strong[::-1])
+    (seeds,) = tables.experiments(runs)
+    assert (seeds.values("best", "worst", "all"), seeds.values("best", "clean", "all")) == ([], [50, 50])
+    assert "Worst" not in tables.render(runs), "seeds of one experiment"
+    assert "Worst" not in tables.render([runs[0], other]), "experiments of one table"
+    assert "12.25" in tables.render([runs[1], other])
+    add_worst(runs[1], weak, which=["best"])
+    assert seeds.values("last", "worst", "all") == []
+    (seeds,) = tables.experiments(runs)
+    assert (seeds.values("best", "worst", "all"), seeds.values("last", "worst", "all")) == ([12.25] * 2, [])
+    add_worst(runs[1], weak)
+    assert "12.25 ± 0.00" in tables.render(runs)
+
+
 def test_names_are_as_short_as_they_can_be(tmp_path):
     runs = [write_run(tmp_path / path, method=m) for path, m in (("a/x", "ltat"), ("b/x", "at-bsl"), ("b/y", "trades"))]
     assert [run.name for run in tables.load_runs(runs)] == ["a/x", "b/x", "y"]

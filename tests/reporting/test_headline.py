@@ -86,6 +86,22 @@ def test_the_strongest_attack_on_as_many_images(tmp_path):
     assert "under PGD-20" in headline_of(on_all, other).sentence
 
 
+def test_the_worst_of_other_attacks_is_not_compared(tmp_path):
+    def with_worst(name, attacks, **config):
+        run = write_run(tmp_path / name, 40.0, images={"clean": 600, "pgd20": 600, "worst": 600}, **config)
+        results = made.read(run / "eval.json")
+        for which in results:
+            results[which]["worst"]["attacks"] = attacks
+        made.write(run / "eval.json", results)
+        return run
+
+    weak = with_worst("a", ["clean", "pgd20"])
+    strong = with_worst("b", ["clean", "pgd20", "autoattack"], method="trades")
+    same = with_worst("c", ["pgd20", "clean"], method="awp")
+    assert "under all attacks together" in headline_of(weak, same).sentence
+    assert "under PGD-20" in headline_of(weak, strong).sentence
+
+
 def test_best_only_if_it_was_picked_on_other_images(tmp_path):
     def checkpoint_of(run):
         return studies(tables.experiments([run]))[0].checkpoint

@@ -204,6 +204,18 @@ def test_worst_and_checks_where_there(tmp_path):
 
 
 @numbers
+def test_the_worst_of_other_attacks_is_not_on_the_page(tmp_path):
+    runs = []
+    for seed, attacks in enumerate((["clean", "pgd20"], ["clean", "pgd20", "autoattack"])):
+        worst = {"all": 12.25, "tail": 3.5, "images": 600, "attacks": attacks, "per_class": [1.0] * 10}
+        runs.append(made.write_run(tmp_path / str(seed), seed=seed, extra={"worst": worst}))
+    _, tree = page_of(*runs)
+    assert "Worst" not in made.rows(tree.find("table", "accuracy")[0])[0]
+    assert not [row for row in made.rows(tree.find("table", "numbers")[0]) if row[2] == "all attacks together"]
+    assert "AutoAttack" in tree.find("h1")[0].text
+
+
+@numbers
 def test_what_is_missing_is_said_and_the_rest_is_there(tmp_path):
     run = made.write_run(tmp_path / "a", attacks=("clean",), which=("last",))
     for name in ("env.json", "metrics.jsonl"):

@@ -34,6 +34,16 @@ def test_csv_is_eval_json(tmp_path):
     assert (last["method"], last["seed"], last["imbalance_ratio"]) == ("trades", "0", "10.0")
 
 
+def test_the_worst_of_other_attacks_is_in_no_file(tmp_path):
+    runs = []
+    for seed, attacks in enumerate((["clean", "pgd20"], ["clean", "pgd20", "autoattack"])):
+        extra = {"worst": {"all": 12.25, "tail": 3.5, "images": 600, "attacks": attacks}}
+        runs.append(made.write_run(tmp_path / str(seed), seed=seed, extra=extra))
+    for write, name in ((tabular.as_csv, "worst"), (tabular.as_markdown, "Worst")):
+        assert name not in write(tables.experiments(runs))
+        assert name in write(tables.experiments(runs[:1]))
+
+
 def test_csv_of_a_group_without_images_and_of_names_with_commas(tmp_path):
     run = made.write_run(tmp_path / 'a, "b"', which=("last",), attacks=())
     entry = {"all": 12.5, "tail": None, "per_class": [None, 12.5], "images": 8, "correct": 3, "eps": 0.1}

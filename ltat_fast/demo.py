@@ -15,7 +15,7 @@ import tyro
 
 from ltat_fast import report
 from ltat_fast.engine import log
-from ltat_fast.engine.jobs import Job, train_all
+from ltat_fast.engine.jobs import outstanding, repetitions, train_all
 from ltat_fast.errors import UserError, exit_on_user_error
 
 METHODS = ("ltat", "at-bsl", "pgd-at")  # the longest first, so that two workers finish together
@@ -36,12 +36,14 @@ class Arguments:
 def main(argv: list[str] | None = None) -> None:
     arguments = tyro.cli(Arguments, prog="python -m ltat_fast.demo", args=argv)
     started = time.monotonic()
-    jobs = [
-        Job(arguments.out / f"{method}-seed{seed}", ("--method", method, "--seed", str(seed), *FLAGS))
-        for seed in arguments.seeds
-        for method in METHODS
+    by_method = [
+        repetitions(arguments.out / method, ("--method", method, *FLAGS), arguments.seeds) for method in METHODS
     ]
-    statuses = train_all(jobs, show=lambda line: "test_clean" in line or " test set" in line)
+    jobs = [job for of_one_seed in zip(*by_method, strict=True) for job in of_one_seed]
+    todo, refused = outstanding(jobs)
+    if refused:
+        raise UserError(f"{arguments.out} holds runs of other settings: choose another --out")
+    statuses = train_all(todo, show=lambda line: "test_clean" in line or " test set" in line)
     if failed := [job.run_dir.name for job, status in statuses.items() if status]:
         raise UserError(f"{', '.join(failed)} did not finish; the logs are beside the run folders")
     report.main([*(str(job.run_dir) for job in jobs), "--html", str(arguments.out / "report.html")])

@@ -5,11 +5,12 @@ python -m ltat_fast.sensitivity --option gamma --values 1 2 5 10 --dataset cifar
 python -m ltat_fast.sensitivity --option kl_weight --values 0 0.5 1 --images heldout      # to choose one
 
 What follows -- goes to every run; ``--teacher RUN/teacher`` there spares each run a teacher of its own. Finished runs
-are kept, interrupted ones go on. Writes sensitivity.csv and sensitivity.png beside the runs; deviations are those over
-the seeds.
+are kept, interrupted ones go on; a run of other settings in the place of one is left as it is and not counted. Writes
+sensitivity.csv and sensitivity.png beside the runs; deviations are those over the seeds.
 """
 
 import csv
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -21,7 +22,7 @@ from matplotlib.ticker import NullLocator
 
 from ltat_fast.config import PRESETS, choose
 from ltat_fast.engine import files, log, tables
-from ltat_fast.engine.jobs import Job, is_finished, split_flags, train_all
+from ltat_fast.engine.jobs import Job, outstanding, repetitions, split_flags, train_all
 from ltat_fast.errors import UserError, exit_on_user_error
 
 CURVES = {"clean": ("clean", "tab:blue"), "pgd20": ("PGD-20", "tab:red")}
@@ -50,7 +51,7 @@ class Arguments:
 
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> int:
-    """Exit status 1 if a run failed."""
+    """Exit status 1 if a run failed, or is of other settings."""
     own, forwarded = split_flags(argv)
     arguments = tyro.cli(Arguments, prog="python -m ltat_fast.sensitivity", args=own)
     choose("dataset", arguments.dataset, PRESETS)
@@ -59,9 +60,13 @@ def main(argv: list[str] | None = None) -> int:
     suffix = "-heldout" if arguments.images == "heldout" else ""
     out = arguments.out or Path("runs") / f"sensitivity-{arguments.option}-{arguments.dataset}{suffix}"
     jobs = plan(arguments, out, forwarded)
-    todo = [job for runs in jobs.values() for job in runs if not is_finished(job)]
-    log.say(f"{arguments.option}: {len(jobs)} values, {sum(map(len, jobs.values()))} runs, {len(todo)} to do")
-    statuses = train_all(todo, show=lambda line: "on the test set:" in line) if todo else {}
+    every = [job for runs in jobs.values() for job in runs]
+    todo, refused = outstanding(every)
+    log.say(f"{arguments.option}: {len(jobs)} values, {len(every)} runs, {len(todo)} to do")
+    if len(refused) == len(every):
+        return 1  # the figure that is there is of other settings: it stays
+    statuses = train_all(todo, show=lambda line: "on the test set:" in line)
+    jobs = {value: [job for job in runs if job not in refused] for value, runs in jobs.items()}
     entries = collect(arguments.option, jobs, arguments.images)
     figure = draw(arguments.option, f"{arguments.dataset}, {arguments.images} images", entries)
     with files.writing(out):
@@ -70,22 +75,21 @@ def main(argv: list[str] | None = None) -> int:
     for entry in entries:
         log.say("{option} {value:g}, {checkpoint}, {attack}, {group}: {mean:.2f} ± {std:.2f} ({seeds})".format(**entry))
     log.say(f"wrote {out / 'sensitivity.csv'} and {out / 'sensitivity.png'}")
-    return 1 if any(statuses.values()) else 0
+    return 1 if refused or any(statuses.values()) else 0
 
 
-def plan(arguments: Arguments, out: Path, extra: tuple[str, ...]) -> dict[float, list[Job]]:
-    """The runs of each value, a run a seed."""
+def plan(arguments: Arguments, out: Path, extra: tuple[str, ...]) -> dict[float, tuple[Job, ...]]:
+    """The runs of each value, a run a seed. Values that differ in no digit that is shown are one."""
     option, flags = arguments.option, ("--dataset", arguments.dataset, "--method", "ltat")
     flags += ("--select-on", arguments.images, "--eval-attacks", "clean,pgd20")
+    flag = f"--{option.replace('_', '-')}"
+    return {
+        float(value): repetitions(out / f"{option}{value}", (*flags, flag, value), arguments.seeds, extra)
+        for value in sorted({f"{value:g}" for value in arguments.values}, key=float)
+    }
 
-    def job(value: float, seed: int) -> Job:
-        name = f"{option}{value:g}-seed{seed}"
-        return Job(out / name, (*flags, f"--{option.replace('_', '-')}", f"{value:g}", "--seed", str(seed), *extra))
 
-    return {value: [job(value, seed) for seed in arguments.seeds] for value in sorted(set(arguments.values))}
-
-
-def collect(option: str, jobs: dict[float, list[Job]], images: str) -> list[dict]:
+def collect(option: str, jobs: dict[float, Sequence[Job]], images: str) -> list[dict]:
     """A line of :data:`COLUMNS` a value, checkpoint, attack and group: percent, over the runs that are finished."""
     read = on_test_images if images == "test" else on_heldout_images
     entries = []

@@ -4,14 +4,15 @@ python -m ltat_fast.sweep --table 1                                     # on the
 python -m ltat_fast.sweep --table 1 --dataset digits-lt                 # the same methods on another
 python -m ltat_fast.sweep --table 5 --seeds 0 1 2 -- --data-dir DIR     # what follows -- goes to every run
 
-Finished rows are skipped, interrupted ones go on; a row that fails does not stop the others. ``--slurm-partition``
-submits each row as a job instead (needs submitit); call the sweep again later for the table.
+Finished rows are skipped, interrupted ones go on; a row that fails does not stop the others, nor does one whose folder
+holds a run of other settings, which is left as it is and not in the table. ``--slurm-partition`` submits each row as a
+job instead (needs submitit); call the sweep again later for the table.
 """
 
 import json
 import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import tyro
 
 from ltat_fast.config import PRESETS, Config, choose
 from ltat_fast.engine import files, log, tables
-from ltat_fast.engine.jobs import Job, is_finished, split_flags, train_all
+from ltat_fast.engine.jobs import Job, outstanding, repetitions, split_flags, train_all
 from ltat_fast.errors import UserError, exit_on_user_error
 
 
@@ -60,7 +61,7 @@ class Row:
 
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> int:
-    """Exit status 1 if a row failed."""
+    """Exit status 1 if a row failed, or holds a run of other settings."""
     own, forwarded = split_flags(argv)
     arguments = tyro.cli(Arguments, prog="python -m ltat_fast.sweep", args=own)
     paper = json.loads((resources.files("ltat_fast") / "paper_tables.json").read_text())
@@ -68,17 +69,21 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.dataset is not None:
         choose("dataset", arguments.dataset, PRESETS)
     rows = list(plan(paper[arguments.table], arguments, forwarded))
-    todo = [job for row in rows for job in row.jobs if not is_finished(job)]
-    log.say(f"table {arguments.table}: {len(rows)} rows, {sum(len(row.jobs) for row in rows)} runs, {len(todo)} to do")
+    jobs = [job for row in rows for job in row.jobs]
+    todo, refused = outstanding(jobs)
+    log.say(f"table {arguments.table}: {len(rows)} rows, {len(jobs)} runs, {len(todo)} to do")
+    if len(refused) == len(jobs):
+        return 1  # the table that is there is of other settings: it stays
     if arguments.slurm_partition is not None:
         submit(todo, arguments.slurm_partition, arguments.slurm_minutes)
-        return 0
-    statuses = train_all(todo, show=lambda line: " test set" in line) if todo else {}
+        return 1 if refused else 0
+    statuses = train_all(todo, show=lambda line: " test set" in line)
+    rows = [replace(row, jobs=tuple(job for job in row.jobs if job not in refused)) for row in rows]
     text = render(rows, paper[arguments.table]["notes"])
     log.say(text)
     with files.whole(folder_of(arguments) / "table.md") as file:
         file.write(f"{text}\n".encode())
-    return 1 if any(statuses.values()) else 0
+    return 1 if refused or any(statuses.values()) else 0
 
 
 def folder_of(arguments: Arguments) -> Path:
@@ -100,11 +105,8 @@ def plan(table: dict, arguments: Arguments, extra: tuple[str, ...]) -> Iterator[
             title = f"{row['name']} IR {ratio}" if several else row["name"]
             own_flags = (*flags, *row["flags"], *(longer(flags[1]) if row.get("longer") else ()))
             scores = f"{row['stage']}/eval.json" if "stage" in row else "eval.json"
-            stem = title.lower().replace(" ", "")
-            jobs = tuple(
-                Job(folder_of(arguments) / f"{stem}-seed{seed}", (*own_flags, "--seed", str(seed), *extra))
-                for seed in arguments.seeds or table.get("seeds", [0])
-            )
+            stem = folder_of(arguments) / title.lower().replace(" ", "")
+            jobs = repetitions(stem, own_flags, arguments.seeds or table.get("seeds", [0]), extra)
             yield Row(title, row["paper"], jobs, own, scores)
 
 
@@ -121,7 +123,9 @@ def submit(jobs: list[Job], partition: str, minutes: int) -> None:
     except ImportError:
         raise UserError("--slurm-partition needs submitit: pip install submitit") from None
     for job in jobs:
-        executor = submitit.AutoExecutor(job.log_file.parent / "slurm")
+        folder = job.log_file.parent / "slurm"
+        files.make_folder(folder)
+        executor = submitit.AutoExecutor(folder)
         limits = {"slurm_partition": partition, "timeout_min": minutes, "gpus_per_node": 1}
         executor.update_parameters(name=job.run_dir.name, **limits)
         log.say(f"{job.run_dir.name}: Slurm job {executor.submit(subprocess.check_call, job.command).job_id}")

@@ -15,7 +15,7 @@ QUICK += ("--limit-eval", "50")
 
 
 def test_the_runs():
-    jobs = plan(Arguments((10.0, 0.5), "gamma", seeds=(3, 4)), Path("out"), ("--epochs", "7"))
+    jobs = plan(Arguments((10.0, 0.5, 0.5 + 1e-9), "gamma", seeds=(3, 4, 3)), Path("out"), ("--epochs", "7"))
     assert list(jobs) == [0.5, 10.0]
     assert [job.run_dir for job in jobs[0.5]] == [Path("out/gamma0.5-seed3"), Path("out/gamma0.5-seed4")]
     flags = jobs[10.0][1].flags
@@ -80,6 +80,36 @@ def test_run_and_keep(tmp_path, capsys):
     assert status_of("sensitivity", *sweep, "--", *QUICK) == 0
     assert "2 runs, 0 to do" in capsys.readouterr().out
     assert (out / "sensitivity.csv").read_text() == first
+
+    # What is asked for now is not what is there, be a flag changed, left out or unknown; how it runs does not matter.
+    others = {
+        "epochs (1 -> 2)": (*QUICK, "--epochs", "2"),
+        "limit_eval (50 -> None)": QUICK[:-2],
+        "eval_attacks (clean,pgd20 -> clean)": (*QUICK, "--eval-attacks", "clean"),
+        "train does not take": (*QUICK, "--epoch", "2"),
+    }
+    for reason, flags in others.items():
+        assert status_of("sensitivity", *sweep, "--", *flags) == 1
+        said = capsys.readouterr().out
+        assert "2 runs, 0 to do" in said
+        for name in ("alpha0-seed0", "alpha10-seed0"):
+            (line,) = [line for line in said.splitlines() if line.startswith(name)]
+            assert reason in line
+        assert "±" not in said, "numbers of other settings are not its numbers"
+        assert (out / "sensitivity.csv").read_text() == first
+    assert status_of("sensitivity", *sweep, "--", *QUICK, "--eval-batch-size", "25", "--device", "cpu") == 0
+    damaged = out / "alpha0-seed0" / "config.json"
+    whole = damaged.read_text()
+    damaged.write_text(whole[:-9])
+    capsys.readouterr()
+    assert status_of("sensitivity", *sweep, "--", *QUICK) == 1
+    said = capsys.readouterr().out
+    assert "alpha0-seed0 is left as it is" in said
+    assert f"{damaged} cannot be read" in said
+    assert [line for line in said.splitlines() if "±" in line] != []
+    assert "alpha 0," not in said
+    damaged.write_text(whole)
+    assert status_of("sensitivity", *sweep, "--", *QUICK) == 0
     assert (out / "sensitivity.png").stat().st_size > 5000
     lines = list(csv.DictReader(first.splitlines()))
     assert len(lines) == 2 * 2 * 2 * 2

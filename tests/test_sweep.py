@@ -3,6 +3,7 @@
 import json
 from importlib.resources import files
 from pathlib import Path
+from shutil import copytree
 
 import pytest
 from runs import status_of
@@ -62,12 +63,25 @@ def test_run_skip_and_render(tmp_path, capsys):
     assert table.count("| Ours |") == 2
     assert "46.35" not in table, "another dataset is not compared with the paper's"
 
+    assert status_of("sweep", *sweep, "--", *QUICK, "--epochs", "2") == 1
+    assert "ours-seed0 was started with other settings: epochs (1 -> 2)" in capsys.readouterr().out
+    assert (tmp_path / "a table" / "table.md").read_text() == table, "nothing of it is of two epochs"
+    other = copytree(tmp_path / "a table" / "ours-seed0", tmp_path / "a table" / "ours-seed1") / "config.json"
+    other.write_text(json.dumps(json.loads(other.read_text()) | {"seed": 1, "lr": 0.5}))
+    assert status_of("sweep", *sweep, "--seeds", "0", "1", "1", "--", *QUICK) == 1
+    said = capsys.readouterr().out
+    assert "ours-seed1 was started with other settings: lr (0.5 -> 0.1)" in said
+    assert "2 runs, 0 to do" in said, "one run a seed, however often it is named"
+    assert "| Ours | last | 1 |" in said, "the run of another learning rate is not of this table"
+
 
 def test_a_failed_row_does_not_stop_the_others(tmp_path, capsys):
     sweep = ("--table", "10", "--dataset", "digits-lt", "--seeds", "0", "1", "--out", str(tmp_path))
     (tmp_path / "ours-seed0").write_text("a file where the run should be")
     assert status_of("sweep", *sweep, "--", *QUICK) == 1
     assert (tmp_path / "ours-seed1" / "eval.json").exists()
+    said = capsys.readouterr().out
+    assert f"ours-seed0 ltat_fast: error: --out {tmp_path / 'ours-seed0'} is a file, not a folder" in said
 
 
 def test_the_papers_numbers_stand_beside_ours():

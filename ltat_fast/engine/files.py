@@ -18,6 +18,14 @@ def writing(path: Path) -> Iterator[None]:
         raise UserError(f"cannot write {path}: {error.strerror or error}; what was saved before it is kept") from error
 
 
+def make_folder(path: Path) -> None:
+    """``mkdir --parents``. Raises UserError where ``path`` is a file or the system refuses."""
+    if path.is_file():
+        raise UserError(f"{path} is a file, not a folder")
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
 @contextlib.contextmanager
 def whole(path: Path, previous: Path | None = None) -> Iterator[BinaryIO]:
     """A file to write, which takes the name ``path`` once all of it is on the disk, directory entry included.

@@ -1,19 +1,23 @@
 """Several training runs, each in a process of its own: as many at once as the machine has cores, or one on a GPU."""
 
+import contextlib
+import io
 import os
+import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from ltat_fast import config as configuration
 from ltat_fast.attacks.evaluation import parse_attacks
 from ltat_fast.config import Config
-from ltat_fast.engine import log, tables
+from ltat_fast.engine import files, log, tables
 from ltat_fast.errors import UserError
 
 
@@ -25,8 +29,12 @@ class Job:
     flags: tuple[str, ...]
 
     @property
+    def begun(self) -> bool:
+        return (self.run_dir / "config.json").exists()
+
+    @property
     def command(self) -> list[str]:
-        resume = ["--resume"] if (self.run_dir / "config.json").exists() else []
+        resume = ["--resume"] if self.begun else []
         return [sys.executable, "-m", "ltat_fast.train", "--out", str(self.run_dir), *self.flags, *resume]
 
     @property
@@ -39,6 +47,44 @@ def split_flags(argv: Sequence[str] | None) -> tuple[list[str], tuple[str, ...]]
     argv = list(sys.argv[1:] if argv is None else argv)
     split = argv.index("--") if "--" in argv else len(argv)
     return argv[:split], tuple(argv[split + 1 :])
+
+
+def repetitions(stem: Path, flags: Sequence[str], seeds: Iterable[int], extra: Sequence[str] = ()) -> tuple[Job, ...]:
+    """One run a seed, in ``<stem>-seed<seed>``; a seed named twice is one run. ``extra`` comes last, and wins."""
+    return tuple(
+        Job(stem.with_name(f"{stem.name}-seed{seed}"), (*flags, "--seed", str(seed), *extra))
+        for seed in dict.fromkeys(seeds)
+    )
+
+
+def outstanding(jobs: Sequence[Job]) -> tuple[list[Job], list[Job]]:
+    """The jobs still to be run, and those whose folder holds a run of other settings, whose numbers are not theirs.
+
+    The latter are said. ``train --resume`` cannot tell all of them: it takes a flag not given from the run.
+    """
+    todo, refused = [], []
+    for job in jobs:
+        if (reason := conflict(job)) is not None:
+            log.say(f"{job.run_dir.name} is left as it is: {reason}")
+            refused.append(job)
+        elif not is_finished(job):
+            todo.append(job)
+    return todo, refused
+
+
+def conflict(job: Job) -> str | None:
+    """Why the run in the folder of ``job``, if there is one, is not what ``job`` asks for."""
+    if not job.begun:
+        return None
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            asked = configuration.parse_args(["--out", str(job.run_dir), *job.flags])
+        changed = configuration.differences(*configuration.load(job.run_dir), *asked)
+    except SystemExit:
+        return f"python -m ltat_fast.train does not take {shlex.join(job.flags)}"
+    except UserError as error:
+        return str(error)
+    return f"{job.run_dir} was started with other settings: {', '.join(changed)}" if changed else None
 
 
 def is_finished(job: Job) -> bool:
@@ -54,30 +100,35 @@ def is_finished(job: Job) -> bool:
 def train_all(jobs: Sequence[Job], show: Callable[[str], bool] = lambda line: False) -> dict[Job, int]:
     """Run every job, resuming those begun before; the exit status of each, by job.
 
-    show: which lines of a run go on to the terminal; all of them go to the job's log.
+    show: which lines of a run go on to the terminal, beside its errors; all of them go to the job's log.
+    Raises UserError where the logs cannot be written.
     """
+    if not jobs:
+        return {}
     workers = 1 if torch.cuda.is_available() else max(1, min(len(jobs), os.cpu_count() or 1))
     # Runs side by side share the cores: idle OpenMP threads of one would spin on those of the other.
     threads = str(max(1, (os.cpu_count() or 1) // workers))
     width = max((len(job.run_dir.name) for job in jobs), default=0)
 
+    def write(path: Path, line: str) -> None:
+        with files.writing(path), open(path, "a") as file:
+            file.write(line)
+
     def train(job: Job) -> int:
         started = time.monotonic()
-        job.log_file.parent.mkdir(parents=True, exist_ok=True)
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        with (
-            open(job.log_file, "a") as copy,
-            subprocess.Popen(job.command, env=os.environ | {"OMP_NUM_THREADS": threads}, **pipes) as process,
-        ):
+        write(job.log_file, "")  # a log that cannot be written is told before any work
+        with subprocess.Popen(job.command, env=os.environ | {"OMP_NUM_THREADS": threads}, **pipes) as process:
             for line in process.stdout:
-                copy.write(line)
-                copy.flush()
-                if show(line):
+                write(job.log_file, line)
+                if show(line) or line.startswith("ltat_fast: "):
                     log.say(f"{job.run_dir.name:{width}} {line.rstrip()}")
         how = f"ended with status {process.returncode}, see {job.log_file}" if process.returncode else "finished"
         log.say(f"{job.run_dir.name:{width}} {how} after {time.monotonic() - started:.0f} s")
         return process.returncode
 
+    for folder in {job.log_file.parent for job in jobs}:
+        files.make_folder(folder)
     log.say(f"{len(jobs)} runs, {workers} at a time")
     with ThreadPoolExecutor(workers) as pool:
         return dict(zip(jobs, pool.map(train, jobs), strict=True))

@@ -91,18 +91,19 @@ def test_clean_accuracy_is_what_the_exported_weights_do(run):
 
 
 def test_more_attacks_join_those_that_are_there(run, digits_run):
-    """And the worst case with them, over the images that all of them saw."""
+    """And the worst case with them, if they are on as many images."""
     before = json.loads((digits_run / "eval.json").read_text())
-    results = evaluate(run, "--attacks", "fgsm,cw5x2,scaled-pgd5", "--checkpoint", "best", "--limit-eval", "50")
-    attacks = ["clean", "pgd20", "fgsm", "cw5x2", "scaled-pgd5"]
-    assert list(results["best"]) == [*attacks, "worst"]
-    assert results["best"]["fgsm"]["images"] == 50
-    assert {k: results["best"][k] for k in ("clean", "pgd20")} == {k: before["best"][k] for k in ("clean", "pgd20")}
-    assert results["last"] == before["last"]
+    few = evaluate(run, "--attacks", "fgsm,cw5x2", "--checkpoint", "best", "--limit-eval", "20")
+    attacks = ["clean", "pgd20", "fgsm", "cw5x2"]
+    assert list(few["best"]) == [*attacks, "worst"]
+    assert few["best"]["fgsm"]["images"] == 20
+    assert {k: few["best"][k] for k in ("clean", "pgd20", "worst")} == before["best"]
+    assert few["last"] == before["last"]
+    results = evaluate(run, "--attacks", "fgsm,scaled-pgd5", "--checkpoint", "best", "--limit-eval", "100")
     worst = results["best"]["worst"]
-    assert worst["attacks"] == attacks
-    seen = [int(results["best"][name]["chosen"], 16) for name in ("clean", "fgsm")]
-    assert worst["images"] == (seen[0] & seen[1]).bit_count() > 0
+    assert worst["attacks"] == ["clean", "pgd20", "fgsm", "scaled-pgd5"]
+    assert worst["images"] == 100
+    assert worst["all"] <= min(results["best"][name]["all"] for name in worst["attacks"])
 
 
 @pytest.fixture
@@ -111,7 +112,8 @@ def quick_autoattack(monkeypatch):
 
 
 def test_autoattack_has_its_place(run, quick_autoattack, capfd):
-    results = evaluate(run, "--attacks", "clean,autoattack", "--checkpoint", "last", "--limit-eval", "20", "--again")
+    flags = ("--attacks", "clean,pgd20,autoattack", "--checkpoint", "last", "--limit-eval", "20", "--again")
+    results = evaluate(run, *flags)
     assert results["last"]["autoattack"]["images"] == 20
     assert results["last"]["autoattack"]["all"] < results["last"]["clean"]["all"]
     assert "checks: 7 of 7 passed" in capfd.readouterr().out

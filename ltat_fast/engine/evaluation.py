@@ -51,6 +51,23 @@ def unpack(text: str, count: int) -> np.ndarray:
     return np.unpackbits(packed, count=count).astype(bool)
 
 
+def on_most_images(results: dict[str, dict], count: int) -> dict[str, dict]:
+    """The results over all of the largest set of images that at least two have in common: what may be a worst case.
+
+    results: as for :func:`worst_case`, of a set of ``count`` images. Empty if no two have the same images.
+    """
+    seen = {name: _seen(result, count) for name, result in results.items()}
+    groups = [(images, [name for name in seen if (seen[name] >= images).all()]) for images in seen.values()]
+    shared = [(images.sum(), len(names), names) for images, names in groups if len(names) > 1]
+    _, _, names = max(shared, key=lambda group: group[:2], default=(0, 0, []))
+    return {name: results[name] for name in names}
+
+
+def _seen(result: dict, count: int) -> np.ndarray:
+    """Which of ``count`` images a result is over, bool."""
+    return unpack(result["chosen"], count) if "chosen" in result else np.ones(count, bool)
+
+
 def worst_case(
     results: dict[str, dict], labels: Tensor, groups: dict[str, list[int]], num_classes: int
 ) -> dict[str, list[str] | float | None]:
@@ -61,7 +78,7 @@ def worst_case(
     """
     seen, correct = np.ones(len(labels), bool), np.ones(len(labels), bool)
     for result in results.values():
-        chosen = unpack(result["chosen"], len(labels)) if "chosen" in result else np.ones(len(labels), bool)
+        chosen = _seen(result, len(labels))
         seen &= chosen
         correct[chosen] &= unpack(result["correct"], result["images"])
     correct, labels = torch.from_numpy(correct[seen]), labels.cpu()[torch.from_numpy(seen)]

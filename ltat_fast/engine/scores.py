@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ltat_fast.data.lock import exclusive
 from ltat_fast.engine import log, tables
-from ltat_fast.engine.evaluation import worst_case
+from ltat_fast.engine.evaluation import on_most_images, worst_case
 from ltat_fast.engine.run import Images
 from ltat_fast.errors import UserError
 
@@ -49,7 +49,7 @@ class Scores:
         return next((checks for checks in found if checks and all(map(self._is_checked, checks))), None)
 
     def add(self, attack: str, result: dict) -> None:
-        """Put in the result of an attack, and the worst case anew over all that are known."""
+        """Put in the result of an attack, and the worst case anew over those known of the most images."""
 
         def change(entry: dict) -> None:
             entry[attack] = result | self.identity
@@ -57,8 +57,8 @@ class Scores:
                 del entry["checks"]
             entry.pop("worst", None)
             ours = {name: e for name, e in entry.items() if self._is_ours(e)}
-            if len(ours) > 1:
-                entry["worst"] = worst_case(ours, self.test.labels, self.groups, self.num_classes) | self.identity
+            if comparable := on_most_images(ours, len(self.test)):
+                entry["worst"] = worst_case(comparable, self.test.labels, self.groups, self.num_classes) | self.identity
 
         self._merge(change)
 

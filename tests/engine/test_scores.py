@@ -51,6 +51,38 @@ def test_the_worst_case_follows_the_attacks(tmp_path):
     assert content(tmp_path)["best"]["worst"]["attacks"] == ["clean", "pgd20", "cw20"]
 
 
+def test_an_attack_on_a_few_images_leaves_the_worst_case_of_many(tmp_path):
+    mine = scores(tmp_path)
+    for attack, images in (("clean", 40), ("pgd20", 40)):
+        mine.add(attack, result(0.7, seed=images, images=images))
+    before = content(tmp_path)["best"]["worst"]
+    for attack in ("pgd4", "cw20"):
+        mine.add(attack, result(0.0, images=5))
+    assert content(tmp_path)["best"]["worst"] == before
+    assert (before["attacks"], before["images"]) == (["clean", "pgd20"], 40)
+    mine.add("cw20", result(0.0))
+    assert content(tmp_path)["best"]["worst"]["attacks"] == ["clean", "pgd20", "cw20"]
+    assert content(tmp_path)["best"]["worst"]["all"] == 0
+
+
+def test_one_attack_on_most_images_leaves_the_worst_case_of_the_others(tmp_path):
+    mine = scores(tmp_path)
+    for attack, images in (("clean", 40), ("pgd20", 12), ("cw20", 12), ("fgsm", 5)):
+        mine.add(attack, result(0.7, images=images))
+    worst = content(tmp_path)["best"]["worst"]
+    assert (worst["attacks"], worst["images"]) == (["clean", "pgd20", "cw20"], 12)
+
+
+def test_as_many_images_are_not_the_same_images(tmp_path):
+    others = result(0.7, images=20) | {"chosen": pack(np.arange(40) >= 20)}
+    mine = scores(tmp_path)
+    mine.add("pgd20", result(0.7, images=20))
+    mine.add("cw20", others)
+    assert "worst" not in content(tmp_path)["best"]
+    mine.add("fgsm", others)
+    assert content(tmp_path)["best"]["worst"]["attacks"] == ["cw20", "fgsm"]
+
+
 def test_what_belongs_to_other_weights_or_images_is_not_mixed_in(tmp_path):
     scores(tmp_path, weights="older").add("clean", result(0.5))
     scores(tmp_path, weights="older").add_checks([{"name": "range", "passed": False}])

@@ -109,12 +109,13 @@ def read_json(path: Path) -> dict:
 def experiments(run_dirs: list[Path]) -> list[Experiment]:
     """The runs, those that are repetitions of one another together, in the order given.
 
+    Experiments that differ in settings alone that :func:`label` does not tell have those in their labels: "epochs=4".
     Runs with given teachers are repetitions of one another only while no seed comes twice; then each teacher is an
     experiment of its own. Raises UserError for a run without results, and for two runs of one experiment with one seed.
     """
     alike: dict[str, list[Run]] = {}
     for run in load_runs(run_dirs):
-        alike.setdefault(_settings(run), []).append(run)
+        alike.setdefault(json.dumps(_settings(run), sort_keys=True), []).append(run)
     found = []
     for runs in alike.values():
         teachers: dict[str | None, list[Run]] = {}
@@ -126,7 +127,22 @@ def experiments(run_dirs: list[Path]) -> list[Experiment]:
                 raise UserError(f"{names} are one experiment with one seed, {seed}, and would count as two: name one")
             of_teacher = f" teacher={Path(teacher).name}" if teacher is not None else ""
             found.append(Experiment(label(repetitions[0].config) + of_teacher, tuple(repetitions)))
-    return found
+    return _told_apart(found)
+
+
+def _told_apart(found: list[Experiment]) -> list[Experiment]:
+    """With the settings that differ behind labels that coincide, of experiments in one place of the table."""
+    alike: dict[tuple, list[dict]] = {}
+    places = [(e.label, e.config["dataset"], e.config["imbalance_ratio"], e.config["arch"]) for e in found]
+    settings = [_settings(e.runs[0]) for e in found]
+    for place, own in zip(places, settings, strict=True):
+        alike.setdefault(place, []).append(own)
+    labelled = []
+    for experiment, place, own in zip(found, places, settings, strict=True):
+        differing = [k for k in own if any(k not in other or other[k] != own[k] for other in alike[place])]
+        told = [f"{k}={own[k]}" for k in differing if own[k] is not None]
+        labelled.append(dataclasses.replace(experiment, label=" ".join([experiment.label, *told])))
+    return labelled
 
 
 def load_runs(run_dirs: list[Path]) -> list[Run]:
@@ -147,11 +163,12 @@ def _shortest_name(path: Path, paths: list[Path]) -> str:
     return "/".join(path.parts[-length:])
 
 
-def _settings(run: Run) -> str:
+def _settings(run: Run) -> dict:
     """What repetitions share: the settings that make the experiment, and the training images."""
     settings = {k: v for k, v in run.config.items() if k not in NOT_THE_EXPERIMENT}
-    settings["given_teacher"] = run.config.get("teacher") is not None
-    return json.dumps([settings, run.environment.get("index_hash")], sort_keys=True)
+    settings |= settings.pop("method_options", {})
+    settings["teacher"] = "own" if run.config.get("teacher") is None else "given"
+    return settings | {"train_images": run.environment.get("index_hash")}
 
 
 def _repeated_seed(runs: list[Run]) -> int | None:
@@ -234,7 +251,8 @@ def render(run_dirs: list[Path]) -> str:
     for line in lines:
         table.add_row(*map(escape, line))
     out = io.StringIO()
-    Console(file=out, width=250).print(table)  # more than it needs: a narrow console would cut the numbers short
+    # More than it needs: a narrow console would cut the numbers short.
+    Console(file=out, width=250 + max(len(experiment.label) for experiment in found)).print(table)
     return out.getvalue() + note(found)
 
 

@@ -51,6 +51,7 @@ def test_mean_and_sample_deviation_over_seeds(tmp_path):
     assert tables.cell(best["values"]["Clean"], 3) == "53.00 ± 3.00"
     assert tables.cell([38.849], 1) == "38.85"
     assert tables.cell([], 3) == "-"
+    assert {experiment.label for experiment in tables.experiments(runs)} == {"ltat"}
 
 
 def test_a_run_named_twice_counts_once(tmp_path, monkeypatch):
@@ -85,6 +86,27 @@ def test_other_experiments_are_other_rows(tmp_path, other):
     ]
 
 
+def labels(*runs):
+    return [experiment.label for experiment in tables.experiments(list(runs))]
+
+
+def test_settings_tell_experiments_apart_where_their_labels_coincide(tmp_path):
+    two = write_run(tmp_path / "2", epochs=2, gamma=2.5)
+    four = write_run(tmp_path / "4", epochs=4, data_dir="x", device="cpu", seed=3)
+    assert labels(two) == labels(four) == ["ltat"]
+    assert labels(two, four) == ["ltat epochs=2 gamma=2.5", "ltat epochs=4"]
+    assert "epochs=4" in tables.render([two, four])
+    elsewhere = write_run(tmp_path / "100", epochs=100, dataset="cifar10-lt")
+    assert labels(two, four, elsewhere)[2] == "ltat"
+    given = write_run(tmp_path / "given", epochs=4, teacher="runs/t")
+    assert labels(four, given) == ["ltat teacher=own", "ltat teacher=given"]
+    config = json.loads((four / "config.json").read_text())
+    older = write_run(tmp_path / "older", epochs=4)
+    del config["augment"], config["method_options"]["tau"]
+    (older / "config.json").write_text(json.dumps(config))
+    assert labels(four, older) == ["ltat augment=none tau=1.0", "ltat"]
+
+
 def test_where_and_how_a_run_ran_is_not_another_experiment(tmp_path):
     runs = [
         write_run(tmp_path / "a", data_dir="x", device="cpu", save_minutes=1.0, teacher="runs/t0"),
@@ -99,7 +121,8 @@ def test_no_number_is_cut_short(tmp_path):
         write_run(tmp_path / str(s), clean, seed=s, dataset="tinyimagenet-lt", arch="preactresnet18")
         for s, clean in enumerate((38.44, 39.12, 37.9))
     ]
-    text = tables.render(runs)
+    long = write_run(tmp_path / "long", dataset="tinyimagenet-lt", arch="preactresnet18", eval_attacks="clean," * 60)
+    text = tables.render([*runs, long])
     assert "…" not in text
     for expected in (
         "tinyimagenet-lt",

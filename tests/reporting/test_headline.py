@@ -77,6 +77,11 @@ def test_a_method_twice_is_told_apart_by_its_options(tmp_path):
     assert {rank.name for rank in headline_of(a, b).ranking} == {"LTAT (defaults)", "LTAT (alpha=7.5)"}
 
 
+def test_a_method_twice_is_told_apart_by_its_settings(tmp_path):
+    runs = [write_run(tmp_path / str(epochs), 60.0 - epochs, epochs=epochs) for epochs in (2, 4)]
+    assert [rank.name for rank in headline_of(*runs).ranking] == ["LTAT (epochs=2)", "LTAT (epochs=4)"]
+
+
 def test_the_strongest_attack_on_as_many_images(tmp_path):
     on_all = write_run(tmp_path / "a", 40.0, images={"clean": 600, "pgd20": 600, "autoattack": 600})
     assert "under AutoAttack" in headline_of(on_all).sentence

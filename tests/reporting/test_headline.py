@@ -78,8 +78,8 @@ def test_a_method_twice_is_told_apart_by_its_options(tmp_path):
 
 
 def test_a_method_twice_is_told_apart_by_its_settings(tmp_path):
-    runs = [write_run(tmp_path / str(epochs), 60.0 - epochs, epochs=epochs) for epochs in (2, 4)]
-    assert [rank.name for rank in headline_of(*runs).ranking] == ["LTAT (epochs=2)", "LTAT (epochs=4)"]
+    runs = [write_run(tmp_path / str(lr), 60.0 - lr, lr=lr) for lr in (0.25, 0.5)]
+    assert [rank.name for rank in headline_of(*runs).ranking] == ["LTAT (lr=0.25)", "LTAT (lr=0.5)"]
 
 
 def test_the_strongest_attack_on_as_many_images(tmp_path):

@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     jobs = [job for of_one_seed in zip(*by_method, strict=True) for job in of_one_seed]
     todo, refused = outstanding(jobs)
     if refused:
-        raise UserError(f"{arguments.out} holds runs of other settings: choose another --out")
+        raise UserError(f"{arguments.out} holds runs that are not this demo's: choose another --out")
     statuses = train_all(todo, show=lambda line: "test_clean" in line or " test set" in line)
     if failed := [job.run_dir.name for job, status in statuses.items() if status]:
         raise UserError(f"{', '.join(failed)} did not finish; the logs are beside the run folders")

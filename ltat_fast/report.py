@@ -9,7 +9,7 @@ from typing import Literal
 
 import tyro
 
-from ltat_fast.engine import device, tables
+from ltat_fast.engine import device, files, tables
 from ltat_fast.errors import UserError, exit_on_user_error
 from ltat_fast.reporting import tabular
 
@@ -52,12 +52,14 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
-    print(f"{path}: {path.stat().st_size / 1000:,.0f} kB")
+    content = text.encode()
+    if path.is_symlink() or (path.exists() and not path.is_file()):  # /dev/stdout, a pipe: not to be replaced
+        with files.writing(path):
+            path.write_bytes(content)
+    else:
+        with files.whole(path) as file:
+            file.write(content)
+    print(f"{path}: {len(content) / 1000:,.0f} kB")
 
 
 if __name__ == "__main__":

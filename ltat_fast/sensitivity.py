@@ -10,6 +10,7 @@ sensitivity.csv and sensitivity.png beside the runs; deviations are those over t
 """
 
 import csv
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,11 +70,12 @@ def main(argv: list[str] | None = None) -> int:
     jobs = {value: [job for job in runs if job not in refused] for value, runs in jobs.items()}
     entries = collect(arguments.option, jobs, arguments.images)
     figure = draw(arguments.option, f"{arguments.dataset}, {arguments.images} images", entries)
-    with files.writing(out):
-        write_csv(entries, out / "sensitivity.csv")
-        figure.savefig(out / "sensitivity.png", dpi=100)
     for entry in entries:
         log.say("{option} {value:g}, {checkpoint}, {attack}, {group}: {mean:.2f} ± {std:.2f} ({seeds})".format(**entry))
+    with files.whole(out / "sensitivity.csv") as file:
+        file.write(as_csv(entries).encode())
+    with files.whole(out / "sensitivity.png") as file:
+        figure.savefig(file, dpi=100)
     log.say(f"wrote {out / 'sensitivity.csv'} and {out / 'sensitivity.png'}")
     return 1 if refused or any(statuses.values()) else 0
 
@@ -125,11 +127,12 @@ def on_heldout_images(run_dir: Path) -> dict:
     }
 
 
-def write_csv(entries: list[dict], path: Path) -> None:
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(entries)
+def as_csv(entries: list[dict]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS)
+    writer.writeheader()
+    writer.writerows(entries)
+    return text.getvalue()
 
 
 def draw(option: str, images: str, entries: list[dict]) -> Figure:

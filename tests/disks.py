@@ -1,4 +1,4 @@
-"""A disk that is soon full."""
+"""A disk that is soon full, or read-only."""
 
 import contextlib
 import shutil
@@ -21,3 +21,8 @@ def file_system(folder: Path, size: str) -> Iterator[Path]:
         yield folder
     finally:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def remount(folder: Path, options: str) -> None:
+    """Change a file system of :func:`file_system`: ``ro``, ``rw``, ``size=64m``."""
+    subprocess.run(["mount", "-o", f"remount,{options}", str(folder)], check=True)

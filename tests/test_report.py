@@ -1,8 +1,10 @@
 """The report from the command line."""
 
 import json
+import os
 import shutil
 
+import disks
 import pytest
 import runs
 import torch
@@ -55,6 +57,28 @@ def test_what_cannot_be_done_is_one_sentence(digits_run, tmp_path, capsys, make,
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
+
+
+def test_a_full_disk_leaves_the_report_that_is_there(digits_run, tmp_path, capsys):
+    with disks.file_system(tmp_path / "disk", "64k") as disk:
+        for name in ("new.html", "old.html"):
+            page_file = disk / name
+            if name == "old.html":
+                page_file.write_text("the old one")
+            assert runs.status_of("report", str(digits_run), "--html", str(page_file)) == 2
+            assert f"cannot write {page_file}: No space left on device" in capsys.readouterr().err
+        assert [file.name for file in disk.iterdir()] == ["old.html"]
+        assert page_file.read_text() == "the old one"
+
+
+def test_a_pipe_is_written_to_and_stays_a_pipe(digits_run, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    for name in ("pipe", "link"):
+        assert runs.status_of("report", str(digits_run), "--csv", str(tmp_path / name)) == 0
+        assert os.read(reader, 1 << 16).startswith(b"run,")
+    os.close(reader)
 
 
 def test_a_gpu_that_is_not_there_is_said(digits_run, tmp_path, capsys):

@@ -5,9 +5,11 @@ import json
 import statistics
 from pathlib import Path
 
+import disks
 import pytest
 from runs import status_of
 
+from ltat_fast import sensitivity
 from ltat_fast.sensitivity import Arguments, collect, draw, plan
 
 QUICK = ("--epochs", "1", "--teacher-epochs", "1", "--max-steps", "1", "--attack-steps", "1", "--precision", "fp32")
@@ -121,6 +123,19 @@ def test_run_and_keep(tmp_path, capsys):
             if line["value"] == value:
                 score = results[line["checkpoint"]][line["attack"]][line["group"]]
                 assert float(line["mean"]) == pytest.approx(score)
+
+
+def test_a_full_disk(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sensitivity, "outstanding", lambda jobs: ([], []))
+    with disks.file_system(tmp_path / "disk", "32k") as disk:
+        written(disk / "alpha1-seed0", (90, 80, 50, 20))
+        (disk / "sensitivity.png").write_text("the old one")
+        assert status_of("sensitivity", "--values", "1", "--out", str(disk)) == 2
+        said = capsys.readouterr()
+        assert f"cannot write {disk / 'sensitivity.png'}: No space left on device" in said.err
+        assert "alpha 1, best, pgd20, tail: 20.00" in said.out
+        assert {path.name for path in disk.iterdir()} == {"alpha1-seed0", "sensitivity.csv", "sensitivity.png"}
+        assert (disk / "sensitivity.png").read_text() == "the old one"
 
 
 def test_chosen_on_images_held_out(tmp_path):

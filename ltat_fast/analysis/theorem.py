@@ -14,7 +14,7 @@ from rich.table import Table
 from ltat_fast.analysis import theorem_figures
 from ltat_fast.analysis.gaussians import Gaussians, corollary_gap, monte_carlo, theorem
 from ltat_fast.analysis.logistic import fitted_errors
-from ltat_fast.engine import log
+from ltat_fast.engine import files, log
 from ltat_fast.errors import UserError, exit_on_user_error
 
 
@@ -53,6 +53,7 @@ def main(argv: list[str] | None = None) -> None:
         fits = [fitted_errors(setting, arguments.samples, arguments.fits) for setting in settings]
     except ValueError as error:
         raise UserError(f"{error}; give more --samples than {arguments.samples}") from None
+    files.make_folder(arguments.out)
     log.console.print(render(settings, fits, arguments.draws))
     for setting, runs in zip(settings, fits, strict=True):
         gaps = [errors["rob", "rob", "tail"] > errors["nat", "rob", "tail"] for errors in runs]
@@ -60,7 +61,6 @@ def main(argv: list[str] | None = None) -> None:
             f"IR {setting.ratio:g}: R_rob(f_rob) - R_rob(f_nat) of the tail is {corollary_gap(setting):.4f}, above 0 "
             f"in {sum(gaps)} of {len(gaps)} logistic regressions on {arguments.samples} samples"
         )
-    arguments.out.mkdir(parents=True, exist_ok=True)
     for path in theorem_figures.write(settings, fits, arguments.samples, arguments.out):
         log.say(f"wrote {path}")
 

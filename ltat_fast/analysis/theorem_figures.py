@@ -8,18 +8,23 @@ from matplotlib.figure import Figure
 
 from ltat_fast.analysis.gaussians import Gaussians, theorem
 from ltat_fast.analysis.logistic import fit
+from ltat_fast.engine import files
 
 COLOURS = {"nat": "tab:blue", "rob": "tab:red"}
 NAMES = {"nat": "natural", "rob": "adversarial"}
 
 
 def write(settings: list[Gaussians], fits: list[list[dict]], samples: int, folder: Path) -> list[Path]:
-    """Write the figures into ``folder``; their paths. fits: of each setting, from ``fitted_errors``."""
+    """Write the figures into ``folder``; their paths. fits: of each setting, from ``fitted_errors``.
+
+    Raises UserError where one cannot be written; what had its name before then still has it.
+    """
     figures = {"theory-tail-accuracy.png": tail_accuracy(settings, fits)}
     if settings[0].n == 2:
         figures["theory-boundaries.png"] = boundaries(settings, samples)
     for name, figure in figures.items():
-        figure.savefig(folder / name, dpi=90)
+        with files.whole(folder / name) as file:
+            figure.savefig(file, dpi=90)
     return [folder / name for name in figures]
 
 

@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import disks
 import numpy as np
 import pytest
 import runs
@@ -180,6 +181,20 @@ def test_the_command(tmp_path, capsys):
     sizes = {path.name: path.stat().st_size for path in (tmp_path / "new").iterdir()}
     assert set(sizes) == {"theory-boundaries.png", "theory-tail-accuracy.png"}
     assert min(sizes.values()) > 10_000
+
+
+def test_where_nothing_can_be_written(tmp_path, capsys):
+    quick = ("--fits", "2", "--samples", "300", "--draws", "1000", "--ratios", "5", "--out")
+    (tmp_path / "file").touch()
+    assert runs.status_of("analysis.theorem", *quick, str(tmp_path / "file")) == 2
+    assert capsys.readouterr().err == f"ltat_fast: error: {tmp_path / 'file'} is a file, not a folder\n"
+    with disks.file_system(tmp_path / "disk", "12k") as disk:
+        assert runs.status_of("analysis.theorem", *quick, str(disk)) == 2
+        assert "theory-tail-accuracy.png: No space left on device" in capsys.readouterr().err
+        assert [*disk.iterdir()] == []
+        disks.remount(disk, "ro")
+        assert runs.status_of("analysis.theorem", *quick, str(disk / "new")) == 2
+        assert f"cannot write {disk / 'new'}: Read-only file system" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 import os
 import resource
 import shutil
-import subprocess
 from pathlib import Path
 
 import disks
@@ -13,10 +12,6 @@ import runs
 from launching import assert_same
 
 from ltat_fast.engine import checkpoint, log
-
-
-def remount(folder: Path, options: str) -> None:
-    subprocess.run(["mount", "-o", f"remount,{options}", str(folder)], check=True)
 
 
 def assert_whole(run_dir: Path) -> None:
@@ -34,7 +29,7 @@ def test_a_full_disk(tmp_path, undisturbed, size):
         assert "No space left on device" in err
         assert err.count("\n") == 1
         assert_whole(disk / "run")
-        remount(disk, "size=64m")
+        disks.remount(disk, "size=64m")
         launching.finish(disk / "run")
         assert_same(disk / "run", undisturbed)
 
@@ -69,7 +64,7 @@ def test_a_line_of_the_record_that_did_not_fit_is_not_read_back(tmp_path):
 def test_a_read_only_run_folder(tmp_path, undisturbed, capfd):
     with disks.file_system(tmp_path / "disk", "64m") as disk:
         shutil.copytree(undisturbed, disk / "run")
-        remount(disk, "ro")
+        disks.remount(disk, "ro")
         for flags, words in (
             (("--out", str(disk / "run"), "--resume"), "cannot write into the run folder"),
             (("--out", str(disk / "new")), "cannot create the run folder"),
@@ -79,7 +74,7 @@ def test_a_read_only_run_folder(tmp_path, undisturbed, capfd):
             err = capfd.readouterr().err
             assert words in err
             assert err.count("\n") == 1
-        remount(disk, "rw")
+        disks.remount(disk, "rw")
         assert runs.train("--out", str(disk / "run"), "--resume") == 0
 
 
@@ -87,7 +82,7 @@ def test_images_on_a_disk_that_keeps_no_cache(tmp_path, image_tree, monkeypatch,
     """Neither beside the images nor in the user's own cache: they are decoded for this run alone."""
     with disks.file_system(tmp_path / "disk", "64m") as disk:
         shutil.copytree(image_tree, disk / "images", ignore=lambda folder, names: {n for n in names if n[0] == "."})
-        remount(disk, "ro")
+        disks.remount(disk, "ro")
         monkeypatch.setenv("XDG_CACHE_HOME", str(disk / "cache"))
         flags = (*runs.FOLDER, "--method", "pgd-at", "--data-dir", str(disk / "images"), "--out", str(tmp_path / "run"))
         assert runs.train(*flags) == 0

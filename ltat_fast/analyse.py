@@ -69,7 +69,7 @@ class Analysed:
 
     @property
     def results(self) -> dict:
-        return tables.read_json(self.file) if self.file.exists() else {}
+        return read(self.file) if self.file.exists() else {}
 
     def is_known(self, part: str) -> bool:
         """Whether the numbers are there, for these weights, this test set and at least as many images."""
@@ -85,7 +85,7 @@ class Analysed:
     def scores(self) -> dict:
         """What eval.json has for these weights; clean and PGD-20 are measured where it has fewer images."""
         file, weights, images = self.run / "eval.json", self.asked["classwise"]["weights"], len(self.subject.labels)
-        found = tables.read_json(file).get(self.which, {}) if file.exists() else {}
+        found = tables.read_results(file).get(self.which, {}) if file.exists() else {}
         found = {name: s for name, s in found.items() if isinstance(s, dict) and s.get("weights") == weights}
         missing = [a for a in ("clean", "pgd20") if found.get(a, {}).get("images", 0) < images]
         s, test = self.subject, self.test
@@ -111,6 +111,22 @@ def main(argv: list[str] | None = None) -> None:
         for part in parts:
             measure(part, analysed, arguments.again)
     log.say(table.render(arguments.checkpoint, [(a.run.name, a.results.get(a.which, {})) for a in analysed]))
+
+
+def read(file: Path) -> dict:
+    """The content of an analysis.json, by checkpoint and part. Raises UserError if it is damaged."""
+    results = tables.read_json(file)
+    for which, parts in results.items():
+        if not isinstance(parts, dict):
+            raise UserError(f"{file} is damaged: {which} is not a JSON object")
+        for part, numbers in parts.items():
+            if not (isinstance(numbers, dict) and type(numbers.get("images")) is int):
+                raise UserError(f"{file} is damaged: {which}, {part} is not a JSON object with a number of images")
+        try:
+            table.render(which, [(file.parent.name, parts)])
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
+            raise UserError(f"{file} is damaged: {which} has something else where numbers are expected") from None
+    return results
 
 
 def parse_parts(names: str) -> list[str]:
@@ -185,11 +201,18 @@ def corruptions_on_common(analysed: list[Analysed]) -> Callable[[Analysed], dict
     return lambda a: measures.corruption(a.subject, common)
 
 
+def by_frequency(a: Analysed) -> dict:
+    try:
+        return measures.by_frequency(a.scores(), a.test.labels.cpu().numpy(), a.subject.counts)
+    except (ValueError, IndexError, KeyError) as error:
+        raise UserError(f"{a.run / 'eval.json'} is damaged ({error}): remove it to measure afresh") from None
+
+
 FUNCTIONS: dict[str, Callable[[Analysed], dict]] = {
     "alignment": lambda a: measures.alignment(a.subject),
     "linearity": lambda a: measures.linearity(a.subject),
     "inequality": lambda a: measures.inequality(a.subject),
-    "classwise": lambda a: measures.by_frequency(a.scores(), a.test.labels.cpu().numpy(), a.subject.counts),
+    "classwise": by_frequency,
 }
 
 

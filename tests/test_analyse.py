@@ -295,6 +295,38 @@ def test_runs_that_cannot_be_analysed(run, folder_run, tmp_path, capfd):
     assert (run / "analysis.json").read_text() == "["
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"best": 3},
+        {"last": [], "best": {}},
+        {"best": {"inequality": 3}},
+        {"best": {"inequality": {"images": "5"}}},
+        {"best": {"inequality": {"images": 60, "global": {"all": 1000}}, "classwise": {}}},
+        {"best": {"alignment": {"images": 60, "clean": 3}}},
+        {"best": {"linearity": {"images": 60, "remainder": {"logits": {"all": "x"}}}}},
+        {"best": {"classwise": {"images": 60, "pgd20": {"accuracy": ["x"]}}}},
+    ],
+)
+def test_an_analysis_of_another_type_is_left_as_it_is(run, capfd, content):
+    (run / "analysis.json").write_text(json.dumps(content))
+    capfd.readouterr()
+    assert runs.status_of("analyse", str(run), *FEW, "--parts", "inequality") == 2
+    error = capfd.readouterr().err
+    assert "analysis.json is damaged" in error
+    assert error.count("\n") == 1
+    assert json.loads((run / "analysis.json").read_text()) == content
+
+
+@pytest.mark.parametrize("broken", [{"per_class": 3}, {"per_class": [1.0]}, {"chosen": "zz"}])
+def test_accuracy_by_frequency_of_a_damaged_eval_json(run, capfd, broken):
+    results = json.loads((run / "eval.json").read_text())
+    results["best"]["pgd20"] |= broken
+    (run / "eval.json").write_text(json.dumps(results))
+    assert runs.status_of("analyse", str(run), *FEW, "--parts", "classwise") == 2
+    assert "eval.json is damaged" in capfd.readouterr().err
+
+
 def test_colour_images_of_other_sizes(folder_run, tmp_path):
     run = shutil.copytree(folder_run, tmp_path / "run")
     results = analysis(run, "--checkpoint", "last")["last"]

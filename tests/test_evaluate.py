@@ -329,6 +329,28 @@ def test_a_damaged_eval_json_is_left_as_it_is(run, capfd, content):
     assert (run / "eval.json").read_text() == content
 
 
+@pytest.mark.parametrize(
+    ("name", "broken"),
+    [
+        ("checks", [3]),
+        ("checks", {"name": "range"}),
+        ("clean", {"images": "5"}),
+        ("clean", {"all": "x"}),
+        ("pgd20", {"tail": "x"}),
+        ("pgd20", {"per_class": 3}),
+        ("pgd20", {"chosen": "zz"}),
+    ],
+)
+def test_a_result_of_another_type_is_left_as_it_is(run, capfd, name, broken):
+    results = json.loads((run / "eval.json").read_text())
+    for entry in results.values():
+        entry[name] = entry[name] | broken if name in entry else broken
+    (run / "eval.json").write_text(json.dumps(results))
+    message = refused(capfd, str(run), "--attacks", "clean,pgd1", "--limit-eval", "100")
+    assert "eval.json is damaged" in message
+    assert json.loads((run / "eval.json").read_text()) == results
+
+
 def test_damaged_or_missing_weights(run, capfd):
     file = run / "checkpoints" / "best.safetensors"
     content = bytearray(file.read_bytes())

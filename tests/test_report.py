@@ -81,6 +81,19 @@ def test_a_pipe_is_written_to_and_stays_a_pipe(digits_run, tmp_path):
     os.close(reader)
 
 
+@pytest.mark.parametrize("broken", [{"images": "5"}, {"all": "x"}, {"tail": {}}, {"per_class": 3}])
+def test_a_damaged_result_is_one_sentence(digits_run, tmp_path, capsys, broken):
+    run = shutil.copytree(digits_run, tmp_path / "run")
+    results = json.loads((run / "eval.json").read_text())
+    results["last"]["pgd20"] |= broken
+    (run / "eval.json").write_text(json.dumps(results))
+    flags = [flag for kind in ("html", "markdown", "csv") for flag in (f"--{kind}", str(tmp_path / kind))]
+    assert runs.status_of("report", str(run), *flags) == 2
+    error = capsys.readouterr().err
+    assert "eval.json is damaged: last, pgd20" in error
+    assert error.count("\n") == 1
+
+
 def test_a_gpu_that_is_not_there_is_said(digits_run, tmp_path, capsys):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")

@@ -75,10 +75,7 @@ class Scores:
         return check.get("weights") == self.identity["weights"]
 
     def _read(self) -> dict:
-        results = tables.read_json(self.file) if self.file.exists() else {}
-        if not all(isinstance(entry, dict) for entry in results.values()):
-            raise UserError(f"{self.file} is damaged: what it holds of a checkpoint is not a JSON object")
-        return results
+        return tables.read_results(self.file) if self.file.exists() else {}
 
     def _merge(self, change: Callable[[dict], None]) -> None:
         """Read, change and write with the file to ourselves, so that no two processes undo each other's results."""

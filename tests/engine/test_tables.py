@@ -237,7 +237,34 @@ def test_a_file_of_another_shape_is_named(tmp_path, file, content, said):
         rows([run])
 
 
-@pytest.mark.parametrize("content", ["{", "", "[1]", "\x00\xff"])
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        (3, " is not a JSON object"),
+        ({"checks": [3]}, ", checks is not a list of JSON objects"),
+        ({"checks": {"name": "range"}}, ", checks is not a list of JSON objects"),
+        ({"clean": 3}, ", clean is not a JSON object"),
+        ({"clean": {"images": "5"}}, ", clean, images is "),
+        ({"clean": {"images": True}}, ", clean, images is true"),
+        ({"clean": {"images": -1}}, ", clean, images is -1"),
+        ({"clean": {"all": "x"}}, ", clean, all is "),
+        ({"pgd20": {"all": 50.0, "tail": [1]}}, r", pgd20, tail is \[1\]"),
+        ({"pgd20": {"all": float("nan")}}, ", pgd20, all is NaN"),
+        ({"pgd20": {"all": 10**400}}, ", pgd20, all is 1000"),
+        ({"pgd20": {"per_class": 3}}, ", pgd20, per_class is 3"),
+        ({"pgd20": {"per_class": [3, "x"]}}, ", pgd20, per_class is "),
+        ({"worst": {"attacks": 7}}, ", worst, attacks is 7"),
+        ({"clean": {"chosen": 3}}, ", clean, chosen is 3"),
+    ],
+)
+def test_a_result_of_another_type_is_named(tmp_path, entry, said):
+    run = write_run(tmp_path / "a")
+    (run / "eval.json").write_text(json.dumps({"last": {}, "best": entry}))
+    with pytest.raises(UserError, match=rf"eval\.json is damaged: best{said}"):
+        rows([run])
+
+
+@pytest.mark.parametrize("content", ["{", "", "[1]", "\x00\xff", "[" * 100_000])
 def test_a_damaged_result_is_named(tmp_path, content):
     run = write_run(tmp_path / "a")
     (run / "eval.json").write_bytes(content.encode("latin-1"))

@@ -69,9 +69,7 @@ def export(run_dir: Path, which: str, out: Path, image_size: int | None = None) 
     tensors, origin = checkpoint.read(weights)
     if "arch" not in origin:
         raise UserError(f"{weights} is not of a run of ours: it does not say what network it is")
-    size = [image_size] * 2 if image_size else origin.get("image_size")
-    if size is None:
-        raise UserError(f"{weights} does not say how large its images are: give --image-size")
+    size = size_of_images(weights, origin.get("image_size"), image_size)
     claim(out)
     model = runs.restore(weights, tensors, origin).eval()
     images = torch.rand(3, origin["in_channels"], *size, generator=torch.Generator().manual_seed(0))
@@ -84,6 +82,18 @@ def export(run_dir: Path, which: str, out: Path, image_size: int | None = None) 
         for path in written:  # all of them have been tried
             path.replace(out / path.name)
     return [out / path.name for path in written]
+
+
+def size_of_images(weights: Path, recorded: list[int] | None, given: int | None) -> list[int]:
+    """Height and width: ``recorded`` by the run, or, where it did not, ``given`` by the user."""
+    if given is not None and given < 1:
+        raise UserError(f"--image-size must be 1 or more, not {given}")
+    if recorded is None and given is None:
+        raise UserError(f"{weights} does not say how large its images are: give --image-size")
+    if None not in (recorded, given) and recorded != [given, given]:
+        height, width = recorded
+        raise UserError(f"--image-size {given}: {weights} was trained on images of {height} x {width}; leave it out")
+    return recorded or [given, given]
 
 
 def write_all(folder: Path, model: nn.Module, about: dict, images: Tensor, expected: Tensor) -> list[Path]:

@@ -146,7 +146,18 @@ def test_a_run_that_did_not_record_its_image_size(digits_run, tmp_path, capsys):
     checkpoint.write(file, tensors, card)
     assert runs.status_of("export", str(run)) == 2
     assert "--image-size" in capsys.readouterr().err
+    for size in ("-3", "0"):
+        assert runs.status_of("export", str(run), "--image-size", size) == 2
+        assert capsys.readouterr().err == f"ltat_fast: error: --image-size must be 1 or more, not {size}\n"
     assert runs.status_of("export", str(run), "--image-size", "8") == 0
+
+
+def test_the_recorded_image_size_stays(digits_run, tmp_path, capsys):
+    flags = (str(digits_run), "--out", str(tmp_path / "out"), "--image-size")
+    assert runs.status_of("export", *flags, "16") == 2
+    assert "last.safetensors was trained on images of 8 x 8" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert runs.status_of("export", *flags, "8") == 0
 
 
 def test_a_file_that_computes_something_else_is_refused(digits_run, tmp_path, monkeypatch, capsys):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ltat_fast.errors import UserError
 
@@ -84,9 +84,12 @@ def read_image(path: str | Path, image_size: int | None = None) -> np.ndarray:
                 raise ValueError(f"it claims {file.width}x{file.height} pixels, more than {MAX_PIXELS:,}")
             file.load()
             image = _to_rgb(_upright(file))
+    except UnidentifiedImageError:
+        raise UserError(f"cannot decode {path}: it is damaged, or no image ({', '.join(FORMATS)})") from None
     # Pillow answers a damaged file with whatever its parser ran into: OSError, SyntaxError, struct.error, KeyError...
     except Exception as error:
-        raise UserError(f"cannot decode {path}: {error or type(error).__name__}") from error
+        reason = getattr(error, "strerror", None) or error  # without the path once more
+        raise UserError(f"cannot decode {path}: {reason or type(error).__name__}") from error
     if image_size is not None and image.size != (image_size, image_size):
         image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BILINEAR)
     return np.asarray(image).transpose(2, 0, 1)

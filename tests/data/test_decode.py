@@ -201,8 +201,13 @@ def test_what_cannot_be_decoded_is_named(tmp_path):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=rf"cannot decode .*{name}"):
             read_image(tmp_path / name)
-    with pytest.raises(UserError, match=r"cannot decode .*missing.png"):
-        read_image(tmp_path / "missing.png")
+    for name, reason in (
+        ("text.png", "it is damaged, or no image (PNG, JPEG, BMP, GIF, TIFF, WEBP, PPM)"),
+        ("missing.png", "No such file or directory"),
+    ):
+        with pytest.raises(UserError) as refusal:
+            read_image(tmp_path / name)
+        assert str(refusal.value) == f"cannot decode {tmp_path / name}: {reason}", "the file named once"
     for width, height in ((8193, 8192), (60000, 60000)):
         with pytest.raises(UserError, match=r"cannot decode .*bomb.png"):
             read_image(claims(tmp_path / "bomb.png", width, height))

@@ -22,7 +22,7 @@ from ltat_fast.engine import run as runs
 from ltat_fast.engine.device import Hardware
 from ltat_fast.engine.evaluation import evaluate, float32_without_shortcuts, spread
 from ltat_fast.engine.run import Images
-from ltat_fast.engine.scores import fingerprint
+from ltat_fast.engine.scores import fingerprint, refuse_read_only
 from ltat_fast.errors import UserError, exit_on_user_error
 
 PARTS = ("alignment", "linearity", "inequality", "corruptions", "classwise")
@@ -109,6 +109,9 @@ def main(argv: list[str] | None = None) -> None:
     with float32_without_shortcuts():
         analysed = [load(folder, parts, arguments, hardware) for folder in folders]
         for part in parts:
+            for a in to_measure(part, analysed, arguments.again):
+                refuse_read_only(a.run)
+        for part in parts:
             measure(part, analysed, arguments.again)
     log.say(table.render(arguments.checkpoint, [(a.run.name, a.results.get(a.which, {})) for a in analysed]))
 
@@ -175,18 +178,24 @@ def is_ours(teacher: str) -> bool:
     return teacher.partition(":")[0] not in teachers.KINDS
 
 
-def measure(part: str, analysed: list[Analysed], again: bool) -> None:
-    """Measure ``part`` of every run that does not have it, and keep each as soon as it is there."""
+def to_measure(part: str, analysed: list[Analysed], again: bool) -> list[Analysed]:
+    """Those that do not have ``part``, or all if it is to be measured ``again``, without those that cannot have it."""
     if part == "corruptions":
         compared = sorted({a.asked[part]["weights"] for a in analysed})
         for a in analysed:
             a.asked[part]["compared"] = compared
     todo = [a for a in analysed if again or not a.is_known(part)]
-    function = corruptions_on_common(analysed) if part == "corruptions" and todo else FUNCTIONS.get(part)
-    for a in todo:
+    return [a for a in todo if part != "alignment" or a.subject.teacher is not None]
+
+
+def measure(part: str, analysed: list[Analysed], again: bool) -> None:
+    """Measure ``part`` of every run that does not have it, and keep each as soon as it is there."""
+    for a in analysed:
         if part == "alignment" and a.subject.teacher is None:
             log.say(f"{a.run}: no alignment, because it has no teacher; name one with --teacher")
-            continue
+    todo = to_measure(part, analysed, again)
+    function = corruptions_on_common(analysed) if part == "corruptions" and todo else FUNCTIONS.get(part)
+    for a in todo:
         log.say(f"{a.run}, {a.which}: {part} on {len(a.subject.labels)} test images")
         a.keep(part, function(a))
 

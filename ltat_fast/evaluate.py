@@ -18,6 +18,7 @@ from ltat_fast import config as configuration
 from ltat_fast.attacks.evaluation import CHOICES, parse_attacks
 from ltat_fast.engine import device, log, pipeline, tables
 from ltat_fast.engine import run as runs
+from ltat_fast.engine.scores import refuse_read_only
 from ltat_fast.engine.signals import Interrupted, stop_at_once
 from ltat_fast.errors import exit_on_user_error
 from ltat_fast.train import EXIT_INTERRUPTED
@@ -65,6 +66,8 @@ def main(argv: list[str] | None = None) -> int:
     which = ["best", "last"] if arguments.checkpoint == "both" else [arguments.checkpoint]
     for name in which:
         runs.weights_in(arguments.run, name)
+    if arguments.again or not set(attacks) <= attacks_in(arguments.run / "eval.json", which):
+        refuse_read_only(arguments.run)  # of the rest the images decide, when they are loaded
     hardware = device.choose(arguments.device, "fp32")
     try:
         with stop_at_once():
@@ -76,6 +79,12 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_INTERRUPTED
     log.say(tables.render([arguments.run]))
     return 0
+
+
+def attacks_in(file: Path, checkpoints: list[str]) -> set[str]:
+    """The attacks that eval.json has results of at all ``checkpoints``, be they of these weights and images or not."""
+    results = tables.read_results(file) if file.exists() else {}
+    return set.intersection(*(set(results.get(which, {})) for which in checkpoints))
 
 
 if __name__ == "__main__":

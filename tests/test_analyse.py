@@ -1,6 +1,7 @@
 """``python -m ltat_fast.analyse``: what is measured on a run, what is kept, what is refused."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -295,6 +296,32 @@ def test_runs_that_cannot_be_analysed(run, folder_run, tmp_path, capfd):
     assert (run / "analysis.json").read_text() == "["
 
 
+def test_a_read_only_run_is_refused_before_anything_is_measured(analysed, run, tmp_path, monkeypatch, measured, capfd):
+    full = shutil.copytree(analysed, tmp_path / "full")
+    analysis(run, *FEW, "--parts", "linearity")
+    read_only = {full, run}
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path not in read_only and access(path, mode))
+    names = ("linearity", "inequality", "classwise")
+    for part in names:
+        monkeypatch.setitem(analyse.FUNCTIONS, part, lambda a: pytest.fail(f"{a.run} was measured"))
+    measured.clear()
+    analysis(full, *FEW)
+    analysis(run, *FEW, "--parts", "linearity")
+    for flags in (
+        (full, *FEW, "--parts", "inequality", "--again"),
+        (full, "--limit", "70"),
+        (run, *FEW, "--parts", "linearity,inequality"),
+        (full, run, *FEW, "--parts", "linearity,classwise"),
+    ):
+        capfd.readouterr()
+        assert runs.status_of("analyse", *map(str, flags)) == 2, flags
+        error = capfd.readouterr().err
+        assert "cannot write into the run folder" in error
+        assert error.endswith("it is read-only for this user\n")
+    assert measured == []
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -302,7 +329,7 @@ def test_runs_that_cannot_be_analysed(run, folder_run, tmp_path, capfd):
         {"last": [], "best": {}},
         {"best": {"inequality": 3}},
         {"best": {"inequality": {"images": "5"}}},
-        {"best": {"inequality": {"images": 60, "global": {"all": 1000}}, "classwise": {}}},
+        {"best": {"inequality": {"images": 60, "global": 0.5}}},
         {"best": {"alignment": {"images": 60, "clean": 3}}},
         {"best": {"linearity": {"images": 60, "remainder": {"logits": {"all": "x"}}}}},
         {"best": {"classwise": {"images": 60, "pgd20": {"accuracy": ["x"]}}}},

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import disks
 import numpy as np
 import pyautoattack
 import pytest
@@ -320,6 +321,29 @@ def test_refusals(tmp_path, run, capfd):
     if not torch.cuda.is_available():
         assert "no CUDA device" in refused(capfd, str(run), "--device", "cuda")
     assert (run / "eval.json").read_text() == before
+
+
+@pytest.fixture
+def read_only(digits_run, tmp_path):
+    """A run on a file system that is read-only, for root too."""
+    with disks.file_system(tmp_path / "disk", "64m") as disk:
+        run = shutil.copytree(digits_run, disk / "run", ignore=shutil.ignore_patterns("tb"))
+        disks.remount(disk, "ro")
+        yield run
+
+
+def test_a_read_only_run_is_refused_before_anything_is_measured(read_only, digits_run, attacked, monkeypatch, capfd):
+    said = f"cannot write into the run folder {read_only}: it is read-only for this user"
+    assert evaluate(read_only, "--attacks", "clean,pgd20", "--limit-eval", "100") == json.loads(
+        (digits_run / "eval.json").read_text()
+    )
+    assert said in refused(capfd, str(read_only), "--attacks", "clean,pgd20", "--limit-eval", "101")
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline, "check", lambda *_: pytest.fail("the checks were run"))
+        patched.setattr(pipeline.run, "load_data", lambda *_: pytest.fail("the images were read"))
+        for flags in (("clean,fgsm",), ("clean", "--again"), ("autoattack",)):
+            assert said in refused(capfd, str(read_only), "--attacks", *flags)
+    assert attacked == []
 
 
 @pytest.mark.parametrize("content", ["", '{"best": {"clean"', "[]"])

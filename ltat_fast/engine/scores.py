@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,12 @@ def fingerprint(images: Images) -> str:
     return digest.hexdigest()[:16]
 
 
+def refuse_read_only(run_dir: Path) -> None:
+    """Raises UserError if this user may not write into the folder: before hours of work whose result would be lost."""
+    if not os.access(run_dir, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write into the run folder {run_dir}: it is read-only for this user")
+
+
 @dataclass
 class Scores:
     """The results in ``file`` for the weights, eps and test set of ``identity``, kept under each of ``checkpoints``.
@@ -38,15 +45,24 @@ class Scores:
     num_classes: int
 
     def known(self, attack: str, images: int) -> dict | None:
-        """The result of ``attack`` on the most images, if they are so many, whichever checkpoint it was found for."""
+        """The result of ``attack`` on the most images, if they are so many, whichever checkpoint it was found for.
+
+        Raises UserError if there is none and what is measured now could not be put in.
+        """
         ours = [entry[attack] for entry in self._read().values() if self._is_ours(entry.get(attack))]
         most = max(ours, key=lambda result: result["images"], default=None)
-        return most if most and most["images"] >= images else None
+        if most and most["images"] >= images:
+            return most
+        refuse_read_only(self.file.parent)
+        return None
 
     def known_checks(self) -> list[dict] | None:
-        """What the checks found on these weights."""
-        found = [entry.get("checks") for entry in self._read().values()]
-        return next((checks for checks in found if checks and all(map(self._is_checked, checks))), None)
+        """What the checks found on these weights. Raises as :meth:`known` does."""
+        for entry in self._read().values():
+            if (checks := entry.get("checks")) and all(map(self._is_checked, checks)):
+                return checks
+        refuse_read_only(self.file.parent)
+        return None
 
     def add(self, attack: str, result: dict) -> None:
         """Put in the result of an attack, and the worst case anew over those known of the most images."""

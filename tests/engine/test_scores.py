@@ -1,6 +1,7 @@
 """RUN/eval.json: what counts as known, what joins what, and that two who write at once lose nothing."""
 
 import json
+import os
 import threading
 
 import numpy as np
@@ -115,6 +116,22 @@ def test_what_counts_as_known(tmp_path):
     assert mine.known("cw20", 5) is None
     for other in ({"weights": "v"}, {"eps": "8/255"}, {"test_set": "s"}):
         assert scores(tmp_path, **other).known("pgd20", 5) is None, other
+
+
+def test_what_could_not_be_kept_is_refused_before_it_is_measured(tmp_path, monkeypatch):
+    mine = scores(tmp_path)
+    mine.add("pgd20", result(0.7, images=12))
+    mine.add_checks([{"name": "range", "passed": True}])
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    assert mine.known("pgd20", 12)["images"] == 12
+    assert mine.known_checks()
+    for ask in (
+        lambda: mine.known("pgd20", 13),
+        lambda: mine.known("cw20", 5),
+        scores(tmp_path, weights="v").known_checks,
+    ):
+        with pytest.raises(UserError, match="cannot write into the run folder .*: it is read-only for this user"):
+            ask()
 
 
 def test_checks_belong_to_weights(tmp_path):

@@ -130,7 +130,7 @@ def test_what_could_not_be_kept_is_refused_before_it_is_measured(tmp_path, monke
         lambda: mine.known("cw20", 5),
         scores(tmp_path, weights="v").known_checks,
     ):
-        with pytest.raises(UserError, match="cannot write into the run folder .*: it is read-only for this user"):
+        with pytest.raises(UserError, match=r"cannot write into the run folder .*: it is read-only for this user"):
             ask()
 
 

@@ -19,7 +19,7 @@ from ltat_fast.analysis.inequality import saliency
 from ltat_fast.attacks import AttackConfig, pgd
 from ltat_fast.attacks.objectives import cross_entropy
 from ltat_fast.config import ratio
-from ltat_fast.data import load_dataset, longtail
+from ltat_fast.data import load_dataset, longtail, resident
 from ltat_fast.engine import log, run
 from ltat_fast.engine.evaluation import float32_without_shortcuts, spread
 from ltat_fast.engine.run import Images, RunData
@@ -104,12 +104,10 @@ def _data(study: Study, device: torch.device, data_dir: Path | None) -> RunData:
     where = data_dir or config.data_dir
     dataset = load_dataset(config.dataset, where, image_size=config.image_size, download=False, report=log.say)
     tailed = longtail.make_long_tailed(dataset, config.imbalance_ratio)
-    train, test = (
-        Images(torch.from_numpy(part.images), torch.from_numpy(part.labels).to(device))
-        for part in (tailed, dataset.test)
-    )
+    # The pixels stay on the CPU. Nothing looks at the training images, which may be many and on disk.
+    test = Images(resident(dataset.test.images, "cpu"), resident(dataset.test.labels, device))
     return RunData(
-        train,
+        test,
         test,
         test,
         study.counts or tailed.counts,

@@ -4,6 +4,8 @@ import base64
 import io
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -94,6 +96,20 @@ def test_saliency_is_red_for_and_blue_against_and_white_for_nothing():
         assert (red > blue) == (sign > 0)
         assert min(middle) > 240
     assert _signed(torch.zeros(3, 2, 2))  # no gradient at all is no error
+
+
+def test_images_of_a_folder_are_shown_without_a_warning(folder_run):
+    """Decoded images are read from a file that nobody may write to; torch warns of that once a process."""
+    script = (
+        "import sys, torch; from pathlib import Path; from ltat_fast.engine import tables;"
+        "from ltat_fast.reporting.pictures import gallery; from ltat_fast.reporting.study import studies;"
+        "(study,) = studies(tables.experiments([Path(sys.argv[1])]));"
+        "print(len(gallery(study, torch.device('cpu')).adversarial))"
+    )
+    command = [sys.executable, "-c", script, str(folder_run)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines()[-1:] == ["3"], done.stderr
+    assert "not writable" not in done.stderr
 
 
 def test_a_network_that_is_missing_or_damaged_costs_only_its_own_pictures(digits_run, tmp_path):

@@ -78,6 +78,36 @@ def test_evaluate_reports_every_attack_with_its_own_limit():
     assert net.training
 
 
+def tf32() -> list[bool]:
+    return [torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32]
+
+
+def allow_tf32(cudnn: bool, matmul: bool) -> None:
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = cudnn, matmul
+
+
+@pytest.fixture
+def tf32_restored():
+    before = tf32()
+    yield
+    allow_tf32(*before)
+
+
+@pytest.mark.usefixtures("tf32_restored")
+@pytest.mark.parametrize("allowed", [[True, True], [True, False], [False, False]])
+def test_no_tf32_inside_and_as_before_outside(allowed):
+    net, seen = Linear(torch.randn(3, 27)), []
+    net.register_forward_hook(lambda *_: seen.append(tf32()))
+    pixels, y = torch.randint(0, 256, (8, 3, 3, 3), dtype=torch.uint8), torch.arange(8) % 3
+    allow_tf32(*allowed)
+    evaluate(net, pixels, y, ["clean", "pgd1"], {}, 3, 0.05, batch_size=8)
+    assert len(seen) == 3  # clean, and PGD's step and its end
+    check(net, pixels, y, 0.05, lambda text: None)
+    assert len(seen) > 3
+    assert not any(map(any, seen))
+    assert tf32() == allowed
+
+
 @pytest.mark.parametrize("count", [0, 1, 8, 15, 1000])
 def test_which_images_were_correct_fits_in_hexadecimal(count):
     bits = np.random.RandomState(0).rand(count) < 0.4

@@ -10,7 +10,11 @@ from ltat_fast.engine.tables import CHECKPOINTS, Experiment
 from ltat_fast.errors import UserError
 from ltat_fast.reporting.study import Study
 
-NOT_A_QUANTITY = {"weights", "teacher", "compared", "eps", "test_set"}  # what an analysis is of
+# What an analysis is of; "classes" is the order that a note tells.
+NOT_A_QUANTITY = {"weights", "teacher", "compared", "eps", "test_set", "classes"}
+NOTES = {
+    "classwise": "Accuracy in up to ten groups of classes: 0 are the most frequent in training, the last the rarest."
+}
 SHOWN_ONE_BY_ONE = 12  # of a longer list of numbers, mean and range are shown
 
 
@@ -24,11 +28,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the analyses of a study: for each quantity its name and a cell an experiment."""
+    """A part of the analyses of a study: for each quantity its name and a cell an experiment. note: how to read it."""
 
     title: str
     checkpoint: str
     lines: list[tuple[str, list[Cell]]]
+    note: str = ""
 
 
 def analyses(study: Study) -> tuple[list[Section], list[str]]:
@@ -54,7 +59,7 @@ def analyses(study: Study) -> tuple[list[Section], list[str]]:
                 (name, [_cell([v[name] for v in runs if name in v], len(e.runs)) for e, runs in of_experiments])
                 for name in quantities
             ]
-            sections.append(Section(title, which, lines))
+            sections.append(Section(title, which, lines, NOTES.get(title, "")))
     return sections, damaged
 
 

@@ -283,6 +283,17 @@ def test_analyses_are_averaged_over_seeds(tmp_path):
 
 
 @numbers
+def test_the_order_of_classes_is_told_once(tmp_path):
+    run = made.write_run(tmp_path / "a")
+    part = {"classes": [[c] for c in range(10)], "pgd20": {"accuracy": [50.0] * 10, "images": 600}, "images": 600}
+    made.write(run / "analysis.json", {"best": {"classwise": part}})
+    text, tree = page_of(run)
+    names = [row[0] for row in made.rows(tree.find("table", "analysis")[0])[1:]]
+    assert names == [*(f"pgd20, accuracy, {i}" for i in range(10)), "pgd20, images", "images"]
+    assert text.count("0 are the most frequent in training") == 1
+
+
+@numbers
 def test_settings_are_those_of_config_json(tmp_path):
     runs = [made.write_run(tmp_path / "a", epochs=3), made.write_run(tmp_path / "b", method="at-bsl")]
     _, tree = page_of(*runs)

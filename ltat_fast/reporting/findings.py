@@ -12,9 +12,7 @@ from ltat_fast.reporting.study import Study
 
 # What an analysis is of; "classes" is the order that a note tells.
 NOT_A_QUANTITY = {"weights", "teacher", "compared", "eps", "test_set", "classes"}
-NOTES = {
-    "classwise": "Accuracy in up to ten groups of classes: 0 are the most frequent in training, the last the rarest."
-}
+NOTES = {"classwise": "Accuracy in groups of classes: 0 are the most frequent in training, the last the rarest."}
 SHOWN_ONE_BY_ONE = 12  # of a longer list of numbers, mean and range are shown
 
 

@@ -88,7 +88,7 @@ def read_image(path: str | Path, image_size: int | None = None) -> np.ndarray:
         raise UserError(f"cannot decode {path}: it is damaged, or no image ({', '.join(FORMATS)})") from None
     # Pillow answers a damaged file with whatever its parser ran into: OSError, SyntaxError, struct.error, KeyError...
     except Exception as error:
-        reason = getattr(error, "strerror", None) or error  # without the path once more
+        reason = getattr(error, "strerror", None) or str(error)  # without the path once more
         raise UserError(f"cannot decode {path}: {reason or type(error).__name__}") from error
     if image_size is not None and image.size != (image_size, image_size):
         image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BILINEAR)

@@ -2,6 +2,7 @@
 
 import struct
 import zlib
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -189,7 +190,7 @@ def test_pictures_without_pixels_are_refused(tmp_path):
             read_image(path)
 
 
-def test_what_cannot_be_decoded_is_named(tmp_path):
+def test_what_cannot_be_decoded_is_named(tmp_path, monkeypatch):
     whole = tmp_path / "whole.jpg"
     Image.fromarray(np.random.RandomState(0).randint(0, 255, (32, 32, 3), np.uint8)).save(whole)
     bad = {
@@ -208,6 +209,10 @@ def test_what_cannot_be_decoded_is_named(tmp_path):
         with pytest.raises(UserError) as refusal:
             read_image(tmp_path / name)
         assert str(refusal.value) == f"cannot decode {tmp_path / name}: {reason}", "the file named once"
+    with monkeypatch.context() as patched:
+        patched.setattr(Image.Image, "convert", Mock(side_effect=KeyError))
+        with pytest.raises(UserError, match=r"whole.jpg: KeyError$"):
+            read_image(whole)
     for width, height in ((8193, 8192), (60000, 60000)):
         with pytest.raises(UserError, match=r"cannot decode .*bomb.png"):
             read_image(claims(tmp_path / "bomb.png", width, height))

@@ -17,10 +17,11 @@ from ltat_fast.analysis import parts as measures
 from ltat_fast.analysis import table
 from ltat_fast.analysis.parts import Subject
 from ltat_fast.config import Config, ratio
-from ltat_fast.engine import device, log, tables, teachers
+from ltat_fast.engine import device, log, teachers
 from ltat_fast.engine import run as runs
 from ltat_fast.engine.device import Hardware
 from ltat_fast.engine.evaluation import evaluate, float32_without_shortcuts, spread
+from ltat_fast.engine.results import read_json, read_results
 from ltat_fast.engine.run import Images
 from ltat_fast.engine.scores import fingerprint, refuse_read_only
 from ltat_fast.errors import UserError, exit_on_user_error
@@ -85,7 +86,7 @@ class Analysed:
     def scores(self) -> dict:
         """What eval.json has for these weights; clean and PGD-20 are measured where it has fewer images."""
         file, weights, images = self.run / "eval.json", self.asked["classwise"]["weights"], len(self.subject.labels)
-        found = tables.read_results(file).get(self.which, {}) if file.exists() else {}
+        found = read_results(file).get(self.which, {}) if file.exists() else {}
         found = {name: s for name, s in found.items() if isinstance(s, dict) and s.get("weights") == weights}
         missing = [a for a in ("clean", "pgd20") if found.get(a, {}).get("images", 0) < images]
         s, test = self.subject, self.test
@@ -118,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def read(file: Path) -> dict:
     """The content of an analysis.json, by checkpoint and part. Raises UserError if it is damaged."""
-    results = tables.read_json(file)
+    results = read_json(file)
     for which, parts in results.items():
         if not isinstance(parts, dict):
             raise UserError(f"{file} is damaged: {which} is not a JSON object")

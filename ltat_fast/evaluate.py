@@ -18,6 +18,7 @@ from ltat_fast import config as configuration
 from ltat_fast.attacks.evaluation import CHOICES, parse_attacks
 from ltat_fast.engine import device, log, pipeline, tables
 from ltat_fast.engine import run as runs
+from ltat_fast.engine.results import read_results
 from ltat_fast.engine.scores import refuse_read_only
 from ltat_fast.engine.signals import Interrupted, stop_at_once
 from ltat_fast.errors import exit_on_user_error
@@ -83,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def attacks_in(file: Path, checkpoints: list[str]) -> set[str]:
     """The attacks that eval.json has results of at all ``checkpoints``, be they of these weights and images or not."""
-    results = tables.read_results(file) if file.exists() else {}
+    results = read_results(file) if file.exists() else {}
     return set.intersection(*(set(results.get(which, {})) for which in checkpoints))
 
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ltat_fast.data.lock import exclusive
-from ltat_fast.engine import log, tables
+from ltat_fast.engine import log
 from ltat_fast.engine.evaluation import on_most_images, worst_case
+from ltat_fast.engine.results import read_results
 from ltat_fast.engine.run import Images
 from ltat_fast.errors import UserError
 
@@ -91,7 +92,7 @@ class Scores:
         return check.get("weights") == self.identity["weights"]
 
     def _read(self) -> dict:
-        return tables.read_results(self.file) if self.file.exists() else {}
+        return read_results(self.file) if self.file.exists() else {}
 
     def _merge(self, change: Callable[[dict], None]) -> None:
         """Read, change and write with the file to ourselves, so that no two processes undo each other's results."""

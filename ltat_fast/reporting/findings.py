@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from math import isfinite
 from statistics import mean, stdev
 
-from ltat_fast.engine import tables
+from ltat_fast.engine.results import read_json
 from ltat_fast.engine.tables import CHECKPOINTS, Experiment
 from ltat_fast.errors import UserError
 from ltat_fast.reporting.study import Study
@@ -42,7 +42,7 @@ def analyses(study: Study) -> tuple[list[Section], list[str]]:
         for run in experiment.runs:
             file = run.path / "analysis.json"
             try:
-                found[-1].append(tables.read_json(file) if file.exists() else {})
+                found[-1].append(read_json(file) if file.exists() else {})
             except UserError:
                 damaged.append(f"analysis.json of {run.name} is damaged.")
     sections = []

@@ -28,8 +28,9 @@ from torch import Tensor, nn
 
 from ltat_fast import __version__
 from ltat_fast import config as configuration
-from ltat_fast.engine import checkpoint, files, log, tables
+from ltat_fast.engine import checkpoint, files, log
 from ltat_fast.engine import run as runs
+from ltat_fast.engine.results import read_results
 from ltat_fast.errors import UserError, exit_on_user_error
 from ltat_fast.models import ARCHS, classifier, cosine, standalone
 
@@ -66,7 +67,7 @@ def export(run_dir: Path, which: str, out: Path, image_size: int | None = None) 
     Raises UserError where there is nothing to export, ``out`` holds something else, or a format gives other logits.
     """
     weights = runs.weights_in(run_dir, which)
-    tensors, origin = checkpoint.read(weights)
+    tensors, origin = checkpoint.read(weights, foreign=True)
     if "arch" not in origin:
         raise UserError(f"{weights} is not of a run of ours: it does not say what network it is")
     size = size_of_images(weights, origin.get("image_size"), image_size)
@@ -137,7 +138,7 @@ def card(run_dir: Path, which: str, model: nn.Module, origin: dict) -> dict:
     origin: what the weights file says of itself.
     """
     config, _ = configuration.load(run_dir)
-    scores = tables.read_json(run_dir / "eval.json").get(which, {}) if (run_dir / "eval.json").exists() else {}
+    scores = read_results(run_dir / "eval.json").get(which, {}) if (run_dir / "eval.json").exists() else {}
     height, width = origin["image_size"]
     training = ("dataset", "imbalance_ratio", "class_counts", "method", "method_options", "epoch")
     return {

@@ -21,6 +21,7 @@ import tyro
 from ltat_fast.config import PRESETS, Config, choose
 from ltat_fast.engine import files, log, tables
 from ltat_fast.engine.jobs import Job, outstanding, repetitions, split_flags, train_all
+from ltat_fast.engine.results import read_results
 from ltat_fast.errors import UserError, exit_on_user_error
 
 
@@ -56,7 +57,7 @@ class Row:
 
     def results(self) -> list[dict]:
         """What is there of its runs so far."""
-        return [tables.read_json(path) for job in self.jobs if (path := job.run_dir / self.scores).exists()]
+        return [read_results(path) for job in self.jobs if (path := job.run_dir / self.scores).exists()]
 
 
 @exit_on_user_error

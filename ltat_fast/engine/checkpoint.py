@@ -46,9 +46,10 @@ def write(path: Path, tensors: dict[str, Tensor], metadata: dict, previous: Path
         file.write(serialise(tensors, metadata=card))
 
 
-def read(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """Tensors and metadata of a file written by :func:`write`, or of any safetensors file (metadata then is empty).
+def read(path: Path, foreign: bool = False) -> tuple[dict[str, Tensor], dict]:
+    """Tensors and metadata of a file written by :func:`write`.
 
+    foreign: or of any safetensors file; without a checksum nobody can tell damage, and the metadata is empty.
     Raises UserError if it is missing, not safetensors, cut short or changed since it was written.
     """
     if not path.is_file():
@@ -63,6 +64,8 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict]:
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise UserError(f"{path} is damaged and cannot be read ({error})") from None
     ours = "sha256" in card or "ltat_fast" in card  # one of the two may be what is damaged
+    if not (ours or foreign):
+        raise UserError(f"{path} is damaged, or not written by ltat_fast: it carries no checksum")
     if ours and card.get("sha256") != _digest(tensors, metadata):
         raise UserError(f"{path} is damaged: its content does not match its checksum")
     return tensors, metadata

@@ -152,9 +152,12 @@ def model_card(config: Config, data: RunData, method: Method, epoch: int) -> dic
     }
 
 
-def load_model(path: Path, device: torch.device, arch: str, data: RunData) -> nn.Module:
-    """The network in a weights file, for ``data``; ``arch`` is used where the file does not say its own."""
-    tensors, card = checkpoint.read(path)
+def load_model(path: Path, device: torch.device, arch: str, data: RunData, foreign: bool = False) -> nn.Module:
+    """The network in a weights file, for ``data``.
+
+    foreign: the file may be somebody else's state dict; ``arch`` is what it is of, where it does not say so itself.
+    """
+    tensors, card = checkpoint.read(path, foreign)
     card = {"arch": arch, "num_classes": data.num_classes, "in_channels": data.in_channels} | card
     if card["num_classes"] != data.num_classes:
         raise UserError(f"{path} knows {card['num_classes']} classes, the data has {data.num_classes}")

@@ -34,9 +34,9 @@ def find(name: str, arch: str) -> Build:
     kind, colon, rest = name.partition(":")
     if colon and kind in KINDS:
         return KINDS[kind](rest)
-    path = run.weights_in(Path(name))
-    checkpoint.read(path)
-    return lambda data: run.load_model(path, torch.device("cpu"), arch, data)
+    path, foreign = run.weights_in(Path(name)), Path(name).is_file()
+    checkpoint.read(path, foreign)
+    return lambda data: run.load_model(path, torch.device("cpu"), arch, data, foreign)
 
 
 def load(name: str, arch: str, data: RunData, hardware: Hardware) -> nn.Module:
@@ -139,12 +139,12 @@ def _split(rest: str) -> tuple[str, Path | None]:
     """NAME[@FILE]; a FILE is read, to find it whole."""
     name, at, file = rest.partition("@")
     if at:
-        checkpoint.read(Path(file))
+        checkpoint.read(Path(file), foreign=True)
     return name, Path(file) if at else None
 
 
 def _with_weights(model: nn.Module, file: Path, name: str) -> nn.Module:
-    checkpoint.load_weights(model, checkpoint.read(file)[0], file, name)
+    checkpoint.load_weights(model, checkpoint.read(file, foreign=True)[0], file, name)
     return model
 
 

@@ -26,6 +26,7 @@ from ltat_fast.engine.run import Images, RunData
 from ltat_fast.engine.tables import Experiment
 from ltat_fast.errors import UserError
 from ltat_fast.models.frozen import FrozenTwin
+from ltat_fast.pixels import to_unit
 from ltat_fast.reporting.headline import names
 from ltat_fast.reporting.study import Study
 
@@ -141,7 +142,7 @@ def _examples(shown: Gallery, study: Study, data: RunData, models: list[nn.Modul
     places = np.unique(np.linspace(0, len(order) - 1, min(ROWS, len(order))).round().astype(int))
     labels = data.test.labels.cpu()
     firsts = [int((labels == order[p]).nonzero()[0]) for p in places if (labels == order[p]).any()]
-    x = data.test.images[firsts].to(data.test.labels.device).float() / 255
+    x = to_unit(data.test.images[firsts].to(data.test.labels.device))
     y = data.test.labels[firsts]
     eps = ratio(study.config["eps"])
     attack = AttackConfig(eps, eps / 4, STEPS)
@@ -189,7 +190,7 @@ def _gradient_sizes(model: nn.Module, test: Images, index: np.ndarray, batch: in
     sizes = []
     for part in torch.from_numpy(index).split(batch):
         y = test.labels[part.to(test.labels.device)]
-        x = test.images[part].to(y.device).float() / 255
+        x = to_unit(test.images[part].to(y.device))
         gradient = input_gradient(model, x, lambda logits, y=y: F.cross_entropy(logits, y, reduction="none"))
         sizes.append(gradient.abs().flatten().cpu().numpy())
     return np.concatenate(sizes)

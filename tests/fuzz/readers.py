@@ -5,6 +5,7 @@ finding. ``python readers.py SEED SECONDS ITERATIONS [TARGET...]`` runs them in 
 spare and a clock that ends it, and prints one JSON line a target. Damage is a function of (target, seed, iteration).
 """
 
+import base64
 import hashlib
 import io
 import json
@@ -297,7 +298,7 @@ def fuzz(make: Callable, seed: int, seconds: float, iterations: int) -> dict:
             except UserError:
                 result["refused"] += 1
             except Exception:
-                result["findings"].append({"iteration": result["tried"], "error": traceback.format_exc()})
+                result["findings"].append({"file": base64.b85encode(damaged).decode(), "error": traceback.format_exc()})
             signal.alarm(0)
             result["tried"] += 1
     return result

@@ -38,6 +38,7 @@ VALID = {
     "image_size": st.none(),
     "out": name.map(Path),
     "lr": positive,
+    "lr_schedule": st.sampled_from(["step", "igdm", "rslad", "onecycle", "0.5", "0.5,0.8", "1e-3,0.999"]),
     "momentum": share,
     "weight_decay": positive,
     "gamma": positive,

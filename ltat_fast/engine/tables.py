@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ltat_fast.attacks.evaluation import AUTOATTACK
 from ltat_fast.engine.results import read_json, read_results
 from ltat_fast.errors import UserError
 from ltat_fast.methods import METHODS
@@ -61,7 +62,7 @@ class Experiment:
 
     def values(self, which: str, attack: str, group: str) -> list[float]:
         """Percent of each run that has it; none of "worst" where it is of other attacks in one run than in the next."""
-        if attack == "worst" and not same_worst(self.runs, which):
+        if attack == "worst" and not comparable_worst(self.runs, which):
             return []
         return scores([run.results for run in self.runs], which, attack, group)
 
@@ -77,10 +78,15 @@ def scores(results: list[dict], which: str, attack: str, group: str) -> list[flo
     return [score for score in found if score is not None]
 
 
-def same_worst(runs: Iterable[Run], which: str) -> bool:
-    """Whether "worst" is over the same attacks in all ``runs`` that have it: only then may it be compared."""
-    found = [run.results.get(which, {}).get("worst") for run in runs]
-    return len({frozenset(entry.get("attacks", [])) for entry in found if entry is not None}) <= 1
+def comparable_worst(runs: Iterable[Run], which: str) -> bool:
+    """Whether "worst" is over the same attacks in all ``runs`` that have it, AutoAttack among them where it was run.
+
+    Limited to fewer images than the rest, AutoAttack is left out of it, and a worst case without it is none beside it.
+    """
+    entries = [entry for run in runs if "worst" in (entry := run.results.get(which, {}))]
+    attacks = {frozenset(entry["worst"].get("attacks", [])) for entry in entries}
+    strongest = set().union(*entries) & AUTOATTACK.keys()
+    return len(attacks) <= 1 and all(strongest <= tried for tried in attacks)
 
 
 def load_results(run_dir: Path) -> tuple[dict, dict]:
@@ -168,7 +174,7 @@ def columns(found: list[Experiment]) -> list[tuple[str, str, str]]:
     """
     runs = [run for experiment in found for run in experiment.runs]
     entries = [run.results.get(which, {}) for run in runs for which in CHECKPOINTS]
-    has_worst = any(map(_has_worst_of_all, entries)) and all(same_worst(runs, which) for which in CHECKPOINTS)
+    has_worst = any(map(_has_worst_of_all, entries)) and all(comparable_worst(runs, which) for which in CHECKPOINTS)
     return COLUMNS + WORST_COLUMNS if has_worst else COLUMNS
 
 

@@ -9,7 +9,7 @@ from statistics import mean, stdev
 from safetensors import SafetensorError, safe_open
 
 from ltat_fast.data.longtail import class_groups
-from ltat_fast.engine.tables import Experiment, Run, ratio_text, same_worst
+from ltat_fast.engine.tables import Experiment, Run, comparable_worst, ratio_text
 
 # The spelling of names that are not plain capitals.
 NAMES = {"natural": "Natural", "robal": "RoBal", "adaad": "AdaAD", "adaiad": "AdaIAD"}
@@ -124,7 +124,7 @@ def _study(group: tuple[Experiment, ...]) -> Study:
     checkpoint = "best" if held_out or not have_last else "last"
     tried = [set(attacks_of(run.results.get(checkpoint, {}))) for e in group for run in e.runs]
     common = set.intersection(*tried) - {"clean"}
-    if not same_worst((run for e in group for run in e.runs), checkpoint):
+    if not comparable_worst((run for e in group for run in e.runs), checkpoint):
         common -= {"worst"}
 
     def rank(attack: str) -> tuple:

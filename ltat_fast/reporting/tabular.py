@@ -34,7 +34,7 @@ def _lines(found: list[Experiment]) -> Iterator[tuple]:
             counts = run.environment.get("class_counts", [])
             for which in tables.CHECKPOINTS:
                 for attack, entry in attacks_of(run.results.get(which, {})).items():
-                    if attack == "worst" and not tables.same_worst(experiment.runs, which):
+                    if attack == "worst" and not tables.comparable_worst(experiment.runs, which):
                         continue
                     start, images = (*of_run, which, attack), entry.get("images")
                     for group, accuracy in groups_of(entry).items():

@@ -10,6 +10,7 @@ job instead (needs submitit); call the sweep again later for the table.
 """
 
 import json
+import shutil
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -106,7 +107,7 @@ def plan(table: dict, arguments: Arguments, extra: tuple[str, ...]) -> Iterator[
             title = f"{row['name']} IR {ratio}" if several else row["name"]
             own_flags = (*flags, *row["flags"], *(longer(flags[1]) if row.get("longer") else ()))
             scores = f"{row['stage']}/eval.json" if "stage" in row else "eval.json"
-            stem = folder_of(arguments) / title.lower().replace(" ", "")
+            stem = folder_of(arguments) / title.lower().replace(" ", "-")
             jobs = repetitions(stem, own_flags, arguments.seeds or table.get("seeds", [0]), extra)
             yield Row(title, row["paper"], jobs, own, scores)
 
@@ -123,6 +124,8 @@ def submit(jobs: list[Job], partition: str, minutes: int) -> None:
         import submitit
     except ImportError:
         raise UserError("--slurm-partition needs submitit: pip install submitit") from None
+    if shutil.which("sbatch") is None:  # submitit would start them here, side by side
+        raise UserError("--slurm-partition: there is no Slurm here, sbatch is not on the PATH")
     for job in jobs:
         folder = job.log_file.parent / "slurm"
         files.make_folder(folder)

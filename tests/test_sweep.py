@@ -1,6 +1,7 @@
 """A table of the paper as runs: the right rows with the right flags, finished ones skipped, ours beside the paper's."""
 
 import json
+import os
 from importlib.resources import files
 from pathlib import Path
 from shutil import copytree
@@ -112,6 +113,43 @@ def test_the_self_teacher_is_a_row_of_its_own(tmp_path):
     assert "| RoBal on D | last | 2 | 50.50 ± 0.71 | - | - | - | - |" in lines
     assert "| PGD-AT on D_B | last | 2 | 50.50 ± 0.71 (35.71) | - (14.94) | - | - (34.6) | - (14.1) |" in lines
     assert not any(line.startswith("| PGD-AT on D_B | best") for line in lines)
+
+
+SLURM = """#!/bin/sh
+cat "$1" >> "{}"
+echo Submitted batch job 4711
+"""
+
+
+def test_rows_as_slurm_jobs(tmp_path, monkeypatch, capsys):
+    """submitit itself, with an sbatch that keeps what it is given."""
+    pytest.importorskip("submitit")
+    scripts = tmp_path / "scripts"
+    (tmp_path / "bin").mkdir()
+    for name in ("sbatch", "srun"):
+        (tmp_path / "bin" / name).write_text(SLURM.format(scripts))
+        (tmp_path / "bin" / name).chmod(0o755)
+    sweep = ("--table", "10", "--dataset", "digits-lt", "--seeds", "0", "3", "--out", str(tmp_path / "table"))
+    sweep += ("--slurm-partition", "gpu-long", "--slurm-minutes", "90")
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    assert status_of("sweep", *sweep) == 2
+    assert "there is no Slurm here, sbatch is not on the PATH" in capsys.readouterr().err
+
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+    assert status_of("sweep", *sweep, "--", "--epochs", "1") == 0
+    assert "ours-seed3: Slurm job 4711" in capsys.readouterr().out
+    text = scripts.read_text()
+    for line in ("--partition=gpu-long", "--time=90", "--gpus-per-node=1", "--job-name=ours-seed0"):
+        assert f"#SBATCH {line}\n" in text
+    assert text.count("#SBATCH --job-name") == 2
+    assert not (tmp_path / "table" / "ours-seed0").exists(), "nothing has run here"
+
+
+@pytest.mark.parametrize("flag", ["--seed", "--out=here", "--resume"])
+def test_what_each_run_has_of_its_own_is_not_forwarded(flag, tmp_path, capsys):
+    assert status_of("sweep", "--table", "10", "--out", str(tmp_path / "table"), "--", flag, "7") == 2
+    assert f"{flag.partition('=')[0]} behind --: each run gets its own" in capsys.readouterr().err
+    assert not (tmp_path / "table").exists()
 
 
 @pytest.mark.parametrize("flags", [("--table", "11"), ("--table", "1", "--dataset", "mnist")])

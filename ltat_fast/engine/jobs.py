@@ -43,10 +43,16 @@ class Job:
 
 
 def split_flags(argv: Sequence[str] | None) -> tuple[list[str], tuple[str, ...]]:
-    """The command's own flags (of ``sys.argv`` if None), and those behind ``--``, which go to every run."""
+    """The command's own flags (of ``sys.argv`` if None), and those behind ``--``, which go to every run.
+
+    Raises UserError for those behind it that are not the same for every run.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     split = argv.index("--") if "--" in argv else len(argv)
-    return argv[:split], tuple(argv[split + 1 :])
+    own, forwarded = argv[:split], tuple(argv[split + 1 :])
+    if given := {flag.partition("=")[0] for flag in forwarded} & {"--seed", "--out", "--resume"}:
+        raise UserError(f"{', '.join(sorted(given))} behind --: each run gets its own; see --seeds and --out before it")
+    return own, forwarded
 
 
 def repetitions(stem: Path, flags: Sequence[str], seeds: Iterable[int], extra: Sequence[str] = ()) -> tuple[Job, ...]:

@@ -20,7 +20,7 @@ from ltat_fast.engine import device, log, pipeline, tables
 from ltat_fast.engine import run as runs
 from ltat_fast.engine.results import read_results
 from ltat_fast.engine.scores import refuse_read_only
-from ltat_fast.engine.signals import Interrupted, stop_at_once
+from ltat_fast.engine.signals import Interrupted, leave, stop_at_once
 from ltat_fast.errors import exit_on_user_error
 from ltat_fast.train import EXIT_INTERRUPTED
 
@@ -89,4 +89,4 @@ def attacks_in(file: Path, checkpoints: list[str]) -> set[str]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    leave(main())

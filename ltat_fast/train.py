@@ -86,4 +86,6 @@ def prepare_run_dir(config: Config, method) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    from ltat_fast.engine.signals import leave
+
+    leave(main())

@@ -4,6 +4,7 @@ import contextlib
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -37,6 +38,13 @@ def stop_at_once() -> contextlib.AbstractContextManager[None]:
         raise Interrupted(f"stopped by {signal.Signals(number).name}; what is finished is kept")
 
     return handled_by(stop)
+
+
+def leave(status: int | None) -> NoReturn:
+    """End the program with ``status``: while the interpreter shuts down, no signal makes it another one."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    raise SystemExit(status)
 
 
 class StopOnSignal:

@@ -81,11 +81,12 @@ def test_killed_at_many_moments(tmp_path, chance, processes, compiled):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_signals_save_and_exit_75(tmp_path, undisturbed, chance, number):
-    """From the first record on at any moment: in a step, a save, an evaluation, between teacher and student."""
+    """Soon after one of the first four of five epochs: in a step, a save, an evaluation, between the stages."""
     out = tmp_path / "run"
+    stage, epochs = chance.choice([("teacher", 1), ("teacher", 2), ("", 1), ("", 2)])
     with launching.running(out) as (process,):
-        assert launching.wait_until((out / "teacher" / "metrics.jsonl").exists, [process])
-        launching.wait_until(lambda: False, [process], chance.uniform(0, 2))
+        assert launching.wait_until(lambda: len(log.read_metrics(out / stage / "metrics.jsonl")) >= epochs, [process])
+        launching.wait_until(lambda: False, [process], chance.uniform(0, 0.1))
         os.kill(process.pid, number)
         said, err = process.communicate(timeout=WAIT)
     assert process.returncode == 75, err
@@ -94,6 +95,16 @@ def test_signals_save_and_exit_75(tmp_path, undisturbed, chance, number):
     assert (out / "interrupted").exists()
     launching.finish(out)
     assert_same(out, undisturbed)
+
+
+def test_a_signal_after_the_end_changes_nothing(tmp_path, monkeypatch, undisturbed):
+    """The run is done and its process is shutting down, which takes a while."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import atexit, os, signal\natexit.register(lambda: os.kill(os.getpid(), signal.SIGUSR1))\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    launching.finish(tmp_path / "run")
+    assert_same(tmp_path / "run", undisturbed)
 
 
 def test_a_start_killed_while_it_writes_its_config_can_be_started_again(tmp_path, undisturbed):

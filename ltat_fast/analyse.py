@@ -21,9 +21,10 @@ from ltat_fast.engine import device, log, teachers
 from ltat_fast.engine import run as runs
 from ltat_fast.engine.device import Hardware
 from ltat_fast.engine.evaluation import evaluate, float32_without_shortcuts, spread
+from ltat_fast.engine.files import refuse_read_only
 from ltat_fast.engine.results import read_json, read_results
 from ltat_fast.engine.run import Images
-from ltat_fast.engine.scores import fingerprint, refuse_read_only
+from ltat_fast.engine.scores import fingerprint
 from ltat_fast.errors import UserError, exit_on_user_error
 
 PARTS = ("alignment", "linearity", "inequality", "corruptions", "classwise")

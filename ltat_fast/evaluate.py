@@ -18,8 +18,8 @@ from ltat_fast import config as configuration
 from ltat_fast.attacks.evaluation import CHOICES, parse_attacks
 from ltat_fast.engine import device, log, pipeline, tables
 from ltat_fast.engine import run as runs
+from ltat_fast.engine.files import refuse_read_only
 from ltat_fast.engine.results import read_results
-from ltat_fast.engine.scores import refuse_read_only
 from ltat_fast.engine.signals import Interrupted, leave, stop_at_once
 from ltat_fast.errors import exit_on_user_error
 from ltat_fast.train import EXIT_INTERRUPTED

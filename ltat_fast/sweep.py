@@ -98,14 +98,15 @@ def plan(table: dict, arguments: Arguments, extra: tuple[str, ...]) -> Iterator[
     for experiment in table["experiments"]:
         own = arguments.dataset in (None, experiment["dataset"])
         ratio = f"{experiment['imbalance_ratio']:g}"
-        flags = ["--dataset", arguments.dataset or experiment["dataset"]]
+        dataset = arguments.dataset or experiment["dataset"]
+        flags = ["--dataset", dataset]
         if own:
             flags += ["--arch", experiment["arch"]]
         if own or several:  # a table over imbalance ratios keeps them on any dataset
             flags += ["--imbalance-ratio", ratio]
         for row in experiment["rows"]:
             title = f"{row['name']} IR {ratio}" if several else row["name"]
-            own_flags = (*flags, *row["flags"], *(longer(flags[1]) if row.get("longer") else ()))
+            own_flags = (*flags, *row["flags"], *(longer(dataset) if row.get("longer") else ()))
             scores = f"{row['stage']}/eval.json" if "stage" in row else "eval.json"
             stem = folder_of(arguments) / title.lower().replace(" ", "-")
             jobs = repetitions(stem, own_flags, arguments.seeds or table.get("seeds", [0]), extra)

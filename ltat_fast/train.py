@@ -10,7 +10,6 @@ the run died; 75 interrupted, state saved. docs/reliability.md tells more.
 """
 
 import contextlib
-import os
 import shlex
 import sys
 
@@ -63,6 +62,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def prepare_run_dir(config: Config, method) -> None:
     """Make sure that this run may write into its folder. Raises UserError where it would overwrite another run."""
+    from ltat_fast.engine import files
+
     run_dir = config.run_dir
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"--out {run_dir} is a file, not a folder")
@@ -81,8 +82,7 @@ def prepare_run_dir(config: Config, method) -> None:
             run_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot create the run folder {run_dir}: {error.strerror}") from None
-    if not os.access(run_dir, os.W_OK | os.X_OK):
-        raise UserError(f"cannot write into the run folder {run_dir}: it is read-only for this user")
+    files.refuse_read_only(run_dir)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Which device and precision a run uses, and why: decided once, said at start-up."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +16,20 @@ class Hardware:
     device: torch.device
     dtype: torch.dtype
     why: str
+
+
+@contextlib.contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Whether float32 convolutions and matrix products on a GPU may run in TF32, while open."""
+    switches = [torch.backends.cudnn, torch.backends.cuda.matmul]
+    before = [switch.allow_tf32 for switch in switches]
+    try:
+        for switch in switches:
+            switch.allow_tf32 = allowed
+        yield
+    finally:
+        for switch, was_allowed in zip(switches, before, strict=True):
+            switch.allow_tf32 = was_allowed
 
 
 def cpu_has_bf16() -> bool:

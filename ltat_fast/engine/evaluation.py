@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ltat_fast.attacks.checks import run_checks
 from ltat_fast.attacks.evaluation import correct_under
 from ltat_fast.engine import distributed
+from ltat_fast.engine.device import tf32
 from ltat_fast.models.frozen import FrozenTwin
 from ltat_fast.pixels import to_unit
 
@@ -85,18 +86,9 @@ def worst_case(
     return {"attacks": list(results), **accuracies(correct, labels, groups, num_classes)}
 
 
-@contextlib.contextmanager
-def float32_without_shortcuts() -> Iterator[None]:
+def float32_without_shortcuts() -> contextlib.AbstractContextManager[None]:
     """No TF32 on a GPU, where torch by default lets convolutions round to 10 bits of mantissa."""
-    switches = [torch.backends.cudnn, torch.backends.cuda.matmul]
-    before = [switch.allow_tf32 for switch in switches]
-    try:
-        for switch in switches:
-            switch.allow_tf32 = False
-        yield
-    finally:
-        for switch, allowed in zip(switches, before, strict=True):
-            switch.allow_tf32 = allowed
+    return tf32(False)
 
 
 def evaluate(

@@ -26,6 +26,12 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
 
 
+def refuse_read_only(run_dir: Path) -> None:
+    """Raises UserError if this user may not write into the folder: before hours of work whose result would be lost."""
+    if not os.access(run_dir, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write into the run folder {run_dir}: it is read-only for this user")
+
+
 @contextlib.contextmanager
 def whole(path: Path, previous: Path | None = None) -> Iterator[BinaryIO]:
     """A file to write, which takes the name ``path`` once all of it is on the disk, directory entry included.

@@ -116,17 +116,16 @@ def train_all(jobs: Sequence[Job], show: Callable[[str], bool] = lambda line: Fa
     threads = str(max(1, (os.cpu_count() or 1) // workers))
     width = max((len(job.run_dir.name) for job in jobs), default=0)
 
-    def write(path: Path, line: str) -> None:
-        with files.writing(path), open(path, "a") as file:
-            file.write(line)
-
     def train(job: Job) -> int:
         started = time.monotonic()
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        write(job.log_file, "")  # a log that cannot be written is told before any work
-        with subprocess.Popen(job.command, env=os.environ | {"OMP_NUM_THREADS": threads}, **pipes) as process:
+        with (
+            files.writing(job.log_file),
+            open(job.log_file, "a", buffering=1) as copy,  # before any work: it may be refused
+            subprocess.Popen(job.command, env=os.environ | {"OMP_NUM_THREADS": threads}, **pipes) as process,
+        ):
             for line in process.stdout:
-                write(job.log_file, line)
+                copy.write(line)
                 if show(line) or line.startswith("ltat_fast: "):
                     log.say(f"{job.run_dir.name:{width}} {line.rstrip()}")
         how = f"ended with status {process.returncode}, see {job.log_file}" if process.returncode else "finished"

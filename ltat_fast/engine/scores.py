@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import hashlib
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 from ltat_fast.data.lock import exclusive
 from ltat_fast.engine import log
 from ltat_fast.engine.evaluation import on_most_images, worst_case
+from ltat_fast.engine.files import refuse_read_only
 from ltat_fast.engine.results import read_results
 from ltat_fast.engine.run import Images
 from ltat_fast.errors import UserError
@@ -22,12 +22,6 @@ def fingerprint(images: Images) -> str:
     for tensor in (images.images, images.labels):
         digest.update(tensor.cpu().contiguous().numpy())
     return digest.hexdigest()[:16]
-
-
-def refuse_read_only(run_dir: Path) -> None:
-    """Raises UserError if this user may not write into the folder: before hours of work whose result would be lost."""
-    if not os.access(run_dir, os.W_OK | os.X_OK):
-        raise UserError(f"cannot write into the run folder {run_dir}: it is read-only for this user")
 
 
 @dataclass

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from ltat_fast.engine.device import tf32
 from ltat_fast.engine.step import TrainStep
 
 # Large enough to reach the ceiling, small enough to be measured at every start (milliseconds on a GPU, less than a
@@ -48,17 +49,13 @@ def matmul_ceiling(device: torch.device, dtype: torch.dtype, repeats: int = 5) -
     n = MATMUL_SIZE[device.type]
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     best = float("inf")
-    matmul, before = torch.backends.cuda.matmul, torch.backends.cuda.matmul.allow_tf32
-    try:
-        matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
+    with tf32(torch.backends.cudnn.allow_tf32):
         for _ in range(repeats + 1):
             _wait(device)
             started = time.perf_counter()
             torch.mm(a, b)
             _wait(device)
             best = min(best, time.perf_counter() - started)
-    finally:
-        matmul.allow_tf32 = before
     return 2 * n**3 / best
 
 

@@ -186,6 +186,7 @@ def _has_worst_of_all(entry: dict) -> bool:
 
 def rows(found: list[Experiment]) -> list[dict]:
     """One dict an experiment and checkpoint: its config, "checkpoint", "seeds", and a list of values a column."""
+    shown = columns(found)
     return [
         {
             "label": experiment.label,
@@ -193,7 +194,7 @@ def rows(found: list[Experiment]) -> list[dict]:
             "checkpoint": which,
             "seeds": len(experiment.runs),
             "images": experiment.images(which, "clean") | experiment.images(which, "autoattack"),
-            "values": {heading: experiment.values(which, a, group) for heading, a, group in columns(found)},
+            "values": {heading: experiment.values(which, a, group) for heading, a, group in shown},
         }
         for experiment in found
         for which in CHECKPOINTS

@@ -52,9 +52,10 @@ class Ltat(Method):
 
     def loss(self, model, x, x_adv, y, progress):
         distilling, matching = self.kl_weight > 0, self.alpha > 0
-        points = {"adv": x_adv, "minus": 2 * x - x_adv, "clean": x}
-        needed = ({"adv", "minus"} if matching else set()) | ({self.kl_target} if distilling else set())
-        taught = self._taught({name: point for name, point in points.items() if name in needed})
+        points = {"adv": x_adv, "minus": 2 * x - x_adv} if matching else {}
+        if distilling:
+            points[self.kl_target] = x_adv if self.kl_target == "adv" else x
+        taught = self._taught(points)
 
         plus = model(x_adv)
         loss = balanced_softmax_kl(

@@ -46,13 +46,13 @@ from torch import Tensor, nn
 from bench import common
 from bench.reference import ReferenceStep
 from ltat_fast.attacks import AttackConfig
-from ltat_fast.engine.device import Hardware
-from ltat_fast.engine.speed import MATMUL_SIZE, FlopCounter
-from ltat_fast.engine.step import TrainStep, make_optimizer
-from ltat_fast.methods import METHODS, Setting
+from ltat_fast.methods import METHODS, MethodContext
 from ltat_fast.models import ARCHS, build_model
 from ltat_fast.models.frozen import FrozenTwin
 from ltat_fast.ops import pgd_init
+from ltat_fast.training.device import Hardware
+from ltat_fast.training.speed import MATMUL_SIZE, FlopCounter
+from ltat_fast.training.step import TrainStep, make_optimizer
 
 LR = 0.01  # on one batch over and over, the paper's 0.1 would run away before the loss says anything
 LOSS_STEPS = 3
@@ -136,7 +136,7 @@ class Reference:
 
 
 class Ours:
-    """:class:`~ltat_fast.engine.step.TrainStep` over a problem, with each lever on or off."""
+    """:class:`~ltat_fast.training.step.TrainStep` over a problem, with each lever on or off."""
 
     def __init__(
         self,
@@ -157,7 +157,7 @@ class Ours:
         self.x, self.y = problem.batch()
         method = METHODS[problem.method]()
         teacher = twin(problem.network(seed=2).to(memory_format=layout)) if problem.has_teacher else None
-        method.setup(Setting(torch.tensor(problem.class_counts, device=problem.device), teacher))
+        method.setup(MethodContext(torch.tensor(problem.class_counts, device=problem.device), teacher))
         self.step = TrainStep(
             self.model,
             method,

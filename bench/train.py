@@ -23,11 +23,12 @@ from rich.table import Table
 
 from bench import common
 from ltat_fast import train
-from ltat_fast.engine import checkpoint, evaluation, fit, log, pipeline, run
+from ltat_fast.runs import checkpoint, log
+from ltat_fast.training import evaluation, fit, pipeline
 
 # What is timed: where the function is looked up, its name, and its arguments to the name of the phase.
 PHASES: list[tuple[object, str, Callable[..., str]]] = [
-    (run, "load_data", lambda *_: "data"),
+    (pipeline, "load_splits", lambda *_: "data"),
     (fit, "choose_backend", lambda *_: "compilation and check of the step"),
     (pipeline, "fit", lambda stage, *_: f"{stage.name} epochs"),
     (checkpoint, "write", lambda *_: "checkpoints"),

@@ -157,9 +157,9 @@ def choose(kind: str, value: str, options: Iterable[str]) -> None:
 
 def validate(config: Config, method: Method) -> None:
     """Refuse, with one sentence, what cannot work. Cheap: nothing is loaded."""
-    from ltat_fast.attacks.evaluation import parse_attacks
-    from ltat_fast.engine.schedule import parse_schedule
+    from ltat_fast.attacks.by_name import parse_attacks
     from ltat_fast.models import ARCHS
+    from ltat_fast.schedule import parse_schedule
 
     check_types(config)
     check_types(method)

@@ -14,9 +14,9 @@ from pathlib import Path
 import tyro
 
 from ltat_fast import report
-from ltat_fast.engine import log
-from ltat_fast.engine.jobs import outstanding, repetitions, train_all
 from ltat_fast.errors import UserError, exit_on_user_error
+from ltat_fast.runs import log
+from ltat_fast.runs.jobs import outstanding, repetitions, train_all
 
 METHODS = ("ltat", "at-bsl", "pgd-at")  # the longest first, so that two workers finish together
 FLAGS = ("--dataset", "digits-lt", "--limit-autoattack", "100")

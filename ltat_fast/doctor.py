@@ -42,8 +42,8 @@ class Arguments:
 def main(argv: list[str] | None = None) -> int:
     """Prints the report. Exit status 1 if the package cannot work here at all."""
     arguments = tyro.cli(Arguments, prog="python -m ltat_fast.doctor", args=argv)
-    from ltat_fast.engine.log import console, say
     from ltat_fast.ops import backend_info
+    from ltat_fast.runs.log import console, say
 
     if arguments.brief:
         say("; ".join(f"{op}: {backends['cpu']}" for op, backends in backend_info().items()))
@@ -83,7 +83,7 @@ def _machine() -> Iterator[tuple[str, str, bool]]:
     import torch
 
     from ltat_fast import _ext
-    from ltat_fast.engine.device import choose, cpu_has_bf16
+    from ltat_fast.training.device import choose, cpu_has_bf16
 
     yield "CPU", f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}", True
     yield "bf16 on the CPU", "in hardware" if cpu_has_bf16() else "emulated: --precision auto stays fp32", True

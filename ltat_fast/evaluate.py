@@ -15,14 +15,16 @@ from typing import Annotated, Literal
 import tyro
 
 from ltat_fast import config as configuration
-from ltat_fast.attacks.evaluation import CHOICES, parse_attacks
-from ltat_fast.engine import device, log, pipeline, tables
-from ltat_fast.engine import run as runs
-from ltat_fast.engine.files import refuse_read_only
-from ltat_fast.engine.results import read_results
-from ltat_fast.engine.signals import Interrupted, leave, stop_at_once
+from ltat_fast.attacks.by_name import CHOICES, parse_attacks
 from ltat_fast.errors import exit_on_user_error
+from ltat_fast.files import refuse_read_only
+from ltat_fast.runs import log, tables
+from ltat_fast.runs.results import read_results
+from ltat_fast.runs.splits import load_splits
+from ltat_fast.runs.weights import weights_file
 from ltat_fast.train import EXIT_INTERRUPTED
+from ltat_fast.training import device, pipeline
+from ltat_fast.training.signals import Interrupted, leave, stop_at_once
 
 
 @dataclass(frozen=True)
@@ -66,13 +68,13 @@ def main(argv: list[str] | None = None) -> int:
     configuration.validate(config, method)
     which = ["best", "last"] if arguments.checkpoint == "both" else [arguments.checkpoint]
     for name in which:
-        runs.weights_in(arguments.run, name)
+        weights_file(arguments.run, name)
     if arguments.again or not set(attacks) <= attacks_in(arguments.run / "eval.json", which):
         refuse_read_only(arguments.run)  # of the rest the images decide, when they are loaded
     hardware = device.choose(arguments.device, "fp32")
     try:
         with stop_at_once():
-            data = runs.load_data(config, hardware.device)
+            data = load_splits(config, hardware.device)
             pipeline.evaluate_checkpoints(config, data, hardware, which, attacks, arguments.again)
     except Interrupted as error:
         flags = [flag for flag in (sys.argv[1:] if argv is None else argv) if flag != "--again"]

@@ -1,55 +1,31 @@
-"""Export: a trained network as a folder of standard files, for those who do not have this package.
+"""Export a trained network as a folder of standard files that need no part of this package.
 
 python -m ltat_fast.export RUN [--checkpoint best|last] [--out DIR]
-
-DIR then holds ``model.safetensors`` (weights), ``card.json`` (what it is, how it was trained, how it scored),
-``model.py`` (the network in plain torch, with ``load_model()``), ``model.pt2`` (a ``torch.export`` program) and, where
-its exporter is installed, ``model.onnx``. Each takes images (N, C, H, W), float32 in [0, 1], and gives logits.
 """
 
-import importlib.util
-import inspect
-import io
-import re
-import sys
-import tempfile
-import warnings
-from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Literal
 
-import torch
 import tyro
-from safetensors.torch import save
-from torch import Tensor, nn
 
-from ltat_fast import __version__
-from ltat_fast import config as configuration
-from ltat_fast.engine import checkpoint, files, log
-from ltat_fast.engine import run as runs
-from ltat_fast.engine.results import read_results
-from ltat_fast.errors import UserError, exit_on_user_error
-from ltat_fast.models import ARCHS, classifier, cosine, standalone
-
-FILES = (standalone.WEIGHTS, standalone.CARD, "model.py", "model.pt2", "model.onnx")
-TOLERANCE = 1e-4  # beside the largest logit: a compiler may sum in another order
+from ltat_fast.errors import exit_on_user_error
+from ltat_fast.runs import log
+from ltat_fast.runs.export import export
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """A trained network as a folder of standard files."""
+    """Export a trained network: safetensors and a card, plain torch code, torch.export, ONNX."""
 
     run: tyro.conf.Positional[Path]
     """run folder"""
     checkpoint: Literal["best", "last"] = "last"
-    """which weights"""
+    """which weights to export"""
     out: Path | None = None
     """folder to write; RUN/export-<checkpoint> if not given"""
     image_size: int | None = None
-    """height and width of the images, where the run did not record them"""
+    """height and width of the images, if the run did not record them"""
 
 
 @exit_on_user_error
@@ -59,172 +35,6 @@ def main(argv: list[str] | None = None) -> None:
     for file in export(arguments.run, arguments.checkpoint, out, arguments.image_size):
         log.say(f"{file}  {file.stat().st_size / 2**20:.2f} MiB")
     log.say(f"In {out}: from model import load_model; model = load_model(); logits = model(images)")
-
-
-def export(run_dir: Path, which: str, out: Path, image_size: int | None = None) -> list[Path]:
-    """Write weights ``which`` of ``run_dir`` to ``out`` in every format, and try each on images; the files written.
-
-    Raises UserError where there is nothing to export, ``out`` holds something else, or a format gives other logits.
-    """
-    weights = runs.weights_in(run_dir, which)
-    tensors, origin = checkpoint.read(weights, foreign=True)
-    if "arch" not in origin:
-        raise UserError(f"{weights} is not of a run of ours: it does not say what network it is")
-    size = size_of_images(weights, origin.get("image_size"), image_size)
-    claim(out)
-    model = runs.restore(weights, tensors, origin).eval()
-    images = torch.rand(3, origin["in_channels"], *size, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        expected = model(images)
-
-    about = card(run_dir, which, model, origin | {"image_size": size})
-    with files.writing(out), tempfile.TemporaryDirectory(prefix=".partial-", dir=out) as folder:
-        written = write_all(Path(folder), model, about, images, expected)
-        for path in written:  # all of them have been tried
-            path.replace(out / path.name)
-    return [out / path.name for path in written]
-
-
-def size_of_images(weights: Path, recorded: list[int] | None, given: int | None) -> list[int]:
-    """Height and width: ``recorded`` by the run, or, where it did not, ``given`` by the user."""
-    if given is not None and given < 1:
-        raise UserError(f"--image-size must be 1 or more, not {given}")
-    if recorded is None and given is None:
-        raise UserError(f"{weights} does not say how large its images are: give --image-size")
-    if None not in (recorded, given) and recorded != [given, given]:
-        height, width = recorded
-        raise UserError(f"--image-size {given}: {weights} was trained on images of {height} x {width}; leave it out")
-    return recorded or [given, given]
-
-
-def write_all(folder: Path, model: nn.Module, about: dict, images: Tensor, expected: Tensor) -> list[Path]:
-    """Every format of ``model`` into ``folder``, each tried on ``images``; the files."""
-    weights, card_file, module, program_file, onnx = (folder / name for name in FILES)
-    # As bytes: what torch and safetensors raise when they cannot write is no OSError.
-    weights.write_bytes(save(model.state_dict()))
-    log.write_json(card_file, about)
-    module.write_text(source(ARCHS[about["architecture"]["arch"]]))
-    with torch.no_grad():
-        check(module.name, import_file(module).load_model()(images), expected)
-    program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    buffer = io.BytesIO()
-    torch.export.save(program, buffer)
-    program_file.write_bytes(buffer.getvalue())
-    check(program_file.name, torch.export.load(program_file).module()(images), expected)
-    written = [weights, card_file, module, program_file]
-    if missing := [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]:
-        log.say(f"no {onnx.name}: it needs {' and '.join(missing)} (pip install onnx onnxscript)")
-    else:
-        onnx.write_bytes(onnx_of(program))
-        check_onnx(onnx, images, expected)
-        written.append(onnx)
-    return written
-
-
-def claim(out: Path) -> None:
-    """Make the folder ``out``. Raises UserError if there is something in it that an export did not write."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        found = [path.name for path in out.iterdir() if not path.name.startswith(".partial-")]
-    except OSError as error:
-        raise UserError(f"cannot write to {out}: {error.strerror}") from None
-    if found and standalone.CARD not in found:
-        raise UserError(f"{out} is not empty, and not an export: choose another --out")
-
-
-def card(run_dir: Path, which: str, model: nn.Module, origin: dict) -> dict:
-    """The content of card.json: the network, its input and output, its threat model, its training and its scores.
-
-    origin: what the weights file says of itself.
-    """
-    config, _ = configuration.load(run_dir)
-    scores = read_results(run_dir / "eval.json").get(which, {}) if (run_dir / "eval.json").exists() else {}
-    height, width = origin["image_size"]
-    training = ("dataset", "imbalance_ratio", "class_counts", "method", "method_options", "epoch")
-    return {
-        "name": f"{run_dir.resolve().name}-{which}",
-        "architecture": architecture(model, origin),
-        "input": f"float32 (N, {origin['in_channels']}, {height}, {width}) in [0, 1]",
-        "output": f"logits (N, {origin['num_classes']})",
-        "class_names": origin["class_names"],
-        "threat_model": {"norm": "Linf", "eps": config.eps},
-        "training": {name: origin[name] for name in training} | {"seed": config.seed, "extra_data": False},
-        "best_selected_on": config.select_on,
-        "accuracy": {
-            attack: {name: scores[attack][name] for name in ("all", "tail", "images") if name in scores[attack]}
-            for attack in scores
-            if isinstance(scores[attack], dict)
-        },
-        "ltat_fast": __version__,
-    }
-
-
-def architecture(model: nn.Module, origin: dict) -> dict:
-    """What it takes to build ``model`` again, beside its weights."""
-    known = {name: origin[name] for name in ("arch", "num_classes", "in_channels")}
-    known |= {"mean": None, "std": None, "cosine": None}
-    if isinstance(model.normalize, classifier.Normalize):
-        known |= {name: getattr(model.normalize, name).flatten().tolist() for name in ("mean", "std")}
-    if isinstance(model.fc, cosine.CosineClassifier):
-        known["cosine"] = {"norm_offset": model.fc.norm_offset, "scale": model.fc.scale}
-    return known
-
-
-def source(network: Callable[..., nn.Module]) -> str:
-    """The text of a module that needs torch and safetensors alone, with ``network``'s code and ``load_model()``."""
-    modules = (classifier, cosine, sys.modules[network.__module__], standalone)
-    lines: dict[str, None] = {}
-    code = []
-    for module in modules:
-        _, _, text = inspect.getsource(module).split('"""', 2)
-        for line in text.splitlines():
-            if line.startswith(("import ", "from ")):
-                lines[line] = None
-            else:
-                code.append(line)
-    imports = sorted(line for line in lines if not re.match(r"from (\.|ltat_fast)", line))
-    body = re.sub(r"\n{3,}", "\n\n\n", "\n".join(code)).strip()
-    return (
-        '"""A network written by ltat-fast: images (N, C, H, W), float32 in [0, 1], to logits. See card.json."""\n\n'
-        + "\n".join(imports)
-        + f"\n\n{body}\n\n\ndef load_model() -> nn.Module:\n"
-        + '    """The trained network beside this file, in eval mode."""\n'
-        + f"    return load(Path(__file__).parent, {network.__name__})\n"
-    )
-
-
-def import_file(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("exported_model", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def onnx_of(program: torch.export.ExportedProgram) -> bytes:
-    """``program`` as an ONNX file, the batch left open; the exporter's own progress report is not shown."""
-    with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        warnings.simplefilter("ignore")
-        names = {"input_names": ["images"], "output_names": ["logits"]}
-        return torch.onnx.export(program, (), dynamo=True, **names).model_proto.SerializeToString()
-
-
-def check_onnx(path: Path, images: Tensor, expected: Tensor) -> None:
-    """Compare with onnxruntime where it is installed."""
-    if importlib.util.find_spec("onnxruntime") is None:
-        log.say(f"{path.name} was not tried: onnxruntime is not installed")
-        return
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    (logits,) = session.run(None, {"images": images.numpy()})
-    check(path.name, torch.from_numpy(logits), expected)
-
-
-def check(name: str, logits: Tensor, expected: Tensor) -> None:
-    """Raise UserError if what a file computes is not what the network does."""
-    difference = (logits - expected).abs().max() / expected.abs().max().clamp(min=1)
-    if not difference <= TOLERANCE:
-        raise UserError(f"{name} gives other logits than the network: they differ by {difference:.1e} of the largest")
 
 
 if __name__ == "__main__":

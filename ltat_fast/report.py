@@ -9,9 +9,11 @@ from typing import Literal
 
 import tyro
 
-from ltat_fast.engine import device, files, tables
+from ltat_fast import files
 from ltat_fast.errors import UserError, exit_on_user_error
 from ltat_fast.reporting import tabular
+from ltat_fast.runs import tables
+from ltat_fast.training import device
 
 
 @dataclass(frozen=True)
@@ -54,10 +56,10 @@ def main(argv: list[str] | None = None) -> None:
 def _write(path: Path, text: str) -> None:
     content = text.encode()
     if path.is_symlink() or (path.exists() and not path.is_file()):  # /dev/stdout, a pipe: not to be replaced
-        with files.writing(path):
+        with files.oserror_as_user_error(path):
             path.write_bytes(content)
     else:
-        with files.whole(path) as file:
+        with files.atomic_write(path) as file:
             file.write(content)
     print(f"{path}: {len(content) / 1000:,.0f} kB")
 

@@ -21,10 +21,11 @@ import tyro
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
+from ltat_fast import files
 from ltat_fast.config import PRESETS, choose
-from ltat_fast.engine import files, log, tables
-from ltat_fast.engine.jobs import Job, outstanding, repetitions, split_flags, train_all
 from ltat_fast.errors import UserError, exit_on_user_error
+from ltat_fast.runs import log, tables
+from ltat_fast.runs.jobs import Job, outstanding, repetitions, split_flags, train_all
 
 CURVES = {"clean": ("clean", "tab:blue"), "pgd20": ("PGD-20", "tab:red")}
 GROUPS = {"all": "all classes", "tail": "tail class"}
@@ -72,9 +73,9 @@ def main(argv: list[str] | None = None) -> int:
     figure = draw(arguments.option, f"{arguments.dataset}, {arguments.images} images", entries)
     for entry in entries:
         log.say("{option} {value:g}, {checkpoint}, {attack}, {group}: {mean:.2f} ± {std:.2f} ({seeds})".format(**entry))
-    with files.whole(out / "sensitivity.csv") as file:
+    with files.atomic_write(out / "sensitivity.csv") as file:
         file.write(as_csv(entries).encode())
-    with files.whole(out / "sensitivity.png") as file:
+    with files.atomic_write(out / "sensitivity.png") as file:
         figure.savefig(file, dpi=100)
     log.say(f"wrote {out / 'sensitivity.csv'} and {out / 'sensitivity.png'}")
     return 1 if refused or any(statuses.values()) else 0

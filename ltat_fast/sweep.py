@@ -19,11 +19,12 @@ from pathlib import Path
 
 import tyro
 
+from ltat_fast import files
 from ltat_fast.config import PRESETS, Config, choose
-from ltat_fast.engine import files, log, tables
-from ltat_fast.engine.jobs import Job, outstanding, repetitions, split_flags, train_all
-from ltat_fast.engine.results import read_results
 from ltat_fast.errors import UserError, exit_on_user_error
+from ltat_fast.runs import log, tables
+from ltat_fast.runs.jobs import Job, outstanding, repetitions, split_flags, train_all
+from ltat_fast.runs.results import read_results
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
     rows = [replace(row, jobs=tuple(job for job in row.jobs if job not in refused)) for row in rows]
     text = render(rows, paper[arguments.table]["notes"])
     log.say(text)
-    with files.whole(folder_of(arguments) / "table.md") as file:
+    with files.atomic_write(folder_of(arguments) / "table.md") as file:
         file.write(f"{text}\n".encode())
     return 1 if refused or any(statuses.values()) else 0
 

@@ -24,9 +24,11 @@ def main(argv: list[str] | None = None) -> int:
     """Returns the exit status."""
     config, method = parse_args(argv)
 
-    from ltat_fast.engine import device, distributed, log, pipeline, run
-    from ltat_fast.engine.recovery import Diverged
-    from ltat_fast.engine.signals import Interrupted, stop_at_once
+    from ltat_fast.files import lock_run_dir
+    from ltat_fast.runs import log
+    from ltat_fast.training import device, distributed, pipeline
+    from ltat_fast.training.recovery import Diverged
+    from ltat_fast.training.signals import Interrupted, stop_at_once
 
     hardware = device.choose(config.device, config.precision)
     is_main = distributed.launched().is_main
@@ -35,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     else:
         log.quiet()
     try:
-        with run.claim(config.run_dir) if is_main else contextlib.nullcontext(), stop_at_once():
+        with lock_run_dir(config.run_dir) if is_main else contextlib.nullcontext(), stop_at_once():
             (config.run_dir / "interrupted").unlink(missing_ok=True)
             distributed.start(hardware.device.type == "cuda")
             pipeline.train(config, method, hardware)
@@ -62,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def prepare_run_dir(config: Config, method) -> None:
     """Make sure that this run may write into its folder. Raises UserError where it would overwrite another run."""
-    from ltat_fast.engine import files
+    from ltat_fast import files
 
     run_dir = config.run_dir
     if run_dir.exists() and not run_dir.is_dir():
@@ -86,6 +88,6 @@ def prepare_run_dir(config: Config, method) -> None:
 
 
 if __name__ == "__main__":
-    from ltat_fast.engine.signals import leave
+    from ltat_fast.training.signals import leave
 
     leave(main())

@@ -31,7 +31,7 @@ def pytest_terminal_summary(terminalreporter):
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory):
     """``shared(name, make)``: the folder that ``make(folder)`` filled once for all workers, whoever came first."""
-    from ltat_fast.data.lock import exclusive
+    from ltat_fast.files import exclusive
 
     root = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
@@ -50,23 +50,23 @@ def shared(tmp_path_factory):
 @pytest.fixture(scope="session")
 def digits_run(shared):
     """A short, finished LTAT run on the digits, from the command line. Copy it before changing anything in it."""
-    import runs
+    from helpers import train_runs
 
-    return shared("digits", lambda out: runs.finish(runs.start("--out", str(out), *runs.QUICK)))
+    return shared("digits", lambda out: train_runs.finish(train_runs.start("--out", str(out), *train_runs.QUICK)))
 
 
 @pytest.fixture(scope="session")
 def image_tree(shared):
     """Folders of 8x8 colour images of three classes, 24, 12 and 8 to train on and 5 each to test on."""
-    import runs
+    from helpers import train_runs
 
-    return shared("images a b", runs.write_images)
+    return shared("images a b", train_runs.write_images)
 
 
 @pytest.fixture(scope="session")
 def folder_run(shared, image_tree):
     """Three steps of LTAT on those, evaluated."""
-    import runs
+    from helpers import train_runs
 
-    flags = (*runs.FOLDER, "--data-dir", str(image_tree))
-    return shared("folder", lambda out: runs.finish(runs.start("--out", str(out), *flags)))
+    flags = (*train_runs.FOLDER, "--data-dir", str(image_tree))
+    return shared("folder", lambda out: train_runs.finish(train_runs.start("--out", str(out), *flags)))

@@ -6,15 +6,15 @@ import shutil
 
 import numpy as np
 import pytest
-import runs
 import torch
 import torch.nn.functional as F
 
-from ltat_fast import analyse
+from helpers import train_runs
+from ltat_fast.analysis import runner
 from ltat_fast.data import load_dataset
-from ltat_fast.engine import checkpoint
-from ltat_fast.engine.evaluation import spread
 from ltat_fast.models import build_model
+from ltat_fast.runs.metrics import spread
+from ltat_fast.runs.weights import read_weights, write_weights
 
 PARTS = ["alignment", "linearity", "inequality", "corruptions", "classwise"]
 FEW = ("--limit", "60")
@@ -26,7 +26,7 @@ def run(digits_run, tmp_path):
 
 
 def analysis(*runs_and_flags) -> dict:
-    assert runs.status_of("analyse", *map(str, runs_and_flags)) == 0
+    assert train_runs.status_of("analyse", *map(str, runs_and_flags)) == 0
     return json.loads((runs_and_flags[0] / "analysis.json").read_text())
 
 
@@ -41,19 +41,19 @@ def analysed(digits_run, tmp_path_factory):
 @pytest.fixture
 def measured(monkeypatch):
     """The (run, part)s that are measured, in order."""
-    done, keep = [], analyse.Analysed.keep
+    done, keep = [], runner.Analysed.keep
 
     def recording(self, part, numbers):
         done.append((self.run.name, part))
         keep(self, part, numbers)
 
-    monkeypatch.setattr(analyse.Analysed, "keep", recording)
+    monkeypatch.setattr(runner.Analysed, "keep", recording)
     return done
 
 
 def network(file):
     model = build_model("smallresnet", 10, in_channels=1)
-    model.load_state_dict(checkpoint.read(file)[0])
+    model.load_state_dict(read_weights(file)[0])
     return model.double().eval()
 
 
@@ -147,7 +147,7 @@ def test_accuracy_that_eval_json_has_not_is_measured(run):
     results = analysis(run, "--parts", "classwise", "--limit", "200")["best"]["classwise"]
     assert results["pgd20"]["images"] == 200
     flags = ("--attacks", "clean,pgd20", "--limit-eval", "200", "--checkpoint", "best")
-    assert runs.status_of("evaluate", str(run), *flags) == 0
+    assert train_runs.status_of("evaluate", str(run), *flags) == 0
     scores = json.loads((run / "eval.json").read_text())["best"]
     assert results["pgd20"]["accuracy"] == pytest.approx(scores["pgd20"]["per_class"])
 
@@ -186,9 +186,9 @@ def test_other_weights_or_another_teacher_are_measured_afresh(analysed, measured
     assert results["linearity"]["distance"]["adv"]["logits"]["all"] < 1e-4
     assert results["linearity"]["remainder"] == before["linearity"]["remainder"]
 
-    tensors, card = checkpoint.read(student)
+    tensors, card = read_weights(student)
     tensors["fc.bias"][9] += 1000.0
-    checkpoint.write(student, tensors, card)
+    write_weights(student, tensors, card)
     results = analysis(run, *FEW)["best"]
     assert measured[2:] == [("run", part) for part in PARTS]
     assert results["corruptions"]["common_images"] == 6
@@ -207,16 +207,16 @@ def test_a_run_without_teacher(run, capfd):
 def test_a_teacher_that_is_gone_matters_to_its_own_parts_alone(run, capfd):
     shutil.rmtree(run / "teacher" / "checkpoints")
     assert list(analysis(run, *FEW, "--parts", "inequality")["best"]) == ["inequality"]
-    assert runs.status_of("analyse", str(run), *FEW, "--parts", "linearity") == 2
+    assert train_runs.status_of("analyse", str(run), *FEW, "--parts", "linearity") == 2
     assert "has no finished weights" in capfd.readouterr().err
 
 
 def test_corruptions_are_on_what_all_runs_get_right(run, tmp_path, measured):
     other = shutil.copytree(run, tmp_path / "other")
     file = other / "checkpoints" / "best.safetensors"
-    tensors, card = checkpoint.read(file)
+    tensors, card = read_weights(file)
     tensors["fc.bias"][:3] -= 1000.0  # classes 0, 1 and 2 are never predicted
-    checkpoint.write(file, tensors, card)
+    write_weights(file, tensors, card)
     flags = (*FEW, "--parts", "corruptions")
     alone = analysis(run, *flags)["best"]["corruptions"]
     together = analysis(run, other, *flags)["best"]["corruptions"]
@@ -237,8 +237,8 @@ def test_an_interrupted_analysis_goes_on(run, monkeypatch, measured):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setitem(analyse.FUNCTIONS, "inequality", interrupt)
-        assert runs.status_of("analyse", str(run), *FEW, "--parts", "linearity,inequality") == 130
+        patched.setitem(runner.FUNCTIONS, "inequality", interrupt)
+        assert train_runs.status_of("analyse", str(run), *FEW, "--parts", "linearity,inequality") == 130
     assert list(json.loads((run / "analysis.json").read_text())["best"]) == ["linearity"]
     analysis(run, *FEW, "--parts", "linearity,inequality")
     assert measured == [("a run", "linearity"), ("a run", "inequality")]
@@ -248,7 +248,7 @@ def test_other_test_images_are_measured_afresh(folder_run, tmp_path, measured):
     run = shutil.copytree(folder_run, tmp_path / "run")
     flags = ("--parts", "inequality", "--checkpoint", "last")
     first = analysis(run, *flags)["last"]["inequality"]
-    others = runs.write_images(tmp_path / "others", seed=1)
+    others = train_runs.write_images(tmp_path / "others", seed=1)
     second = analysis(run, *flags, "--data-dir", others)["last"]["inequality"]
     assert measured == [("run", "inequality")] * 2
     assert first["test_set"] != second["test_set"]
@@ -257,7 +257,7 @@ def test_other_test_images_are_measured_afresh(folder_run, tmp_path, measured):
 
 def test_the_table(analysed, run, capfd):
     capfd.readouterr()
-    assert runs.status_of("analyse", str(analysed), str(run), *FEW, "--parts", "inequality") == 0
+    assert train_runs.status_of("analyse", str(analysed), str(run), *FEW, "--parts", "inequality") == 0
     text = capfd.readouterr().out
     best = json.loads((analysed / "analysis.json").read_text())["best"]
     (line,) = [line for line in text.splitlines() if "Gini, global" in line]
@@ -277,21 +277,21 @@ def test_the_table(analysed, run, capfd):
     ],
 )
 def test_refusals(run, capfd, flags, message):
-    assert runs.status_of("analyse", str(run), *flags) == 2
+    assert train_runs.status_of("analyse", str(run), *flags) == 2
     assert message in capfd.readouterr().err
     assert not (run / "analysis.json").exists()
 
 
 def test_runs_that_cannot_be_analysed(run, folder_run, tmp_path, capfd):
-    assert runs.status_of("analyse") == 2
+    assert train_runs.status_of("analyse") == 2
     assert "name at least one run folder" in capfd.readouterr().err
-    assert runs.status_of("analyse", str(tmp_path / "nowhere")) == 2
+    assert train_runs.status_of("analyse", str(tmp_path / "nowhere")) == 2
     assert "has no finished weights" in capfd.readouterr().err
     folder = shutil.copytree(folder_run, tmp_path / "folder")
-    assert runs.status_of("analyse", str(run), str(folder), "--parts", "corruptions") == 2
+    assert train_runs.status_of("analyse", str(run), str(folder), "--parts", "corruptions") == 2
     assert "corruptions compare runs on the same images" in capfd.readouterr().err
     (run / "analysis.json").write_text("[")
-    assert runs.status_of("analyse", str(run), "--parts", "inequality") == 2
+    assert train_runs.status_of("analyse", str(run), "--parts", "inequality") == 2
     assert "analysis.json is damaged" in capfd.readouterr().err
     assert (run / "analysis.json").read_text() == "["
 
@@ -304,7 +304,7 @@ def test_a_read_only_run_is_refused_before_anything_is_measured(analysed, run, t
     monkeypatch.setattr(os, "access", lambda path, mode: path not in read_only and access(path, mode))
     names = ("linearity", "inequality", "classwise")
     for part in names:
-        monkeypatch.setitem(analyse.FUNCTIONS, part, lambda a: pytest.fail(f"{a.run} was measured"))
+        monkeypatch.setitem(runner.FUNCTIONS, part, lambda a: pytest.fail(f"{a.run} was measured"))
     measured.clear()
     analysis(full, *FEW)
     analysis(run, *FEW, "--parts", "linearity")
@@ -315,7 +315,7 @@ def test_a_read_only_run_is_refused_before_anything_is_measured(analysed, run, t
         (full, run, *FEW, "--parts", "linearity,classwise"),
     ):
         capfd.readouterr()
-        assert runs.status_of("analyse", *map(str, flags)) == 2, flags
+        assert train_runs.status_of("analyse", *map(str, flags)) == 2, flags
         error = capfd.readouterr().err
         assert "cannot write into the run folder" in error
         assert error.endswith("it is read-only for this user\n")
@@ -338,7 +338,7 @@ def test_a_read_only_run_is_refused_before_anything_is_measured(analysed, run, t
 def test_an_analysis_of_another_type_is_left_as_it_is(run, capfd, content):
     (run / "analysis.json").write_text(json.dumps(content))
     capfd.readouterr()
-    assert runs.status_of("analyse", str(run), *FEW, "--parts", "inequality") == 2
+    assert train_runs.status_of("analyse", str(run), *FEW, "--parts", "inequality") == 2
     error = capfd.readouterr().err
     assert "analysis.json is damaged" in error
     assert error.count("\n") == 1
@@ -350,7 +350,7 @@ def test_accuracy_by_frequency_of_a_damaged_eval_json(run, capfd, broken):
     results = json.loads((run / "eval.json").read_text())
     results["best"]["pgd20"] |= broken
     (run / "eval.json").write_text(json.dumps(results))
-    assert runs.status_of("analyse", str(run), *FEW, "--parts", "classwise") == 2
+    assert train_runs.status_of("analyse", str(run), *FEW, "--parts", "classwise") == 2
     assert "eval.json is damaged" in capfd.readouterr().err
 
 

@@ -9,18 +9,18 @@ import subprocess
 import sys
 import time
 
-import disks
 import numpy as np
 import pyautoattack
 import pytest
-import runs
 import torch
-from quick_autoattack import QuickAutoAttack
 from sklearn.datasets import load_digits
 
+from helpers import small_disks, train_runs
+from helpers.quick_autoattack import QuickAutoAttack
 from ltat_fast.data import load_dataset
-from ltat_fast.engine import checkpoint, pipeline
 from ltat_fast.models import build_model
+from ltat_fast.runs.weights import read_weights, write_weights
+from ltat_fast.training import pipeline
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def run(digits_run, tmp_path):
 
 
 def evaluate(run, *flags: str) -> dict:
-    assert runs.status_of("evaluate", str(run), *flags) == 0
+    assert train_runs.status_of("evaluate", str(run), *flags) == 0
     return json.loads((run / "eval.json").read_text())
 
 
@@ -66,7 +66,7 @@ def test_the_format(digits_run):
         assert by_attack["pgd20"]["all"] < by_attack["clean"]["all"]
         assert by_attack["worst"]["attacks"] == ["clean", "pgd20"]
         assert by_attack["worst"]["all"] <= by_attack["pgd20"]["all"]
-    files = {which: checkpoint.read(digits_run / "checkpoints" / f"{which}.safetensors") for which in results}
+    files = {which: read_weights(digits_run / "checkpoints" / f"{which}.safetensors") for which in results}
     assert files["best"][1]["epoch"] == files["last"][1]["epoch"] or (
         results["best"]["clean"]["weights"] != results["last"]["clean"]["weights"]
     )
@@ -76,7 +76,7 @@ def test_clean_accuracy_is_what_the_exported_weights_do(run):
     """Measured again from the files alone: scikit-learn's digits, the network, nothing of the engine."""
     scores = evaluate(run, "--attacks", "clean", "--checkpoint", "last")["last"]["clean"]
     model = build_model("smallresnet", 10, in_channels=1).eval()
-    model.load_state_dict(checkpoint.read(run / "checkpoints" / "last.safetensors")[0])
+    model.load_state_dict(read_weights(run / "checkpoints" / "last.safetensors")[0])
     test = load_dataset("digits-lt").test
     sources = {image.tobytes(): label for image, label in zip(load_digits().images, load_digits().target, strict=True)}
     y = np.array([sources[(image[0] * (16 / 255)).round().astype(float).tobytes()] for image in test.images])
@@ -181,9 +181,9 @@ def test_again_means_again(run, attacked, digits_run):
 
 
 def change_weights(file, change) -> None:
-    tensors, card = checkpoint.read(file)
+    tensors, card = read_weights(file)
     change(tensors)
-    checkpoint.write(file, tensors, card)
+    write_weights(file, tensors, card)
 
 
 def test_other_weights_are_evaluated_afresh(run, attacked):
@@ -216,7 +216,7 @@ def test_results_of_an_earlier_version_are_read_and_not_relied_on(run, attacked,
             for key in ("correct", "chosen", "test_set"):
                 scores.pop(key, None)
     (run / "eval.json").write_text(json.dumps(results))
-    assert runs.status_of("report", str(run)) == 0
+    assert train_runs.status_of("report", str(run)) == 0
     afresh = evaluate(run, "--attacks", "pgd20", "--limit-eval", "100", "--checkpoint", "last")["last"]
     assert attacked == ["pgd20"]
     assert afresh["clean"] == results["last"]["clean"]
@@ -290,7 +290,7 @@ def test_images_that_have_moved(tmp_path, image_tree, folder_run, attacked, capf
     moved_run = shutil.copytree(folder_run, tmp_path / "run")
     config = json.loads((moved_run / "config.json").read_text())
     (moved_run / "config.json").write_text(json.dumps(config | {"data_dir": str(tmp_path / "gone")}))
-    assert runs.status_of("evaluate", str(moved_run), "--attacks", "fgsm") == 2
+    assert train_runs.status_of("evaluate", str(moved_run), "--attacks", "fgsm") == 2
     assert "gone" in capfd.readouterr().err
     images = shutil.copytree(image_tree, tmp_path / "elsewhere")
     results = evaluate(moved_run, "--attacks", "clean", "--again", "--data-dir", str(images))
@@ -303,7 +303,7 @@ def test_images_that_have_moved(tmp_path, image_tree, folder_run, attacked, capf
 
 def refused(capfd, *flags: str) -> str:
     capfd.readouterr()
-    assert runs.status_of("evaluate", *flags) == 2
+    assert train_runs.status_of("evaluate", *flags) == 2
     message = capfd.readouterr().err
     assert message.startswith("ltat_fast: error: ")
     assert message.count("\n") == 1
@@ -326,9 +326,9 @@ def test_refusals(tmp_path, run, capfd):
 @pytest.fixture
 def read_only(digits_run, tmp_path):
     """A run on a file system that is read-only, for root too."""
-    with disks.file_system(tmp_path / "disk", "64m") as disk:
+    with small_disks.file_system(tmp_path / "disk", "64m") as disk:
         run = shutil.copytree(digits_run, disk / "run", ignore=shutil.ignore_patterns("tb"))
-        disks.remount(disk, "ro")
+        small_disks.remount(disk, "ro")
         yield run
 
 
@@ -390,7 +390,7 @@ def test_damaged_or_missing_weights(run, capfd):
 
 def test_images_of_other_classes(tmp_path, folder_run, capfd):
     run = shutil.copytree(folder_run, tmp_path / "run")
-    others = runs.write_images(tmp_path / "others", names=("ant", "bee", "dog"))
+    others = train_runs.write_images(tmp_path / "others", names=("ant", "bee", "dog"))
     message = refused(capfd, str(run), "--attacks", "fgsm", "--data-dir", str(others))
     assert "knows other classes than the data: 'cow' where the data has 'dog'" in message
 
@@ -400,7 +400,7 @@ def test_images_of_other_classes(tmp_path, folder_run, capfd):
 
 def test_report(digits_run, folder_run, capfd):
     capfd.readouterr()
-    assert runs.status_of("report", str(digits_run), str(folder_run), str(digits_run) + "/") == 0
+    assert train_runs.status_of("report", str(digits_run), str(folder_run), str(digits_run) + "/") == 0
     text = capfd.readouterr().out
     scores = json.loads((digits_run / "eval.json").read_text())
     for which in ("best", "last"):
@@ -416,7 +416,7 @@ def test_report(digits_run, folder_run, capfd):
 
 
 def test_report_refuses(tmp_path, capfd):
-    assert runs.status_of("report") == 2
+    assert train_runs.status_of("report") == 2
     assert "name at least one run folder" in capfd.readouterr().err
-    assert runs.status_of("report", str(tmp_path)) == 2
+    assert train_runs.status_of("report", str(tmp_path)) == 2
     assert "has no results: config.json is not there" in capfd.readouterr().err

@@ -6,17 +6,16 @@ import subprocess
 import sys
 from importlib.util import find_spec
 
-import disks
 import numpy as np
 import pytest
-import runs
 import torch
 from safetensors.torch import load_file, save_file
 
-from ltat_fast import export as exporting
-from ltat_fast.engine import checkpoint
+from helpers import small_disks, train_runs
 from ltat_fast.methods import METHODS
 from ltat_fast.models import ARCHS, build_model, standalone
+from ltat_fast.runs import export as exporting
+from ltat_fast.runs.weights import read_weights, write_weights
 
 # A process in which this package cannot be imported.
 ELSEWHERE = """
@@ -36,7 +35,7 @@ assert not model.training
 @pytest.fixture(scope="module")
 def exported(digits_run, tmp_path_factory):
     out = tmp_path_factory.mktemp("exported") / "an export"
-    assert runs.status_of("export", str(digits_run), "--out", str(out)) == 0
+    assert train_runs.status_of("export", str(digits_run), "--out", str(out)) == 0
     return out
 
 
@@ -47,7 +46,7 @@ def images():
 
 def live(run, which="last"):
     """The network as the checkpoint has it, built by hand."""
-    tensors, card = checkpoint.read(run / "checkpoints" / f"{which}.safetensors")
+    tensors, card = read_weights(run / "checkpoints" / f"{which}.safetensors")
     model = build_model(card["arch"], card["num_classes"], in_channels=card["in_channels"])
     model.load_state_dict(tensors)
     return model.eval()
@@ -60,7 +59,7 @@ def test_three_lines_without_this_package(exported, digits_run, images):
 
 
 def test_the_weights_are_the_checkpoints(exported, digits_run):
-    tensors, _ = checkpoint.read(digits_run / "checkpoints" / "last.safetensors")
+    tensors, _ = read_weights(digits_run / "checkpoints" / "last.safetensors")
     written = load_file(exported / "model.safetensors")
     assert tensors.keys() == written.keys()
     assert all(torch.equal(tensors[name], written[name]) for name in tensors)
@@ -119,45 +118,45 @@ def test_the_module_of_every_network(arch, method, tmp_path):
 def test_as_a_teacher(exported, tmp_path, monkeypatch):
     """The folder serves as ``--teacher module:model:load_model``, as fast as a network of ours."""
     monkeypatch.syspath_prepend(str(exported))
-    flags = [*runs.QUICK[:-2], "--max-steps", "2", "--method", "ard", "--teacher", "module:model:load_model"]
-    assert runs.train("--out", str(tmp_path / "student"), *flags) == 0
+    flags = [*train_runs.QUICK[:-2], "--max-steps", "2", "--method", "ard", "--teacher", "module:model:load_model"]
+    assert train_runs.train("--out", str(tmp_path / "student"), *flags) == 0
 
 
 def test_again_into_the_same_folder(exported, digits_run):
-    assert runs.status_of("export", str(digits_run), "--out", str(exported), "--checkpoint", "best") == 0
+    assert train_runs.status_of("export", str(digits_run), "--out", str(exported), "--checkpoint", "best") == 0
     assert json.loads((exported / "card.json").read_text())["name"].endswith("-best")
-    assert runs.status_of("export", str(digits_run), "--out", str(exported)) == 0
+    assert train_runs.status_of("export", str(digits_run), "--out", str(exported)) == 0
 
 
 def test_refusals(digits_run, tmp_path, capsys):
     (tmp_path / "thesis.tex").write_text("mine")
-    assert runs.status_of("export", str(digits_run), "--out", str(tmp_path)) == 2
+    assert train_runs.status_of("export", str(digits_run), "--out", str(tmp_path)) == 2
     assert "is not empty, and not an export" in capsys.readouterr().err
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
-    assert runs.status_of("export", str(tmp_path)) == 2
+    assert train_runs.status_of("export", str(tmp_path)) == 2
     assert "no finished weights" in capsys.readouterr().err
 
 
 def test_a_run_that_did_not_record_its_image_size(digits_run, tmp_path, capsys):
     run = shutil.copytree(digits_run, tmp_path / "old")
     file = run / "checkpoints" / "last.safetensors"
-    tensors, card = checkpoint.read(file)
+    tensors, card = read_weights(file)
     del card["image_size"]
-    checkpoint.write(file, tensors, card)
-    assert runs.status_of("export", str(run)) == 2
+    write_weights(file, tensors, card)
+    assert train_runs.status_of("export", str(run)) == 2
     assert "--image-size" in capsys.readouterr().err
     for size in ("-3", "0"):
-        assert runs.status_of("export", str(run), "--image-size", size) == 2
+        assert train_runs.status_of("export", str(run), "--image-size", size) == 2
         assert capsys.readouterr().err == f"ltat_fast: error: --image-size must be 1 or more, not {size}\n"
-    assert runs.status_of("export", str(run), "--image-size", "8") == 0
+    assert train_runs.status_of("export", str(run), "--image-size", "8") == 0
 
 
 def test_the_recorded_image_size_stays(digits_run, tmp_path, capsys):
     flags = (str(digits_run), "--out", str(tmp_path / "out"), "--image-size")
-    assert runs.status_of("export", *flags, "16") == 2
+    assert train_runs.status_of("export", *flags, "16") == 2
     assert "last.safetensors was trained on images of 8 x 8" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-    assert runs.status_of("export", *flags, "8") == 0
+    assert train_runs.status_of("export", *flags, "8") == 0
 
 
 def test_a_file_that_computes_something_else_is_refused(digits_run, tmp_path, monkeypatch, capsys):
@@ -167,19 +166,19 @@ def test_a_file_that_computes_something_else_is_refused(digits_run, tmp_path, mo
         return lines(network).replace(".mean((2, 3))", ".amax((2, 3))")
 
     monkeypatch.setattr(exporting, "source", broken)
-    assert runs.status_of("export", str(digits_run), "--out", str(tmp_path / "out")) == 2
+    assert train_runs.status_of("export", str(digits_run), "--out", str(tmp_path / "out")) == 2
     assert "gives other logits than the network" in capsys.readouterr().err
     assert not any((tmp_path / "out").iterdir()), "what is wrong is not handed on"
 
 
 def test_a_full_disk(digits_run, tmp_path, capfd):
     """One sentence, nothing half-written, and an export that was there stays as it was."""
-    with disks.file_system(tmp_path / "disk", "700k") as disk:
+    with small_disks.file_system(tmp_path / "disk", "700k") as disk:
         out = disk / "export"
-        assert runs.status_of("export", str(digits_run), "--out", str(out)) == 2
+        assert train_runs.status_of("export", str(digits_run), "--out", str(out)) == 2
         assert capfd.readouterr().err.startswith(f"ltat_fast: error: cannot write {out}: No space left on device")
         assert [*out.iterdir()] == []
         (out / "card.json").write_text("the old one")
-        assert runs.status_of("export", str(digits_run), "--out", str(out)) == 2
+        assert train_runs.status_of("export", str(digits_run), "--out", str(out)) == 2
         assert [path.name for path in out.iterdir()] == ["card.json"]
         assert (out / "card.json").read_text() == "the old one"

@@ -4,18 +4,17 @@ import json
 import os
 import shutil
 
-import disks
 import pytest
-import runs
 import torch
 
+from helpers import small_disks, train_runs
 from ltat_fast.reporting import page
 
 
 def test_all_files_at_once(digits_run, tmp_path, capsys):
     files = {kind: tmp_path / "new" / f"report.{kind}" for kind in ("html", "markdown", "csv")}
     flags = [text for kind, file in files.items() for text in (f"--{kind}", str(file))]
-    assert runs.status_of("report", str(digits_run), *flags) == 0
+    assert train_runs.status_of("report", str(digits_run), *flags) == 0
     printed = capsys.readouterr().out
     best = json.loads((digits_run / "eval.json").read_text())["best"]
     for value in (f"{best['clean']['all']:.2f}", f"{best['pgd20']['tail']:.2f}"):
@@ -30,7 +29,7 @@ def test_all_files_at_once(digits_run, tmp_path, capsys):
 def test_without_files_only_the_table_is_made(digits_run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(page, "render", lambda *_: pytest.fail("nobody asked for a page"))
-    assert runs.status_of("report", str(digits_run)) == 0
+    assert train_runs.status_of("report", str(digits_run)) == 0
     assert "T-PGD" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
@@ -38,7 +37,7 @@ def test_without_files_only_the_table_is_made(digits_run, tmp_path, monkeypatch,
 def test_the_runs_are_left_as_they_were(digits_run, tmp_path):
     run = shutil.copytree(digits_run, tmp_path / "run")
     before = {file: file.stat().st_mtime_ns for file in run.rglob("*")}
-    assert runs.status_of("report", str(run), "--html", str(tmp_path / "page.html")) == 0
+    assert train_runs.status_of("report", str(run), "--html", str(tmp_path / "page.html")) == 0
     assert {file: file.stat().st_mtime_ns for file in run.rglob("*")} == before
 
 
@@ -53,19 +52,19 @@ def test_the_runs_are_left_as_they_were(digits_run, tmp_path):
     ids=["none", "no run", "copy", "not writable"],
 )
 def test_what_cannot_be_done_is_one_sentence(digits_run, tmp_path, capsys, make, said):
-    assert runs.status_of("report", *make(digits_run, tmp_path)) == 2
+    assert train_runs.status_of("report", *make(digits_run, tmp_path)) == 2
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
 
 
 def test_a_full_disk_leaves_the_report_that_is_there(digits_run, tmp_path, capsys):
-    with disks.file_system(tmp_path / "disk", "64k") as disk:
+    with small_disks.file_system(tmp_path / "disk", "64k") as disk:
         for name in ("new.html", "old.html"):
             page_file = disk / name
             if name == "old.html":
                 page_file.write_text("the old one")
-            assert runs.status_of("report", str(digits_run), "--html", str(page_file)) == 2
+            assert train_runs.status_of("report", str(digits_run), "--html", str(page_file)) == 2
             assert f"cannot write {page_file}: No space left on device" in capsys.readouterr().err
         assert [file.name for file in disk.iterdir()] == ["old.html"]
         assert page_file.read_text() == "the old one"
@@ -76,7 +75,7 @@ def test_a_pipe_is_written_to_and_stays_a_pipe(digits_run, tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "pipe")
     reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
     for name in ("pipe", "link"):
-        assert runs.status_of("report", str(digits_run), "--csv", str(tmp_path / name)) == 0
+        assert train_runs.status_of("report", str(digits_run), "--csv", str(tmp_path / name)) == 0
         assert os.read(reader, 1 << 16).startswith(b"run,")
     os.close(reader)
 
@@ -88,7 +87,7 @@ def test_a_damaged_result_is_one_sentence(digits_run, tmp_path, capsys, broken):
     results["last"]["pgd20"] |= broken
     (run / "eval.json").write_text(json.dumps(results))
     flags = [flag for kind in ("html", "markdown", "csv") for flag in (f"--{kind}", str(tmp_path / kind))]
-    assert runs.status_of("report", str(run), *flags) == 2
+    assert train_runs.status_of("report", str(run), *flags) == 2
     error = capsys.readouterr().err
     assert "eval.json is damaged: last, pgd20" in error
     assert error.count("\n") == 1
@@ -98,5 +97,5 @@ def test_a_gpu_that_is_not_there_is_said(digits_run, tmp_path, capsys):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     flags = ("--html", str(tmp_path / "page.html"), "--device", "cuda")
-    assert runs.status_of("report", str(digits_run), *flags) == 2
+    assert train_runs.status_of("report", str(digits_run), *flags) == 2
     assert "no CUDA device" in capsys.readouterr().err

@@ -5,10 +5,10 @@ import json
 import statistics
 from pathlib import Path
 
-import disks
 import pytest
-from runs import status_of
 
+from helpers import small_disks
+from helpers.train_runs import status_of
 from ltat_fast import sensitivity
 from ltat_fast.sensitivity import Arguments, collect, draw, plan
 
@@ -127,7 +127,7 @@ def test_run_and_keep(tmp_path, capsys):
 
 def test_a_full_disk(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sensitivity, "outstanding", lambda jobs: ([], []))
-    with disks.file_system(tmp_path / "disk", "32k") as disk:
+    with small_disks.file_system(tmp_path / "disk", "32k") as disk:
         written(disk / "alpha1-seed0", (90, 80, 50, 20))
         (disk / "sensitivity.png").write_text("the old one")
         assert status_of("sensitivity", "--values", "1", "--out", str(disk)) == 2

@@ -7,8 +7,8 @@ from pathlib import Path
 from shutil import copytree
 
 import pytest
-from runs import status_of
 
+from helpers.train_runs import status_of
 from ltat_fast.sweep import Arguments, plan, render
 
 TABLES = json.loads((files("ltat_fast") / "paper_tables.json").read_text())

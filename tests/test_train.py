@@ -7,12 +7,14 @@ import signal
 import time
 
 import pytest
-import runs
 import torch
 from safetensors.torch import save_file
 
-from ltat_fast.engine import checkpoint, log, pipeline
+from helpers import train_runs
 from ltat_fast.models import build_model
+from ltat_fast.runs import log
+from ltat_fast.runs.weights import read_weights, write_weights
+from ltat_fast.training import pipeline
 
 # -- a whole run ----------------------------------------------------------------------------------------------------
 
@@ -44,7 +46,7 @@ def test_a_run_leaves_what_it_says(digits_run):
 
 
 def test_weights_say_what_they_are(digits_run):
-    tensors, card = checkpoint.read(digits_run / "checkpoints" / "last.safetensors")
+    tensors, card = read_weights(digits_run / "checkpoints" / "last.safetensors")
     assert card.items() >= {"arch": "smallresnet", "num_classes": 10, "in_channels": 1, "epoch": 3}.items()
     build_model("smallresnet", 10, in_channels=1).load_state_dict(tensors)
 
@@ -52,7 +54,7 @@ def test_weights_say_what_they_are(digits_run):
 def test_best_is_the_epoch_with_the_highest_pgd20(digits_run):
     evaluated = [r for r in log.read_metrics(digits_run / "metrics.jsonl") if "test_pgd20" in r]
     best = max(evaluated, key=lambda r: r["test_pgd20"])
-    assert checkpoint.read(digits_run / "checkpoints" / "best.safetensors")[1]["epoch"] == best["epoch"]
+    assert read_weights(digits_run / "checkpoints" / "best.safetensors")[1]["epoch"] == best["epoch"]
     scores = json.loads((digits_run / "eval.json").read_text())["best"]
     assert (scores["clean"]["all"], scores["pgd20"]["all"]) == (best["test_clean"], best["test_pgd20"])
     assert scores["pgd20"]["tail"] == best["test_tail_pgd20"]
@@ -67,14 +69,15 @@ def test_a_folder_of_images_with_spaces_in_its_name(folder_run, image_tree):
 @pytest.mark.parametrize("method", ["pgd-at", "at-bsl"])
 def test_methods_without_a_teacher_train_none(tmp_path, image_tree, method):
     flags = ("--method", method, "--data-dir", str(image_tree), "--out", str(tmp_path / "run"))
-    assert runs.train(*runs.FOLDER, *flags) == 0
+    assert train_runs.train(*train_runs.FOLDER, *flags) == 0
     assert not (tmp_path / "run" / "teacher").exists()
     assert {"best", "last"} == json.loads((tmp_path / "run" / "eval.json").read_text()).keys()
 
 
 def test_selecting_on_held_out_images(tmp_path, image_tree):
+    flags = ("--method", "pgd-at", "--select-on", "heldout", "--heldout", "0.25")
     out = ("--data-dir", str(image_tree), "--out", str(tmp_path / "run"))
-    assert runs.train(*runs.FOLDER, "--method", "pgd-at", "--select-on", "heldout", "--heldout", "0.25", *out) == 0
+    assert train_runs.train(*train_runs.FOLDER, *flags, *out) == 0
     assert json.loads((tmp_path / "run" / "env.json").read_text())["class_counts"] == [18, 9, 6]
     (record,) = log.read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert "heldout_pgd20" in record
@@ -84,10 +87,10 @@ def test_selecting_on_held_out_images(tmp_path, image_tree):
 @pytest.mark.parametrize("path", ["teacher", "teacher/checkpoints/last.safetensors"])
 def test_a_given_teacher_is_used_and_none_is_trained(tmp_path, image_tree, folder_run, path, capfd):
     flags = ("--data-dir", str(image_tree), "--out", str(tmp_path / "run"), "--teacher", str(folder_run / path))
-    assert runs.train(*runs.FOLDER, *flags) == 0
+    assert train_runs.train(*train_runs.FOLDER, *flags) == 0
     assert not (tmp_path / "run" / "teacher").exists()
     # The same teacher as the run that trained it, so the same student.
-    ours, theirs = (checkpoint.read(r / "checkpoints/last.safetensors")[0] for r in (tmp_path / "run", folder_run))
+    ours, theirs = (read_weights(r / "checkpoints/last.safetensors")[0] for r in (tmp_path / "run", folder_run))
     assert all(torch.equal(ours[k], theirs[k]) for k in ours)
 
 
@@ -114,46 +117,46 @@ def lines(path) -> int:
 def test_killed_at_many_moments_and_resumed(tmp_path, digits_run):
     """In the teacher, between saves after every step of the student, and during the final evaluation."""
     out = tmp_path / "run"
-    process = runs.start("--out", str(out), *runs.QUICK)
+    process = train_runs.start("--out", str(out), *train_runs.QUICK)
     wait_for(lambda: lines(out / "teacher" / "metrics.jsonl") == 1, process, "first epoch of the teacher")
     kill(process)
 
-    process = runs.start("--out", str(out), "--resume", "--save-minutes", "0.0001")
+    process = train_runs.start("--out", str(out), "--resume", "--save-minutes", "0.0001")
     wait_for(lambda: lines(out / "metrics.jsonl") == 1, process, "first epoch of the student")
     kill(process)
     assert not (out / "eval.json").exists()
 
-    process = runs.start("--out", str(out), "--resume")
+    process = train_runs.start("--out", str(out), "--resume")
     wait_for((out / "eval.json").exists, process, "first attack of the evaluation")
     kill(process)
 
-    runs.finish(runs.start("--out", str(out), "--resume"))
+    train_runs.finish(train_runs.start("--out", str(out), "--resume"))
     assert_same(out, digits_run)
 
 
 def assert_same(run_dir, expected):
-    assert runs.outcome(run_dir) == runs.outcome(expected)
-    ours, theirs = runs.weights(run_dir), runs.weights(expected)
+    assert train_runs.outcome(run_dir) == train_runs.outcome(expected)
+    ours, theirs = train_runs.weights(run_dir), train_runs.weights(expected)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_sigterm_saves_exits_75_and_resumes(tmp_path, digits_run):
     out = tmp_path / "run"
-    process = runs.start("--out", str(out), *runs.QUICK)
+    process = train_runs.start("--out", str(out), *train_runs.QUICK)
     wait_for(lambda: lines(out / "metrics.jsonl") == 1, process, "first epoch of the student")
     os.kill(process.pid, signal.SIGSTOP)  # holds still, its run folder in hand, while another wants it
-    other = runs.train("--out", str(out), "--resume")
+    other = train_runs.train("--out", str(out), "--resume")
     os.kill(process.pid, signal.SIGTERM)
     os.kill(process.pid, signal.SIGCONT)
-    said, _ = runs.finish(process, status=75)
+    said, _ = train_runs.finish(process, status=75)
     assert other == 2
     assert f"python -m ltat_fast.train --out {out} --resume" in said
     assert (out / "interrupted").exists()
-    state = checkpoint.read(out / "checkpoints" / "resume.safetensors")[1]
+    state = read_weights(out / "checkpoints" / "resume.safetensors")[1]
     assert not state["finished"]
     assert state["epoch"] >= 1
-    runs.finish(runs.start("--out", str(out), "--resume"))
+    train_runs.finish(train_runs.start("--out", str(out), "--resume"))
     assert not (out / "interrupted").exists()
     assert_same(out, digits_run)
 
@@ -172,11 +175,11 @@ def test_sigterm_while_evaluating_stops_at_once(tmp_path, digits_run, monkeypatc
 
     with monkeypatch.context() as patched:
         patched.setattr(pipeline, "evaluate", signalled)
-        assert runs.train("--out", str(copy), "--resume") == 75
+        assert train_runs.train("--out", str(copy), "--resume") == 75
     assert attacks == ["clean", "pgd20"]
     assert (copy / "interrupted").exists()
     assert list(json.loads((copy / "eval.json").read_text())["best"]) == ["clean"]
-    assert runs.train("--out", str(copy), "--resume") == 0
+    assert train_runs.train("--out", str(copy), "--resume") == 0
     assert not (copy / "interrupted").exists()
     assert_same(copy, digits_run)
 
@@ -187,13 +190,13 @@ def test_a_signal_before_there_is_anything_to_resume(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr(pipeline.run, "load_data", load_data)
-        assert runs.train("--out", str(tmp_path / "run")) == 75
+        assert train_runs.train("--out", str(tmp_path / "run")) == 75
     assert_free(tmp_path / "run")
 
 
 def test_a_finished_run_resumes_to_itself(tmp_path, digits_run):
     copy = shutil.copytree(digits_run, tmp_path / "copy")
-    assert runs.train("--out", str(copy), "--resume") == 0
+    assert train_runs.train("--out", str(copy), "--resume") == 0
     assert_same(copy, digits_run)
 
 
@@ -202,16 +205,16 @@ def test_a_finished_run_resumes_to_itself(tmp_path, digits_run):
 
 def test_divergence_exits_3_and_can_be_replayed(tmp_path, image_tree, capfd):
     flags = ("--method", "pgd-at", "--lr", "1e30", "--data-dir", str(image_tree), "--out", str(tmp_path / "run"))
-    assert runs.train(*runs.FOLDER, *flags) == 3
+    assert train_runs.train(*train_runs.FOLDER, *flags) == 3
     message = capfd.readouterr().err
     assert "loss not finite at epoch 1, step 2" in message
     assert message.count("\n") == 1
     (dump,) = (tmp_path / "run" / "nan").iterdir()
     assert str(dump) in message
-    assert runs.status_of("replay", str(dump)) == 0
+    assert train_runs.status_of("replay", str(dump)) == 0
     assert "first: attack: network: output of net.conv1" in capfd.readouterr().out
     # Resumed, it does the same again, and leaving that batch out does not mend a learning rate.
-    assert runs.train("--out", str(tmp_path / "run"), "--resume", "--on-nan", "rollback") == 3
+    assert train_runs.train("--out", str(tmp_path / "run"), "--resume", "--on-nan", "rollback") == 3
     assert "epoch 1, step 3" in capfd.readouterr().err
     assert len(list((tmp_path / "run" / "nan").iterdir())) == 2
 
@@ -222,7 +225,7 @@ def test_divergence_exits_3_and_can_be_replayed(tmp_path, image_tree, capfd):
 def refused(capfd, *flags: str) -> str:
     """The one sentence of a start that ends with exit status 2."""
     capfd.readouterr()
-    assert runs.train(*flags) == 2
+    assert train_runs.train(*flags) == 2
     message = capfd.readouterr().err
     assert message.startswith("ltat_fast: error: ")
     assert message.count("\n") == 1
@@ -269,14 +272,14 @@ def test_a_gpu_that_is_not_there(tmp_path, capfd):
 
 
 def test_unknown_flags_exit_2(tmp_path, capfd):
-    assert runs.train("--out", str(tmp_path / "run"), "--bogus") == 2
+    assert train_runs.train("--out", str(tmp_path / "run"), "--bogus") == 2
     assert "--bogus" in capfd.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
 def test_exit_statuses_reach_the_shell():
-    process = runs.start("--eps", "8/0")
-    out, err = runs.finish(process, status=2)
+    process = train_runs.start("--eps", "8/0")
+    out, err = train_runs.finish(process, status=2)
     assert out == ""
     assert err.startswith("ltat_fast: error: --eps takes a fraction")
 
@@ -321,7 +324,7 @@ def test_resuming_from_damaged_states(tmp_path, capfd, digits_run, left):
     for name in ("resume.safetensors", "resume.previous.safetensors")[: 2 - left]:
         os.truncate(copy / "checkpoints" / name, 10_000)
     if left:
-        assert runs.train("--out", str(copy), "--resume") == 0
+        assert train_runs.train("--out", str(copy), "--resume") == 0
         assert "resume.safetensors is damaged" in capfd.readouterr().out
         assert_same(copy, digits_run)
     else:
@@ -341,7 +344,7 @@ def test_damaged_weights_are_not_evaluated(tmp_path, capfd, digits_run, which, e
     weights.write_bytes(content)
     (copy / "eval.json").unlink()
     capfd.readouterr()
-    assert runs.status_of(entry_point, *flags.split(), str(copy)) == 2
+    assert train_runs.status_of(entry_point, *flags.split(), str(copy)) == 2
     message = capfd.readouterr().err
     assert f"{which}.safetensors is damaged: its content does not match its checksum" in message
     assert message.count("\n") == 1
@@ -352,17 +355,17 @@ def test_a_refused_start_does_not_block_the_next(tmp_path, image_tree, folder_ru
     out = ("--data-dir", str(image_tree), "--out", str(tmp_path / "run"))
     wrong = tmp_path / "wrong.safetensors"
     save_file(build_model("resnet18", 3).state_dict(), wrong)
-    message = refused(capfd, *runs.FOLDER, *out, "--teacher", str(wrong))
+    message = refused(capfd, *train_runs.FOLDER, *out, "--teacher", str(wrong))
     assert f"{wrong} does not fit smallresnet: " in message
     assert_free(tmp_path / "run")
-    assert runs.train(*runs.FOLDER, *out, "--teacher", str(folder_run / "teacher")) == 0
+    assert train_runs.train(*train_runs.FOLDER, *out, "--teacher", str(folder_run / "teacher")) == 0
 
 
 def test_teachers_that_do_not_fit(tmp_path, image_tree, folder_run, digits_run, capfd):
     out = ("--data-dir", str(image_tree), "--out", str(tmp_path / "run"))
 
     def message(teacher):
-        text = refused(capfd, *runs.FOLDER, *out, "--teacher", str(teacher))
+        text = refused(capfd, *train_runs.FOLDER, *out, "--teacher", str(teacher))
         assert_free(tmp_path / "run")
         return text
 
@@ -383,9 +386,9 @@ def test_teachers_that_do_not_fit(tmp_path, image_tree, folder_run, digits_run, 
     damaged.write_bytes(content)
     assert "is damaged: its content does not match its checksum" in message(damaged)
 
-    tensors, card = checkpoint.read(folder_run / "teacher" / "checkpoints" / "last.safetensors")
+    tensors, card = read_weights(folder_run / "teacher" / "checkpoints" / "last.safetensors")
     other = tmp_path / "other.safetensors"
-    checkpoint.write(other, tensors, card | {"class_names": ["ant", "bee", "dog"]})
+    write_weights(other, tensors, card | {"class_names": ["ant", "bee", "dog"]})
     assert "knows other classes than the data: 'dog' where the data has 'cow'" in message(other)
 
     assert "has no finished weights" in message(tmp_path)

@@ -16,9 +16,9 @@ from ltat_fast.analysis.inequality import default_block, global_gini, regional_g
 from ltat_fast.analysis.linearity import output_distance, remainder
 from ltat_fast.attacks import AttackConfig, pgd
 from ltat_fast.attacks.objectives import cross_entropy
-from ltat_fast.engine.evaluation import spread, unpack
 from ltat_fast.models.frozen import FrozenTwin
 from ltat_fast.pixels import to_unit
+from ltat_fast.runs.metrics import spread, unpack
 
 Values = dict[str, "Values"] | Tensor  # of one value an image
 Stream = Callable[[str], torch.Generator]

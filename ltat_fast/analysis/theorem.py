@@ -11,11 +11,12 @@ import numpy as np
 import tyro
 from rich.table import Table
 
+from ltat_fast import files
 from ltat_fast.analysis import theorem_figures
 from ltat_fast.analysis.gaussians import Gaussians, corollary_gap, monte_carlo, theorem
 from ltat_fast.analysis.logistic import fitted_errors
-from ltat_fast.engine import files, log
 from ltat_fast.errors import UserError, exit_on_user_error
+from ltat_fast.runs import log
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from statistics import mean, stdev
 import numpy as np
 from matplotlib.figure import Figure
 
+from ltat_fast import files
 from ltat_fast.analysis.gaussians import Gaussians, theorem
 from ltat_fast.analysis.logistic import fit
-from ltat_fast.engine import files
 
 COLOURS = {"nat": "tab:blue", "rob": "tab:red"}
 NAMES = {"nat": "natural", "rob": "adversarial"}
@@ -23,7 +23,7 @@ def write(settings: list[Gaussians], fits: list[list[dict]], samples: int, folde
     if settings[0].n == 2:
         figures["theory-boundaries.png"] = boundaries(settings, samples)
     for name, figure in figures.items():
-        with files.whole(folder / name) as file:
+        with files.atomic_write(folder / name) as file:
             figure.savefig(file, dpi=90)
     return [folder / name for name in figures]
 

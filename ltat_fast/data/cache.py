@@ -20,8 +20,8 @@ import numpy as np
 
 from ltat_fast.data.decode import decode_images
 from ltat_fast.data.folder import Split, Tree
-from ltat_fast.data.lock import exclusive
 from ltat_fast.errors import UserError
+from ltat_fast.files import exclusive
 
 FORMAT = 1  # part of the key: raise it when what is decoded or written changes
 Arrays = dict[str, np.ndarray]

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
 
-from ltat_fast.data.lock import exclusive
 from ltat_fast.errors import UserError
+from ltat_fast.files import exclusive
 
 ATTEMPTS = 4
 """connections in a row that bring no byte before a download is given up"""

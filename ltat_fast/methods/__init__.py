@@ -6,7 +6,7 @@ from ltat_fast.methods.akd import Akd
 from ltat_fast.methods.ard import Ard
 from ltat_fast.methods.at_bsl import AtBsl
 from ltat_fast.methods.awp import Awp
-from ltat_fast.methods.base import Method, Setting
+from ltat_fast.methods.base import Method, MethodContext
 from ltat_fast.methods.iad import Iad
 from ltat_fast.methods.igd import Igd
 from ltat_fast.methods.ltat import Ltat
@@ -21,4 +21,4 @@ from ltat_fast.methods.trades import Trades
 _ALL = (Natural, PgdAt, Trades, Mart, Awp, Robal, Reat, AtBsl, Ltat, Ard, Iad, Akd, Rslad, AdaAd, AdaIad, Igd)
 METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}
 
-__all__ = ["METHODS", "Method", "Setting"]
+__all__ = ["METHODS", "Method", "MethodContext"]

@@ -24,7 +24,7 @@ class AdaAd(Distillation):
     """weight of the term on the adversarial image; the rest goes to the clean image"""
 
     def objective(self, x_adv, logits, target):
-        return kl(self.setting.teacher(x_adv), logits).sum()
+        return kl(self.context.teacher(x_adv), logits).sum()
 
     def distill(self, at, y, progress):
         adversarial = kl(at.teacher("adv"), at.student("adv")).mean()

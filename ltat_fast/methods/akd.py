@@ -29,6 +29,6 @@ class Akd(Distillation):
         if m == 1:
             loss = kl(target, logits).mean()
         else:  # both terms in one pass; tau 0 is plain cross-entropy
-            counts = self.setting.class_counts
+            counts = self.context.class_counts
             loss = (1 - m) * balanced_softmax_kl(logits, y, counts, target, tau=0.0, kl_weight=m / (1 - m))
         return loss, {"ce_kl": loss.detach()}

@@ -24,5 +24,5 @@ class AtBsl(Method):
     """strength of the class prior in the balanced softmax"""
 
     def loss(self, model, x, x_adv, y, progress):
-        loss = balanced_softmax_kl(model(x_adv), y, self.setting.class_counts, tau=self.tau)
+        loss = balanced_softmax_kl(model(x_adv), y, self.context.class_counts, tau=self.tau)
         return loss, {"bsl": loss.detach()}

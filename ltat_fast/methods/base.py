@@ -20,7 +20,7 @@ LossOf = Callable[[], tuple[Tensor, dict]]
 
 
 @dataclass
-class Setting:
+class MethodContext:
     """What a method may know of the run it is in, handed to :meth:`Method.setup`.
 
     class_counts: int64 ``(C,)`` on the training device, training images of each class.
@@ -59,9 +59,9 @@ class Method:
             if isinstance(value, int | float) and not 0 <= value < math.inf:
                 raise UserError(f"--{field.name.replace('_', '-')} must be 0 or more, not {value:g}")
 
-    def setup(self, setting: Setting) -> None:
+    def setup(self, setting: MethodContext) -> None:
         """Called once before training starts."""
-        self.setting = setting
+        self.context = setting
 
     def wrap_model(self, model: nn.Module, class_counts: Tensor) -> nn.Module:
         """The network this method trains and exports, from a plain one; called before any weight is trained or loaded.

@@ -96,7 +96,7 @@ class Distillation(Method):
         raise NotImplementedError
 
     def loss(self, model, x, x_adv, y, progress):
-        at = Logits(model, self.setting.teacher, x, x_adv)
+        at = Logits(model, self.context.teacher, x, x_adv)
         loss, parts = self.distill(at, y, progress)
         loss = self.loss_scale * loss
         if self.extra_clean_forward:

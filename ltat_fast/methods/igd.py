@@ -60,7 +60,7 @@ class Igd(Method):
 
     def loss(self, model, x, x_adv, y, progress):
         clean, adv = x.detach().requires_grad_(), x_adv.detach().requires_grad_(self.gradient_at == "adv")
-        guide = input_gradient(self._scalars(self.setting.teacher(clean), y), clean)
+        guide = input_gradient(self._scalars(self.context.teacher(clean), y), clean)
         logits = model(adv)
         ce = F.cross_entropy(widen(logits), y)
         point, at_point = (adv, logits) if self.gradient_at == "adv" else (clean, model(clean))

@@ -61,7 +61,7 @@ class Ltat(Method):
         loss = balanced_softmax_kl(
             plus,
             y,
-            self.setting.class_counts,
+            self.context.class_counts,
             taught[self.kl_target] if distilling else None,
             tau=self.tau,
             kl_weight=self.kl_weight,
@@ -81,5 +81,5 @@ class Ltat(Method):
         if not points:
             return {}
         with torch.no_grad():
-            logits = self.setting.teacher(torch.cat([*points.values()]))
+            logits = self.context.teacher(torch.cat([*points.values()]))
         return dict(zip(points, logits.chunk(len(points)), strict=True))

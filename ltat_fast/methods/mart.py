@@ -39,7 +39,7 @@ class Mart(Method):
         log_p, log_q = clean.log_softmax(1), adv.log_softmax(1)
         is_label = F.one_hot(y, adv.shape[1]).bool()
 
-        log_b = (adv + self.setting.class_counts.log()).log_softmax(1) if self.balanced else log_q
+        log_b = (adv + self.context.class_counts.log()).log_softmax(1) if self.balanced else log_q
         strongest = log_b.masked_fill(is_label, -math.inf).argmax(1)
         is_strongest = F.one_hot(strongest, adv.shape[1]).bool()
         true_log_b = log_b.gather(1, y[:, None])[:, 0]

@@ -71,7 +71,7 @@ class Reat(Method):
         if dist.is_initialized():
             dist.all_reduce(predicted)
         self.predicted += predicted
-        bsl = balanced_softmax_kl(logits, y, self.setting.class_counts)
+        bsl = balanced_softmax_kl(logits, y, self.context.class_counts)
         tail = self._tail_term(features.to(logits.dtype), y)
         return bsl + self.tail_weight * tail, {"bsl": bsl.detach(), "tail": tail.detach()}
 

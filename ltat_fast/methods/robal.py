@@ -109,7 +109,7 @@ class Robal(Method):
     def loss(self, model, x, x_adv, y, progress):
         clean, adv = model(x), model(x_adv)
         u = self.scale * (adv - self._margin_of_label[y])
-        margin_loss = balanced_softmax_kl(u, y, self.setting.class_counts, tau=self.numbers.tau_b)
+        margin_loss = balanced_softmax_kl(u, y, self.context.class_counts, tau=self.numbers.tau_b)
         kl = F.kl_div(adv.log_softmax(1), clean.log_softmax(1), reduction="batchmean", log_target=True)
         parts = {"margin_loss": margin_loss.detach(), "kl": kl.detach()}
         return margin_loss + self.numbers.beta * kl, parts

@@ -27,7 +27,7 @@ class Rslad(Distillation):
     _labelled = None  # the images the attack last asked the teacher about, and its answer
 
     def target(self, frozen, x, y):
-        self._labelled = x, self.setting.teacher(x)
+        self._labelled = x, self.context.teacher(x)
         return self._labelled[1]
 
     def objective(self, x_adv, logits, target):

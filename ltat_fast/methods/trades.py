@@ -43,7 +43,7 @@ class Trades(Method):
 
     def loss(self, model, x, x_adv, y, progress):
         clean = model(x)
-        loss = balanced_softmax_kl(clean, y, self.setting.class_counts, tau=1.0 if self.balanced else 0.0)
+        loss = balanced_softmax_kl(clean, y, self.context.class_counts, tau=1.0 if self.balanced else 0.0)
         parts = {"bsl" if self.balanced else "ce": loss.detach()}
         if self.beta > 0:
             log_p, log_q = clean.log_softmax(1), model(x_adv).log_softmax(1)

@@ -12,11 +12,11 @@ from matplotlib.markers import MarkerStyle
 from matplotlib.patches import PathPatch
 from matplotlib.ticker import MaxNLocator
 
-from ltat_fast.engine import log
-from ltat_fast.engine.tables import CHECKPOINTS, Experiment
 from ltat_fast.reporting.figure import INK, PAPER, Style, axes, to_svg
 from ltat_fast.reporting.headline import names
 from ltat_fast.reporting.study import Study, attack_name, summary
+from ltat_fast.runs import log
+from ltat_fast.runs.tables import CHECKPOINTS, Experiment
 
 PANEL = (340, 220)
 SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")

@@ -17,8 +17,8 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ltat_fast.engine.tables import Experiment
 from ltat_fast.methods import METHODS
+from ltat_fast.runs.tables import Experiment
 
 INK, MUTED, GRID, PAPER = "#010100", "#010101", "#010102", "#010103"
 SERIES = [f"#0101{0x10 + i:02x}" for i in range(8)]

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from math import isfinite
 from statistics import mean, stdev
 
-from ltat_fast.engine.results import read_json
-from ltat_fast.engine.tables import CHECKPOINTS, Experiment
 from ltat_fast.errors import UserError
 from ltat_fast.reporting.study import Study
+from ltat_fast.runs.results import read_json
+from ltat_fast.runs.tables import CHECKPOINTS, Experiment
 
 # What an analysis is of; "classes" is the order that a note tells.
 NOT_A_QUANTITY = {"weights", "teacher", "compared", "eps", "test_set", "classes"}

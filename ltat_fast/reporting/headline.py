@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from math import hypot
 from statistics import mean, stdev
 
-from ltat_fast.engine.tables import Experiment
 from ltat_fast.reporting.study import Study, attack_name, method_name
+from ltat_fast.runs.tables import Experiment
 
 ENOUGH_SEEDS = 3  # of two, the standard deviation says next to nothing
 

@@ -10,13 +10,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from ltat_fast import __version__
-from ltat_fast.engine import tables
-from ltat_fast.engine.tables import CHECKPOINTS, Experiment
 from ltat_fast.reporting import charts, findings, protocol
 from ltat_fast.reporting.figure import Style, styles
 from ltat_fast.reporting.headline import headline, names
 from ltat_fast.reporting.pictures import Gallery, gallery
 from ltat_fast.reporting.study import Study, attack_name, attacks_of, groups_of, studies, summary
+from ltat_fast.runs import tables
+from ltat_fast.runs.tables import CHECKPOINTS, Experiment
 
 
 @dataclass(frozen=True)

@@ -20,15 +20,17 @@ from ltat_fast.attacks import AttackConfig, pgd
 from ltat_fast.attacks.objectives import cross_entropy
 from ltat_fast.config import ratio
 from ltat_fast.data import load_dataset, longtail, resident
-from ltat_fast.engine import log, run
-from ltat_fast.engine.evaluation import float32_without_shortcuts, spread
-from ltat_fast.engine.run import Images, RunData
-from ltat_fast.engine.tables import Experiment
 from ltat_fast.errors import UserError
 from ltat_fast.models.frozen import FrozenTwin
 from ltat_fast.pixels import to_unit
 from ltat_fast.reporting.headline import names
 from ltat_fast.reporting.study import Study
+from ltat_fast.runs import log
+from ltat_fast.runs.metrics import spread
+from ltat_fast.runs.splits import DeviceImages, Splits
+from ltat_fast.runs.tables import Experiment
+from ltat_fast.runs.weights import load_model, weights_file
+from ltat_fast.training.device import without_tf32
 
 ROWS = 6
 GRADIENT_IMAGES = 100
@@ -93,21 +95,21 @@ def gallery(study: Study, device: torch.device, data_dir: Path | None = None) ->
             shown.missing.append(f"{name} has no pictures: {_without_paths(error, study, data_dir)}.")
     if models:
         shown.methods = list(models)
-        with float32_without_shortcuts():
+        with without_tf32():
             _examples(shown, study, data, list(models.values()))
             _gradients(shown, data, list(models.values()))
     return shown
 
 
-def _data(study: Study, device: torch.device, data_dir: Path | None) -> RunData:
-    """The test images. Unlike :func:`ltat_fast.engine.run.load_data` it downloads nothing."""
+def _data(study: Study, device: torch.device, data_dir: Path | None) -> Splits:
+    """The test images. Unlike :func:`ltat_fast.runs.weights.load_data` it downloads nothing."""
     config, _ = configuration.from_json(study.config)
     where = data_dir or config.data_dir
     dataset = load_dataset(config.dataset, where, image_size=config.image_size, download=False, report=log.say)
     tailed = longtail.make_long_tailed(dataset, config.imbalance_ratio)
     # The pixels stay on the CPU. Nothing looks at the training images, which may be many and on disk.
-    test = Images(resident(dataset.test.images, "cpu"), resident(dataset.test.labels, device))
-    return RunData(
+    test = DeviceImages(resident(dataset.test.images, "cpu"), resident(dataset.test.labels, device))
+    return Splits(
         test,
         test,
         test,
@@ -120,9 +122,9 @@ def _data(study: Study, device: torch.device, data_dir: Path | None) -> RunData:
     )
 
 
-def _model(experiment: Experiment, study: Study, data: RunData, device: torch.device) -> nn.Module:
-    weights = run.weights_in(experiment.runs[0].path, study.checkpoint)
-    return FrozenTwin(run.load_model(weights, device, experiment.config["arch"], data), fold_bn=True)
+def _model(experiment: Experiment, study: Study, data: Splits, device: torch.device) -> nn.Module:
+    weights = weights_file(experiment.runs[0].path, study.checkpoint)
+    return FrozenTwin(load_model(weights, device, experiment.config["arch"], data), fold_bn=True)
 
 
 def _without_paths(error: Exception, study: Study, data_dir: Path | None) -> str:
@@ -136,7 +138,7 @@ def _without_paths(error: Exception, study: Study, data_dir: Path | None) -> str
     return text
 
 
-def _examples(shown: Gallery, study: Study, data: RunData, models: list[nn.Module]) -> None:
+def _examples(shown: Gallery, study: Study, data: Splits, models: list[nn.Module]) -> None:
     """The first test image of classes evenly spaced from the most frequent to the rarest."""
     order = study.by_frequency() if study.counts else sorted(range(data.num_classes), key=lambda c: -data.counts[c])
     places = np.unique(np.linspace(0, len(order) - 1, min(ROWS, len(order))).round().astype(int))
@@ -174,7 +176,7 @@ def _examples(shown: Gallery, study: Study, data: RunData, models: list[nn.Modul
         shown.saliency.append(Row(name, data.counts[label], original, salient))
 
 
-def _gradients(shown: Gallery, data: RunData, models: list[nn.Module]) -> None:
+def _gradients(shown: Gallery, data: Splits, models: list[nn.Module]) -> None:
     """Absolute gradients of cross-entropy, of images spread evenly over the classes of each group."""
     labels = data.test.labels.cpu().numpy()
     for group in ("head", "medium", "tail"):
@@ -186,7 +188,7 @@ def _gradients(shown: Gallery, data: RunData, models: list[nn.Module]) -> None:
     shown.zeros = [100 * float((np.concatenate(sizes) == 0).mean()) for sizes in of_methods]
 
 
-def _gradient_sizes(model: nn.Module, test: Images, index: np.ndarray, batch: int = 50) -> np.ndarray:
+def _gradient_sizes(model: nn.Module, test: DeviceImages, index: np.ndarray, batch: int = 50) -> np.ndarray:
     sizes = []
     for part in torch.from_numpy(index).split(batch):
         y = test.labels[part.to(test.labels.device)]

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from fractions import Fraction
 from importlib import metadata
 
-from ltat_fast.attacks.evaluation import AUTOATTACK
-from ltat_fast.engine.tables import CHECKPOINTS, Run
+from ltat_fast.attacks.by_name import AUTOATTACK
 from ltat_fast.reporting.study import Study, attack_name
+from ltat_fast.runs.tables import CHECKPOINTS, Run
 
 OBJECTIVES = {
     "pgd": "cross-entropy",

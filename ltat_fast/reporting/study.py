@@ -9,7 +9,7 @@ from statistics import mean, stdev
 from safetensors import SafetensorError, safe_open
 
 from ltat_fast.data.longtail import class_groups
-from ltat_fast.engine.tables import Experiment, Run, comparable_worst, ratio_text
+from ltat_fast.runs.tables import Experiment, Run, comparable_worst, ratio_text
 
 # The spelling of names that are not plain capitals.
 NAMES = {"natural": "Natural", "robal": "RoBal", "adaad": "AdaAD", "adaiad": "AdaIAD"}

@@ -4,9 +4,9 @@ import csv
 import io
 from collections.abc import Iterator
 
-from ltat_fast.engine import tables
-from ltat_fast.engine.tables import Experiment
 from ltat_fast.reporting.study import attacks_of, groups_of
+from ltat_fast.runs import tables
+from ltat_fast.runs.tables import Experiment
 
 HEADER = ("run", "method", "dataset", "imbalance_ratio", "arch", "seed", "checkpoint", "attack", "group", "class")
 HEADER += ("train_images", "test_images", "accuracy")

@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from toys import Linear, double, images, labels, small_net
 
+from helpers.toy_networks import Linear, double, images, labels, small_net
 from ltat_fast.analysis.alignment import SCALARS, gradient_alignment
 
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from toys import Linear, images, labels
 
+from helpers.toy_networks import Linear, images, labels
 from ltat_fast.analysis import corruptions
 from ltat_fast.analysis.corruptions import (
     CONSTANTS,

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from toys import Linear, double, images, labels, small_net
 
+from helpers.toy_networks import Linear, double, images, labels, small_net
 from ltat_fast.analysis.inequality import default_block, gini, global_gini, regional_gini, saliency
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from torch import nn
-from toys import Linear, double, images, small_net
 
+from helpers.toy_networks import Linear, double, images, small_net
 from ltat_fast.analysis.linearity import jvp, jvp_by_double_backward, output_distance, remainder
 from ltat_fast.models import ARCHS, build_model
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from toys import small_net
 
+from helpers.toy_networks import small_net
 from ltat_fast.analysis.alignment import gradient_alignment
 from ltat_fast.analysis.linearity import output_distance
 from ltat_fast.analysis.parts import Subject, alignment, linearity

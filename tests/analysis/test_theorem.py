@@ -3,16 +3,15 @@
 import itertools
 import math
 
-import disks
 import numpy as np
 import pytest
-import runs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize, minimize_scalar
 from scipy.stats import norm
 from sklearn.linear_model import LogisticRegression
 
+from helpers import small_disks, train_runs
 from ltat_fast.analysis.gaussians import Gaussians, corollary_gap, linear_error, monte_carlo, theorem
 from ltat_fast.analysis.logistic import fit, fitted_errors
 
@@ -174,7 +173,7 @@ def test_samples_without_a_solution():
 
 def test_the_command(tmp_path, capsys):
     flags = ("--fits", "3", "--samples", "300", "--draws", "2000", "--out", str(tmp_path / "new"))
-    assert runs.status_of("analysis.theorem", *flags) == 0
+    assert train_runs.status_of("analysis.theorem", *flags) == 0
     text = capsys.readouterr().out
     assert "66.67" in text, "the tail's robust error after adversarial training at IR 5"
     assert "IR 5: R_rob(f_rob) - R_rob(f_nat) of the tail is 0.2217, above 0 in 3 of 3" in text
@@ -186,14 +185,14 @@ def test_the_command(tmp_path, capsys):
 def test_where_nothing_can_be_written(tmp_path, capsys):
     quick = ("--fits", "2", "--samples", "300", "--draws", "1000", "--ratios", "5", "--out")
     (tmp_path / "file").touch()
-    assert runs.status_of("analysis.theorem", *quick, str(tmp_path / "file")) == 2
+    assert train_runs.status_of("analysis.theorem", *quick, str(tmp_path / "file")) == 2
     assert capsys.readouterr().err == f"ltat_fast: error: {tmp_path / 'file'} is a file, not a folder\n"
-    with disks.file_system(tmp_path / "disk", "12k") as disk:
-        assert runs.status_of("analysis.theorem", *quick, str(disk)) == 2
+    with small_disks.file_system(tmp_path / "disk", "12k") as disk:
+        assert train_runs.status_of("analysis.theorem", *quick, str(disk)) == 2
         assert "theory-tail-accuracy.png: No space left on device" in capsys.readouterr().err
         assert [*disk.iterdir()] == []
-        disks.remount(disk, "ro")
-        assert runs.status_of("analysis.theorem", *quick, str(disk / "new")) == 2
+        small_disks.remount(disk, "ro")
+        assert train_runs.status_of("analysis.theorem", *quick, str(disk / "new")) == 2
         assert f"cannot write {disk / 'new'}: Read-only file system" in capsys.readouterr().err
 
 
@@ -207,5 +206,5 @@ def test_where_nothing_can_be_written(tmp_path, capsys):
     ],
 )
 def test_refusals(flags, message, capsys):
-    assert runs.status_of("analysis.theorem", *flags) == 2
+    assert train_runs.status_of("analysis.theorem", *flags) == 2
     assert message in capsys.readouterr().err

@@ -6,11 +6,11 @@ import numpy as np
 import pyautoattack
 import pytest
 import torch
-from quick_autoattack import QuickAutoAttack
-from toys import Linear, images
 
+from helpers.quick_autoattack import QuickAutoAttack
+from helpers.toy_networks import Linear, images
 from ltat_fast.attacks.autoattack import autoattack
-from ltat_fast.engine.evaluation import evaluate
+from ltat_fast.training.evaluation import evaluate
 
 EPS = 0.02
 

@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 from torch import nn
-from toys import Linear, images, small_net
 
+from helpers.toy_networks import Linear, images, small_net
 from ltat_fast.attacks import checks
 from ltat_fast.attacks.checks import run_checks
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from float64_twin import ce64, cw64, pgd_float64, scaled64
-from toys import Linear, double, images, labels, small_net
 
+from helpers.float64_attacks import ce64, cw64, pgd_float64, scaled64
+from helpers.toy_networks import Linear, double, images, labels, small_net
 from ltat_fast.attacks import AttackConfig
-from ltat_fast.attacks.evaluation import correct_under, parse_attacks, start_noise
+from ltat_fast.attacks.by_name import correct_under, parse_attacks, start_noise
 from ltat_fast.errors import UserError
 from ltat_fast.models.frozen import FrozenTwin
 

@@ -6,9 +6,9 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from float64_twin import ce64, cw64, pgd_float64, scaled64
-from toys import Linear, images, labels, small_net
 
+from helpers.float64_attacks import ce64, cw64, pgd_float64, scaled64
+from helpers.toy_networks import Linear, images, labels, small_net
 from ltat_fast.attacks import AttackConfig, cross_entropy, cw_margin, pgd, scaled_cross_entropy
 from ltat_fast.models.frozen import FrozenTwin
 from ltat_fast.ops import pgd_init

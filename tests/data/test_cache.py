@@ -9,9 +9,9 @@ import textwrap
 
 import numpy as np
 import pytest
-from image_trees import write_folder, write_image
 from safetensors.numpy import load_file
 
+from helpers.image_trees import write_folder, write_image
 from ltat_fast.data import load_dataset
 from ltat_fast.data.cache import read_cache, write_cache
 

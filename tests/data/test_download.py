@@ -10,9 +10,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
-from image_trees import write_tiny_imagenet
 from scipy.io import savemat
 
+from helpers.image_trees import write_tiny_imagenet
 from ltat_fast._torchvision import torchvision
 from ltat_fast.data import download, load_dataset, make_long_tailed, sources
 from ltat_fast.data.download import Archive, fetch, unpack

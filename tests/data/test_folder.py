@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from image_trees import write_folder, write_image, write_tiny_imagenet
 
+from helpers.image_trees import write_folder, write_image, write_tiny_imagenet
 from ltat_fast.data import load_dataset
 from ltat_fast.data.folder import scan_image_folder, scan_tiny_imagenet
 from ltat_fast.errors import UserError

@@ -1,5 +1,6 @@
-import launching
 import pytest
+
+from helpers import launching
 
 
 @pytest.fixture(scope="session")

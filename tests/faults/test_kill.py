@@ -6,11 +6,11 @@ import signal
 import time
 from pathlib import Path
 
-import launching
 import pytest
-from launching import WAIT, assert_same
 
-from ltat_fast.engine import log
+from helpers import launching
+from helpers.launching import WAIT, assert_same
+from ltat_fast.runs import log
 
 KILLS = int(os.environ.get("FAULT_KILLS", "25"))
 

@@ -3,12 +3,11 @@
 import os
 import time
 
-import launching
 import pytest
-import runs
 
-from ltat_fast.engine import distributed
+from helpers import launching, train_runs
 from ltat_fast.errors import UserError
+from ltat_fast.training import distributed
 
 LONG = ("--epochs", "1000", "--eval-every", "100")
 
@@ -48,9 +47,9 @@ def test_a_process_that_never_comes(monkeypatch):
 def test_divergence_ends_all_processes_alike_and_each_writes_its_share(tmp_path, capfd):
     out = tmp_path / "run"
     with launching.running(out, "--lr", "1e30", "--method", "at-bsl", processes=2) as processes:
-        errors = [runs.finish(process, status=3)[1] for process in processes]
+        errors = [train_runs.finish(process, status=3)[1] for process in processes]
     assert all("student: loss not finite at epoch 1, step 2" in err for err in errors)
     dumps = sorted((out / "nan").iterdir())
     assert [dump.name for dump in dumps] == [f"epoch-1-step-2-process-{rank}.safetensors" for rank in (0, 1)]
-    assert runs.status_of("replay", str(dumps[1])) == 0
+    assert train_runs.status_of("replay", str(dumps[1])) == 0
     assert "this is the share of one of 2 processes" in capfd.readouterr().out

@@ -25,10 +25,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from mutate import cut, flip, mutate
 from PIL import Image
 from scipy.io import savemat
 
+from helpers.mutate_files import cut, flip, mutate
 from ltat_fast import config
 from ltat_fast.data import load_dataset
 from ltat_fast.data.cache import read_cache, write_cache
@@ -37,11 +37,11 @@ from ltat_fast.data.decode import MAX_PIXELS, read_image
 from ltat_fast.data.download import Archive, fetch, unpack
 from ltat_fast.data.folder import scan_tiny_imagenet
 from ltat_fast.data.svhn import read_svhn
-from ltat_fast.engine import checkpoint
 from ltat_fast.errors import UserError
+from ltat_fast.runs.weights import read_weights, write_weights
 
-sys.path.append(str(Path(__file__).parents[1] / "data"))
-from image_trees import write_folder, write_tiny_imagenet
+sys.path.append(str(Path(__file__).parents[1]))
+from helpers.image_trees import write_folder, write_tiny_imagenet
 
 MEMORY = 2 * 2**30  # bytes beyond what the imports took; a picture of MAX_PIXELS needs about half
 HANG = 20  # seconds for one file
@@ -176,13 +176,13 @@ def checkpoints(folder: Path) -> tuple[list[bytes], Check]:
         tensors = {"model.weight": torch.randn(size, 7, generator=generator), "model.count": torch.tensor(size)}
         tensors |= {"momentum.weight": torch.randn(size, 7, generator=generator).bfloat16(), "none": torch.empty(0, 3)}
         card = {"epoch": size, "step": 7, "best": {"test_pgd20": 41.5, "é": [None, True]}, "sums": {"loss": 0.1}}
-        checkpoint.write(path, tensors, card)
+        write_weights(path, tensors, card)
         contents[path.read_bytes()] = tensors, card
 
     def check(content: bytes, original: bytes) -> None:
         path.write_bytes(content)
         tensors, card = contents[original]
-        read, read_card = checkpoint.read(path)
+        read, read_card = read_weights(path)
         assert read_card == card
         assert read.keys() == tensors.keys()
         assert all(torch.equal(read[k], tensors[k]) and read[k].dtype == tensors[k].dtype for k in tensors)

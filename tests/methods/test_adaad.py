@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from distilled import DistilledTwin, assert_equals_the_formula, teacher_classifier
-from three_steps import batch, kl, toy_classifier, train_step
 
+from helpers.float64_distillation import DistilledTwin, assert_equals_the_formula, teacher_classifier
+from helpers.three_steps import batch, kl, toy_classifier, train_step
 from ltat_fast.methods.adaad import AdaAd
 
 
@@ -54,5 +54,5 @@ def test_the_teacher_is_attacked_but_never_trained():
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
     step = train_step(method, student, teacher=teacher)
     step(*batch(), lr=0.1, progress=1.0, seed=0)
-    assert all(p.grad is None for p in (*teacher.parameters(), *method.setting.teacher.parameters()))
+    assert all(p.grad is None for p in (*teacher.parameters(), *method.context.teacher.parameters()))
     assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())

@@ -1,10 +1,10 @@
 """AdaIAD against its formula: IAD-I on AdaAD's examples, the teacher's predictions taken there."""
 
 import pytest
-from distilled import assert_equals_the_formula
 from test_adaad import AdaAdTwin
 from test_iad import OPTIONS, IadTwin
 
+from helpers.float64_distillation import assert_equals_the_formula
 from ltat_fast.methods.adaiad import AdaIad
 
 

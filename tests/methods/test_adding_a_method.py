@@ -7,11 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import runs
-import three_steps
 
-from ltat_fast.engine import log
+from helpers import three_steps, train_runs
 from ltat_fast.methods import METHODS, Method
+from ltat_fast.runs import log
 
 PAGE = (Path(__file__).parents[2] / "docs" / "adding-a-method.md").read_text()
 METHOD_FILE, TEST_FILE = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
@@ -33,7 +32,7 @@ def alp(tmp_path, monkeypatch):
 def test_the_example_trains_with_its_own_flag(alp, tmp_path):
     run = tmp_path / "run"
     short = ("--max-steps", "2", "--epochs", "1", "--eval-attacks", "clean", "--limit-eval", "50")
-    assert runs.train("--method", "alp", "--pairing", "0.3", "--out", str(run), *short) == 0
+    assert train_runs.train("--method", "alp", "--pairing", "0.3", "--out", str(run), *short) == 0
     (record,) = log.read_metrics(run / "metrics.jsonl")
     assert record["loss"] == pytest.approx(record["ce"] + 0.3 * record["distance"], rel=1e-5)
     assert record["distance"] > 0

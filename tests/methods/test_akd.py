@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from distilled import DistilledTwin, assert_equals_the_formula
-from three_steps import cross_entropy, kl
 
+from helpers.float64_distillation import DistilledTwin, assert_equals_the_formula
+from helpers.three_steps import cross_entropy, kl
 from ltat_fast.methods.akd import Akd
 
 

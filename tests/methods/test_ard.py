@@ -1,9 +1,9 @@
 """ARD against its formula."""
 
 import pytest
-from distilled import DistilledTwin, assert_equals_the_formula, softened
-from three_steps import cross_entropy, kl
 
+from helpers.float64_distillation import DistilledTwin, assert_equals_the_formula, softened
+from helpers.three_steps import cross_entropy, kl
 from ltat_fast.methods.ard import Ard
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from test_trades import BalancedTwin as BalancedTradesTwin
 from test_trades import TradesTwin
-from three_steps import N, Twin, assert_three_steps_equal, batch, cross_entropy, toy_classifier, train_step
 
+from helpers.three_steps import N, Twin, assert_three_steps_equal, batch, cross_entropy, toy_classifier, train_step
 from ltat_fast.methods.awp import Awp
 from ltat_fast.methods.pgd_at import PgdAt
 

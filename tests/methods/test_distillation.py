@@ -4,15 +4,15 @@ import json
 import math
 
 import pytest
-import runs
 import torch
-from distilled import teacher_classifier
-from three_steps import batch, toy_classifier, train_step
 
-from ltat_fast.engine import log
+from helpers import train_runs
+from helpers.float64_distillation import teacher_classifier
+from helpers.three_steps import batch, toy_classifier, train_step
 from ltat_fast.errors import UserError
 from ltat_fast.methods import METHODS
 from ltat_fast.methods.distillation import Distillation, kl
+from ltat_fast.runs import log
 
 DISTILLATION = sorted(name for name, method in METHODS.items() if issubclass(method, Distillation))
 HALF = torch.tensor(0.5)
@@ -107,9 +107,9 @@ def test_no_point_is_evaluated_twice_and_the_mirrored_one_is_not_clipped(name):
     net, (x, y) = toy_classifier(METHODS[name]()), batch()
     x_adv = (x + 0.1).clamp(0, 1)
     method = ready(name, net, teacher_classifier(), igdm_alpha=1.0)
-    student, method.setting.teacher = Watched(net), Watched(method.setting.teacher)
+    student, method.context.teacher = Watched(net), Watched(method.context.teacher)
     method.loss(student, x, x_adv, y, HALF)
-    for watched in (student, method.setting.teacher):
+    for watched in (student, method.context.teacher):
         assert watched.saw(x_adv) == watched.saw(2 * x - x_adv) == 1
         assert watched.saw(x) == len(watched.seen) - 2 <= 1
     assert (2 * x - x_adv).min() < 0
@@ -119,7 +119,7 @@ def test_no_point_is_evaluated_twice_and_the_mirrored_one_is_not_clipped(name):
 def test_the_teacher_gets_no_gradient(name):
     net, teacher, (x, y) = toy_classifier(METHODS[name]()), teacher_classifier(), batch()
     method = ready(name, net, teacher, igdm_alpha=1.0)
-    method.setting.teacher = teacher.eval()  # itself, not a frozen twin
+    method.context.teacher = teacher.eval()  # itself, not a frozen twin
     loss, parts = method.loss(net, x, (x + 0.1).clamp(0, 1), y, HALF)
     loss.backward()
     assert all(p.grad is None for p in teacher.parameters())
@@ -178,7 +178,7 @@ FLAGS += ("--eval-attacks", "clean,pgd20")
 def test_two_steps_from_the_command_line(name, tmp_path):
     flags = ("--method", name, *FLAGS, "--out", str(tmp_path / "run"))
     flags += ("--igdm-alpha", "5") if name in DISTILLATION else ("--form", "finite-difference")
-    assert runs.train(*flags) == 0
+    assert train_runs.train(*flags) == 0
     (record,) = log.read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert all(math.isfinite(value) for value in record.values())
     assert ("igdm" in record) == (name in DISTILLATION)

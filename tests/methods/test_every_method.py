@@ -4,16 +4,16 @@ import json
 import math
 
 import pytest
-import runs
 import torch
 
+from helpers import train_runs
 from ltat_fast.attacks import AttackConfig
-from ltat_fast.engine import log
-from ltat_fast.engine.backend import disagreement
-from ltat_fast.engine.device import Hardware
-from ltat_fast.engine.step import TrainStep, frozen_twin, make_optimizer
-from ltat_fast.methods import METHODS, Setting
+from ltat_fast.methods import METHODS, MethodContext
 from ltat_fast.models import build_model
+from ltat_fast.runs import log
+from ltat_fast.training.backend import disagreement
+from ltat_fast.training.device import Hardware
+from ltat_fast.training.step import TrainStep, frozen_twin, make_optimizer
 
 SHORT = ("--epochs", "1", "--teacher-epochs", "1", "--max-steps", "2", "--attack-steps", "2")
 SHORT += ("--eval-attacks", "clean,pgd20", "--limit-eval", "50")
@@ -27,7 +27,7 @@ VARIANTS = [
 @pytest.mark.parametrize("flags", [*((name,) for name in METHODS), *VARIANTS], ids=" ".join)
 def test_a_short_run_ends_finite(flags, tmp_path):
     run = tmp_path / "run"
-    assert runs.train("--method", *flags, "--out", str(run), *SHORT) == 0
+    assert train_runs.train("--method", *flags, "--out", str(run), *SHORT) == 0
     (record,) = log.read_metrics(run / "metrics.jsonl")
     assert record["steps"] == 2
     assert all(math.isfinite(value) for value in record.values())
@@ -50,7 +50,7 @@ def trial(name: str, hardware: Hardware, backend: str = "eager") -> tuple[TrainS
 
     method = METHODS[name]()
     model, teacher = network(method, 0), network(METHODS["pgd-at"](), 1)
-    method.setup(Setting(COUNTS.to(hardware.device), frozen_twin(teacher, hardware)))
+    method.setup(MethodContext(COUNTS.to(hardware.device), frozen_twin(teacher, hardware)))
     attack = AttackConfig(0.1, 0.025, 3, method.noise)
     step = TrainStep(model, method, make_optimizer(model, 0.1, 0.9, 5e-4), attack, hardware, backend)
     generator = torch.Generator().manual_seed(0)

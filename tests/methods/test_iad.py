@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from distilled import EPOCHS, DistilledTwin, assert_equals_the_formula, softened, teacher_classifier
-from three_steps import batch, cross_entropy, picked, toy_classifier, train_step
 
+from helpers.float64_distillation import EPOCHS, DistilledTwin, assert_equals_the_formula, softened, teacher_classifier
+from helpers.three_steps import batch, cross_entropy, picked, toy_classifier, train_step
 from ltat_fast.methods.ard import Ard
 from ltat_fast.methods.iad import Iad
 
@@ -58,7 +58,7 @@ def test_the_default_begins_after_epoch_60_of_200(epoch, introspects):
 def test_a_teacher_that_is_never_fooled_leaves_no_room_for_oneself():
     method, net, (x, y) = Iad(begin=0.0), toy_classifier(Ard()).eval(), batch()
     train_step(method, net)
-    method.setting.teacher = lambda x: torch.eye(7, dtype=torch.float64)[y] * 200
+    method.context.teacher = lambda x: torch.eye(7, dtype=torch.float64)[y] * 200
     _, parts = method.loss(net, x, (x + 0.1).clamp(0, 1), y, torch.tensor(1.0))
     assert parts["self_kl"].item() == 0
     assert parts["kl"] > 0

@@ -5,16 +5,16 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from distilled import DistilledTwin, assert_equals_the_formula, teacher_classifier
-from three_steps import HARDWARE, batch, cross_entropy, picked, toy_classifier, train_step
 from torch import nn
 
+from helpers.float64_distillation import DistilledTwin, assert_equals_the_formula, teacher_classifier
+from helpers.three_steps import HARDWARE, batch, cross_entropy, picked, toy_classifier, train_step
 from ltat_fast.config import Config
-from ltat_fast.engine import distributed, pipeline
-from ltat_fast.engine.step import TrainStep
 from ltat_fast.errors import UserError
 from ltat_fast.methods.igd import Igd
 from ltat_fast.methods.natural import Natural
+from ltat_fast.training import distributed, pipeline
+from ltat_fast.training.step import TrainStep
 
 
 def gradient_images(scalars, point, create_graph=False):

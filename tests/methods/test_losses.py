@@ -3,10 +3,10 @@
 import pytest
 import torch
 from torch import nn
-from toys import images, labels, small_net
 
+from helpers.toy_networks import images, labels, small_net
 from ltat_fast.errors import UserError
-from ltat_fast.methods import METHODS, Setting
+from ltat_fast.methods import METHODS, MethodContext
 from ltat_fast.methods.at_bsl import AtBsl
 from ltat_fast.methods.ltat import Ltat
 from ltat_fast.methods.pgd_at import PgdAt
@@ -16,7 +16,7 @@ COUNTS = torch.tensor([40, 11, 3])
 
 
 def ready(method, counts=COUNTS, teacher=None):
-    method.setup(Setting(counts, teacher))
+    method.setup(MethodContext(counts, teacher))
     return method
 
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from three_steps import COUNTS, N, Twin, assert_three_steps_equal, picked
 
+from helpers.three_steps import COUNTS, N, Twin, assert_three_steps_equal, picked
 from ltat_fast.config import parse_args
-from ltat_fast.methods import Setting
+from ltat_fast.methods import MethodContext
 from ltat_fast.methods.mart import Mart
 
 
@@ -47,7 +47,7 @@ def test_float32_keeps_what_the_formula_says(size):
     expected_grads = torch.autograd.grad(expected, (clean, adv))
 
     method = Mart()
-    method.setup(Setting(torch.tensor(COUNTS)))
+    method.setup(MethodContext(torch.tensor(COUNTS)))
     points = [z.detach().float().requires_grad_() for z in (clean, adv)]
     logits = iter(points)
     loss, _ = method.loss(lambda x: next(logits), None, None, y, None)
@@ -62,7 +62,7 @@ def test_the_small_constants_count_in_float32():
     adv = torch.tensor([[0, 12.3, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 14.1, 0]], dtype=torch.float64)
     for c, a, y in zip(clean[:, None], adv[:, None], torch.tensor([[0], [2]]), strict=True):
         method = Mart()
-        method.setup(Setting(torch.tensor(COUNTS)))
+        method.setup(MethodContext(torch.tensor(COUNTS)))
         logits = iter((c.float(), a.float()))
         _, parts = method.loss(lambda x, logits=logits: next(logits), None, None, y, None)
         boosted = formula(c, a, y, 0.0).item()
@@ -75,7 +75,7 @@ def test_the_small_constants_count_in_float32():
 
 def test_extreme_logits_stay_finite():
     method = Mart()
-    method.setup(Setting(torch.tensor(COUNTS)))
+    method.setup(MethodContext(torch.tensor(COUNTS)))
     z = torch.tensor([[1e4, -1e4, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 3e3]]).requires_grad_()
     loss, _ = method.loss(lambda x: z, None, None, torch.tensor([1, 2]), None)
     (grad,) = torch.autograd.grad(loss, z)

@@ -4,7 +4,8 @@ them."""
 import numpy as np
 import pytest
 import torch
-from three_steps import (
+
+from helpers.three_steps import (
     CLASSES,
     COUNTS,
     HARDWARE,
@@ -16,12 +17,11 @@ from three_steps import (
     toy_classifier,
     train_step,
 )
-
 from ltat_fast.attacks import AttackConfig
 from ltat_fast.data import DeviceLoader
-from ltat_fast.engine.fit import Stage, fit
-from ltat_fast.methods import Setting
+from ltat_fast.methods import MethodContext
 from ltat_fast.methods.reat import Reat, effective_number_weights
+from ltat_fast.training.fit import Stage, fit
 
 TAIL = {5, 6}  # floor(7 / 3) * 2 + 1 and on
 
@@ -83,13 +83,13 @@ def test_a_batch_without_tail_samples_has_no_tail_term(form):
 @pytest.mark.parametrize(("classes", "first"), [(2, 1), (10, 7), (100, 67), (200, 133)])
 def test_tail_classes(classes, first):
     method = Reat()
-    method.setup(Setting(torch.full((classes,), 5)))
+    method.setup(MethodContext(torch.full((classes,), 5)))
     assert method._is_tail.nonzero()[:, 0].tolist() == list(range(first, classes))
 
 
 def test_tail_classes_are_rare_wherever_they_stand():
     method = Reat()
-    method.setup(Setting(torch.tensor([2, 5, 10, 20, 40, 60, 3])))
+    method.setup(MethodContext(torch.tensor([2, 5, 10, 20, 40, 60, 3])))
     assert method._is_tail.nonzero()[:, 0].tolist() == [0, 6]
 
 
@@ -172,7 +172,7 @@ def stage(folder, die_at: int | None = None) -> Stage:
 
     method.loss = counted
     model = toy_classifier(method, seed=5).float()
-    method.setup(Setting(torch.tensor(COUNTS)))
+    method.setup(MethodContext(torch.tensor(COUNTS)))
     return Stage(
         name="student",
         folder=folder,

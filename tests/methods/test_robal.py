@@ -3,10 +3,11 @@
 import json
 
 import pytest
-import runs
 import torch
 from safetensors.torch import load_file
-from three_steps import (
+
+from helpers import train_runs
+from helpers.three_steps import (
     COUNTS,
     HARDWARE,
     N,
@@ -19,14 +20,14 @@ from three_steps import (
     toy_classifier,
     train_step,
 )
-
 from ltat_fast import config as configuration
 from ltat_fast.config import parse_args
-from ltat_fast.engine import run
-from ltat_fast.engine.device import Hardware
-from ltat_fast.engine.step import frozen_twin
 from ltat_fast.errors import UserError
 from ltat_fast.methods.robal import Robal
+from ltat_fast.runs.splits import load_splits
+from ltat_fast.runs.weights import load_model
+from ltat_fast.training.device import Hardware
+from ltat_fast.training.step import frozen_twin
 
 
 def robal_twin(m, s, tau_b, tau_m, beta, g) -> type[Twin]:
@@ -130,15 +131,15 @@ def robal_run(tmp_path_factory):
     """Two steps of RoBal N on the digits, evaluated."""
     out = tmp_path_factory.mktemp("robal") / "run"
     flags = ("--max-steps", "2", "--epochs", "1", "--eval-attacks", "clean", "--limit-eval", "50")
-    assert runs.train("--method", "robal", "--robal-config", "N", "--tau-p", "2", "--out", str(out), *flags) == 0
+    assert train_runs.train("--method", "robal", "--robal-config", "N", "--tau-p", "2", "--out", str(out), *flags) == 0
     return out
 
 
 def test_a_saved_run_exports_its_shift_and_reloads(robal_run):
     config, _ = configuration.load(robal_run)
-    data = run.load_data(config, torch.device("cpu"))
+    data = load_splits(config, torch.device("cpu"))
     file = robal_run / "checkpoints" / "last.safetensors"
-    model = run.load_model(file, torch.device("cpu"), config.arch, data).eval()
+    model = load_model(file, torch.device("cpu"), config.arch, data).eval()
     tensors = load_file(file)
     n = torch.tensor(data.counts, dtype=torch.float64)
     shift = 2 * (n / n.sum()).log()

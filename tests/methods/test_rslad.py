@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from distilled import DistilledTwin, assert_equals_the_formula, teacher_classifier
-from three_steps import batch, kl, toy_classifier, train_step
 
+from helpers.float64_distillation import DistilledTwin, assert_equals_the_formula, teacher_classifier
+from helpers.three_steps import batch, kl, toy_classifier, train_step
 from ltat_fast.methods.rslad import Rslad
 
 
@@ -27,8 +27,8 @@ def test_three_steps_equal_the_formula(options):
 def test_the_teacher_sees_each_clean_image_once():
     method, net, seen = Rslad(), toy_classifier(Rslad()), []
     step = train_step(method, net, teacher=teacher_classifier())
-    teacher = method.setting.teacher
-    method.setting.teacher = lambda x: (seen.append(x.clone()), teacher(x))[1]
+    teacher = method.context.teacher
+    method.context.teacher = lambda x: (seen.append(x.clone()), teacher(x))[1]
     for seed in range(2):
         step(*batch(seed), lr=0.1, progress=1.0, seed=seed)
     assert len(seen) == 2

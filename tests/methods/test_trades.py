@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from three_steps import N, Twin, assert_three_steps_equal, batch, cross_entropy, kl, toy_classifier, train_step
 
+from helpers.three_steps import N, Twin, assert_three_steps_equal, batch, cross_entropy, kl, toy_classifier, train_step
 from ltat_fast.methods.natural import Natural
 from ltat_fast.methods.trades import Trades
 

@@ -5,13 +5,13 @@ The twin shares nothing with ours but the images, the initial weights and the at
 
 import pytest
 import torch
-from toys import double, images, labels, small_net
 
+from helpers.toy_networks import double, images, labels, small_net
 from ltat_fast.attacks import AttackConfig
-from ltat_fast.engine.device import Hardware
-from ltat_fast.engine.step import TrainStep, frozen_twin, make_optimizer
-from ltat_fast.methods import METHODS, Setting
+from ltat_fast.methods import METHODS, MethodContext
 from ltat_fast.ops import pgd_init
+from ltat_fast.training.device import Hardware
+from ltat_fast.training.step import TrainStep, frozen_twin, make_optimizer
 
 HARDWARE = Hardware(torch.device("cpu"), torch.float32, "test")
 COUNTS = [40, 11, 3]
@@ -105,7 +105,7 @@ def test_three_steps_equal_the_formulas(name, options):
     teacher_before = {k: v.clone() for k, v in teacher.state_dict().items()}
     twin = Twin(net, teacher)
     method = METHODS[name](**options)
-    method.setup(Setting(torch.tensor(COUNTS), frozen_twin(teacher.train(), HARDWARE)))
+    method.setup(MethodContext(torch.tensor(COUNTS), frozen_twin(teacher.train(), HARDWARE)))
     examples, loss = [], method.loss
     method.loss = lambda model, x, x_adv, *rest: examples.append(x_adv) or loss(model, x, x_adv, *rest)
     attack = AttackConfig(EPS, STEP_SIZE, ATTACK_STEPS, method.noise)
@@ -145,7 +145,7 @@ def test_the_attack_does_not_know_the_class_prior():
     examples = []
     for name in ("pgd-at", "at-bsl", "ltat"):
         method = METHODS[name]()
-        method.setup(Setting(torch.tensor([1000, 10, 1]), frozen_twin(small_net(seed=2), HARDWARE)))
+        method.setup(MethodContext(torch.tensor([1000, 10, 1]), frozen_twin(small_net(seed=2), HARDWARE)))
         config = AttackConfig(EPS, STEP_SIZE, ATTACK_STEPS, "uniform")
         step = TrainStep(net, method, make_optimizer(net, 0.1, 0.9, 0.0), config, HARDWARE)
         step.generator.manual_seed(0)

@@ -4,13 +4,13 @@ import sys
 from pathlib import Path
 
 import torch
-from three_steps import COUNTS, HARDWARE, batch, toy_classifier
 
+from helpers.three_steps import COUNTS, HARDWARE, batch, toy_classifier
 from ltat_fast.attacks import AttackConfig
-from ltat_fast.engine import distributed
-from ltat_fast.engine.step import TrainStep, make_optimizer
-from ltat_fast.methods import METHODS, Setting
+from ltat_fast.methods import METHODS, MethodContext
 from ltat_fast.models.sync_batch_norm import synchronise_batch_norm
+from ltat_fast.training import distributed
+from ltat_fast.training.step import TrainStep, make_optimizer
 
 # The tail term of REAT forms its pairs within a process, so without it.
 OPTIONS = {"awp": {"awp_gamma": 0.3}, "reat": {"tail_weight": 0.0}}
@@ -21,7 +21,7 @@ def outcome(name: str) -> dict[str, torch.Tensor]:
     world = distributed.current()
     method = METHODS[name](**OPTIONS[name])
     model = synchronise_batch_norm(toy_classifier(method).float())
-    method.setup(Setting(torch.tensor(COUNTS)))
+    method.setup(MethodContext(torch.tensor(COUNTS)))
     # No random start: it is drawn for each process's share.
     attack = AttackConfig(0.1, 0.05, 2, noise="none")
     optimizer = make_optimizer(model, 0.1, 0.9, 5e-4)

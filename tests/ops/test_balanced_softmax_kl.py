@@ -3,8 +3,18 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from op_cases import DEVICES, DTYPES, LOSS, REDUCTIONS, SHAPES, assert_same, generator, gradient_tolerance, normal
 
+from helpers.op_cases import (
+    DEVICES,
+    DTYPES,
+    LOSS,
+    REDUCTIONS,
+    SHAPES,
+    assert_same,
+    generator,
+    gradient_tolerance,
+    normal,
+)
 from ltat_fast.ops import balanced_softmax_kl, balanced_softmax_kl_ref
 
 SCALARS = {"tau": 0.7, "kl_weight": 1.7, "temperature": 2.5}

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from op_cases import LOSS, gradient_tolerance, normal
 from torch.utils.cpp_extension import CUDA_HOME, include_paths
 
+from helpers.op_cases import LOSS, gradient_tolerance, normal
 from ltat_fast.ops import igdm_loss_ref
 
 ROOT = Path(__file__).parents[2]

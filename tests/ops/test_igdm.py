@@ -3,8 +3,18 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from op_cases import DEVICES, DTYPES, LOSS, REDUCTIONS, SHAPES, assert_same, generator, gradient_tolerance, normal
 
+from helpers.op_cases import (
+    DEVICES,
+    DTYPES,
+    LOSS,
+    REDUCTIONS,
+    SHAPES,
+    assert_same,
+    generator,
+    gradient_tolerance,
+    normal,
+)
 from ltat_fast.ops import igdm_loss, igdm_loss_ref
 
 DIVERGENCES = ["kl", "l1", "l2"]

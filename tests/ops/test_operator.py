@@ -7,10 +7,10 @@ import textwrap
 
 import pytest
 import torch
-from op_cases import assert_same, normal
 from torch.utils.flop_counter import FlopCounterMode
 
 import ltat_fast
+from helpers.op_cases import assert_same, normal
 from ltat_fast import _ext
 from ltat_fast.ops import backend_info, balanced_softmax_kl, igdm, pgd, pgd_step
 from ltat_fast.ops._operator import Operator, is_plain_call

@@ -6,8 +6,8 @@ import scipy.stats
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_cases import DEVICES, DTYPES, assert_same, generator, normal
 
+from helpers.op_cases import DEVICES, DTYPES, assert_same, generator, normal
 from ltat_fast.ops import pgd_init, pgd_step, pgd_step_ref
 from ltat_fast.ops.pgd import GAUSSIAN_STD
 

@@ -5,13 +5,13 @@ import re
 from contextlib import contextmanager
 from statistics import mean, stdev
 
-import made
 import numpy as np
 import pytest
 
-from ltat_fast.engine import tables
+from helpers import made_runs
 from ltat_fast.reporting import charts, figure
 from ltat_fast.reporting.study import studies
+from ltat_fast.runs import tables
 
 COUNTS = (20, 90, 5, 40)  # not in the order of frequency
 BY_FREQUENCY = [1, 3, 0, 2]
@@ -34,7 +34,7 @@ def study_of(*runs):
 def runs(tmp_path):
     attacks = ("clean", "pgd20")
     return [
-        made.write_run(tmp_path / f"{m}{s}", method=m, seed=s, counts=COUNTS, attacks=attacks)
+        made_runs.write_run(tmp_path / f"{m}{s}", method=m, seed=s, counts=COUNTS, attacks=attacks)
         for m in ("ltat", "at-bsl")
         for s in range(3)
     ]
@@ -43,7 +43,7 @@ def runs(tmp_path):
 def test_bars_are_the_means_of_the_classes_the_most_frequent_first(runs, drawn):
     charts.class_bars(*study_of(*runs))
     for i, ax in enumerate(drawn):
-        scores = [made.read(run / "eval.json")["last"] for run in runs[3 * i : 3 * i + 3]]
+        scores = [made_runs.read(run / "eval.json")["last"] for run in runs[3 * i : 3 * i + 3]]
         for bars, attack in zip(ax.containers[:2], ("clean", "pgd20"), strict=True):
             expected = [mean(s[attack]["per_class"][c] for s in scores) for c in BY_FREQUENCY]
             assert [bar.get_height() for bar in bars] == pytest.approx(expected)
@@ -54,10 +54,10 @@ def test_bars_are_the_means_of_the_classes_the_most_frequent_first(runs, drawn):
 
 
 def test_many_classes_are_one_outline(tmp_path, drawn):
-    run = made.write_run(tmp_path / "a", counts=range(50, 150), attacks=("clean", "pgd20"))
+    run = made_runs.write_run(tmp_path / "a", counts=range(50, 150), attacks=("clean", "pgd20"))
     charts.class_bars(*study_of(run))
     (ax,) = drawn
-    per_class = made.read(run / "eval.json")["last"]["pgd20"]["per_class"]
+    per_class = made_runs.read(run / "eval.json")["last"]["pgd20"]["per_class"]
     assert ax.patches[1].get_data().values == pytest.approx(per_class[::-1])
 
 
@@ -75,7 +75,7 @@ def test_curves_are_the_means_of_the_epochs_that_were_evaluated(runs, drawn):
 
 
 def test_a_loss_that_is_not_a_number_is_left_out(tmp_path, drawn):
-    run = made.write_run(tmp_path / "a")
+    run = made_runs.write_run(tmp_path / "a")
     (run / "metrics.jsonl").write_text(
         '{"epoch": 1, "loss": 2.0}\n{"epoch": 2, "loss": NaN}\n{"epoch": 3, "loss": 1.5}\n'
     )
@@ -84,7 +84,7 @@ def test_a_loss_that_is_not_a_number_is_left_out(tmp_path, drawn):
 
 
 def test_curves_of_runs_that_selected_on_held_out_images(tmp_path, drawn):
-    run = made.write_run(tmp_path / "a", select_on="heldout")
+    run = made_runs.write_run(tmp_path / "a", select_on="heldout")
     (run / "metrics.jsonl").write_text('{"epoch": 1, "loss": 2.0, "heldout_pgd20": 30.5}\n')
     charts.training_curves(*study_of(run))
     assert drawn[1].lines[0].get_xydata().tolist() == [[1, 30.5]]
@@ -95,7 +95,7 @@ def test_scatter_has_a_marker_a_run_and_checkpoint(runs, drawn):
     for ax, group in zip(drawn, ("all", "head", "tail"), strict=True):
         expected = []
         for run in runs:
-            results = made.read(run / "eval.json")
+            results = made_runs.read(run / "eval.json")
             expected += [[results[w][a][group] for a in ("clean", "pgd20")] for w in ("best", "last")]
         assert sorted(line.get_xydata()[0].tolist() for line in ax.lines) == sorted(expected)
 
@@ -113,7 +113,7 @@ def test_histograms_hold_every_gradient_but_the_zeros(runs, drawn):
 
 
 def test_a_method_looks_the_same_in_every_report(tmp_path):
-    every = [made.write_run(tmp_path / m, method=m) for m in figure.ORDER]
+    every = [made_runs.write_run(tmp_path / m, method=m) for m in figure.ORDER]
     _, all_styles = study_of(*every)
     assert len({style.colour for style in all_styles}) == len(figure.ORDER)
     for run, style in zip(every, all_styles, strict=True):
@@ -121,7 +121,7 @@ def test_a_method_looks_the_same_in_every_report(tmp_path):
 
 
 def test_experiments_that_share_a_colour_differ_in_marker_and_dashes(tmp_path):
-    _, styles = study_of(made.write_run(tmp_path / "a"), made.write_run(tmp_path / "b", epochs=7, lr=0.3))
+    _, styles = study_of(made_runs.write_run(tmp_path / "a"), made_runs.write_run(tmp_path / "b", epochs=7, lr=0.3))
     assert styles[0].colour == styles[1].colour
     assert styles[0].marker != styles[1].marker
     assert styles[0].dashes != styles[1].dashes
@@ -162,7 +162,7 @@ def test_two_figures_share_no_names_and_equal_ones_are_equal():
 @pytest.mark.parametrize("text", ["<script>alert(1)</script>", '" onload="x', "$\\frac{$", "$x_1$", "&amp;", "ü€"])
 def test_text_in_a_plot_is_text(text):
     with plot(text) as ax:
-        tree = made.parse(figure.to_svg(ax, text))
+        tree = made_runs.parse(figure.to_svg(ax, text))
     assert text in tree.text
     (svg,) = tree.find("svg")
     assert svg.attributes["aria-label"] == text

@@ -1,19 +1,19 @@
 """The sentence at the top says no more than the numbers do."""
 
-import made
 import pytest
 
-from ltat_fast.engine import tables
+from helpers import made_runs
 from ltat_fast.reporting.headline import headline
 from ltat_fast.reporting.study import studies
+from ltat_fast.runs import tables
 
 
 def write_run(folder, tail, *, images=None, drop=(), **config):
     """A run with this accuracy of the tail under PGD-20, and more under other attacks on as many ``images`` as said."""
-    run = made.write_run(folder, **config)
+    run = made_runs.write_run(folder, **config)
     images = images or {"clean": 600, "pgd20": 600, "autoattack": 100}
     entries = {a: {"all": 80.0, "tail": tail + 30 * (a == "clean"), "images": n} for a, n in images.items()}
-    made.write(run / "eval.json", {which: entries for which in ("best", "last") if which not in drop})
+    made_runs.write(run / "eval.json", {which: entries for which in ("best", "last") if which not in drop})
     return run
 
 
@@ -71,9 +71,9 @@ def test_of_many_methods_the_first_the_next_and_the_last(tmp_path):
 def test_a_method_twice_is_told_apart_by_its_options(tmp_path):
     a = write_run(tmp_path / "a", 60.0)
     b = write_run(tmp_path / "b", 50.0)
-    config = made.read(b / "config.json")
+    config = made_runs.read(b / "config.json")
     config["method_options"]["alpha"] = 7.5
-    made.write(b / "config.json", config)
+    made_runs.write(b / "config.json", config)
     assert {rank.name for rank in headline_of(a, b).ranking} == {"LTAT (defaults)", "LTAT (alpha=7.5)"}
 
 
@@ -94,10 +94,10 @@ def test_the_strongest_attack_on_as_many_images(tmp_path):
 def test_the_worst_of_other_attacks_is_not_compared(tmp_path):
     def with_worst(name, attacks, **config):
         run = write_run(tmp_path / name, 40.0, images={"clean": 600, "pgd20": 600, "worst": 600}, **config)
-        results = made.read(run / "eval.json")
+        results = made_runs.read(run / "eval.json")
         for which in results:
             results[which]["worst"]["attacks"] = attacks
-        made.write(run / "eval.json", results)
+        made_runs.write(run / "eval.json", results)
         return run
 
     weak = with_worst("a", ["clean", "pgd20"])
@@ -121,5 +121,5 @@ def test_runs_without_an_attack_are_compared_without(tmp_path):
     told = headline_of(write_run(tmp_path / "a", 20.0, images={"clean": 600}))
     assert told.sentence == "LTAT classifies 50.0 % of tail-class images correctly."
     run = write_run(tmp_path / "b", 1.0)
-    made.write(run / "eval.json", {})
+    made_runs.write(run / "eval.json", {})
     assert headline_of(run).sentence == "No run has been evaluated yet."

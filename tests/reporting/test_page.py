@@ -5,13 +5,14 @@ import re
 import shutil
 from statistics import mean, stdev
 
-import made
 import pytest
 import torch
 from markupsafe import Markup
 
-from ltat_fast.engine import tables
+from helpers import made_runs
 from ltat_fast.reporting import charts, page
+from ltat_fast.runs import tables
+from ltat_fast.runs.weights import read_weights, write_weights
 
 CPU = torch.device("cpu")
 COLUMNS = [("clean", "all"), ("pgd20", "all"), ("autoattack", "all"), ("clean", "tail"), ("pgd20", "tail")]
@@ -28,7 +29,7 @@ numbers = pytest.mark.usefixtures("undrawn")
 
 def page_of(*runs):
     text = page.render(tables.experiments(list(runs)), CPU)
-    return text, made.parse(text)
+    return text, made_runs.parse(text)
 
 
 def accuracy_table(tree):
@@ -36,16 +37,16 @@ def accuracy_table(tree):
     (table,) = tree.find("table", "accuracy")
     lines = {}
     for body in table.find("tbody"):
-        for row in made.rows(body)[1:]:
+        for row in made_runs.rows(body)[1:]:
             lines[body.attributes["data-checkpoint"], row[0].split()[0]] = row
     return lines
 
 
 @numbers
 def test_a_single_run_is_shown_with_the_numbers_of_its_eval_json(tmp_path):
-    run = made.write_run(tmp_path / "a")
+    run = made_runs.write_run(tmp_path / "a")
     _, tree = page_of(run)
-    results, lines = made.read(run / "eval.json"), accuracy_table(tree)
+    results, lines = made_runs.read(run / "eval.json"), accuracy_table(tree)
     assert set(lines) == {("best", "LTAT"), ("last", "LTAT")}
     for which in ("best", "last"):
         assert lines[which, "LTAT"][1:] == ["1", *(f"{results[which][a][group]:.2f}" for a, group in COLUMNS)]
@@ -55,11 +56,11 @@ def test_a_single_run_is_shown_with_the_numbers_of_its_eval_json(tmp_path):
 
 @numbers
 def test_mean_and_standard_deviation_over_seeds(tmp_path):
-    runs = [made.write_run(tmp_path / f"{m}{s}", method=m, seed=s) for m in ("ltat", "at-bsl") for s in range(3)]
+    runs = [made_runs.write_run(tmp_path / f"{m}{s}", method=m, seed=s) for m in ("ltat", "at-bsl") for s in range(3)]
     _, tree = page_of(*runs)
     lines = accuracy_table(tree)
     for i, method in enumerate(("LTAT", "AT-BSL")):
-        scores = [made.read(run / "eval.json")["last"] for run in runs[3 * i : 3 * i + 3]]
+        scores = [made_runs.read(run / "eval.json")["last"] for run in runs[3 * i : 3 * i + 3]]
         for text, (attack, group) in zip(lines["last", method][2:], COLUMNS, strict=True):
             values = [score[attack][group] for score in scores]
             assert text == f"{mean(values):.2f} ± {stdev(values):.2f}"
@@ -67,20 +68,20 @@ def test_mean_and_standard_deviation_over_seeds(tmp_path):
 
 @numbers
 def test_bold_is_the_highest_mean_of_a_checkpoint(tmp_path):
-    runs = [made.write_run(tmp_path / m, method=m) for m in ("ltat", "at-bsl", "trades")]
+    runs = [made_runs.write_run(tmp_path / m, method=m) for m in ("ltat", "at-bsl", "trades")]
     _, tree = page_of(*runs)
     for body in tree.find("table", "accuracy")[0].find("tbody"):
-        scores = [made.read(run / "eval.json")[body.attributes["data-checkpoint"]] for run in runs]
+        scores = [made_runs.read(run / "eval.json")[body.attributes["data-checkpoint"]] for run in runs]
         best = [f"{max(score[a][g] for score in scores):.2f}" for a, g in COLUMNS]
         assert sorted(b.text for b in body.find("b")) == sorted(best)
 
 
 @numbers
 def test_every_attack_and_group_is_there(tmp_path):
-    run = made.write_run(tmp_path / "a", attacks=("clean", "fgsm", "pgd20x5", "cw20"))
+    run = made_runs.write_run(tmp_path / "a", attacks=("clean", "fgsm", "pgd20x5", "cw20"))
     _, tree = page_of(run)
-    head, *lines = made.rows(tree.find("table", "numbers")[0])
-    results = made.read(run / "eval.json")
+    head, *lines = made_runs.rows(tree.find("table", "numbers")[0])
+    results = made_runs.read(run / "eval.json")
     names = {"no attack": "clean", "FGSM": "fgsm", "PGD-20 from 5 starts": "pgd20x5", "CW-20": "cw20"}
     assert {(line[1], names[line[2]]) for line in lines} == {(w, a) for w in results for a in results[w]}
     assert head[3:] == ["all", "head", "medium", "tail", "test images"]
@@ -91,8 +92,8 @@ def test_every_attack_and_group_is_there(tmp_path):
 
 @numbers
 def test_classes_stand_by_frequency_with_their_counts(tmp_path):
-    _, tree = page_of(made.write_run(tmp_path / "a", counts=(5, 90, 40)))
-    assert made.rows(tree.find("table", "classes")[0])[1:] == [
+    _, tree = page_of(made_runs.write_run(tmp_path / "a", counts=(5, 90, 40)))
+    assert made_runs.rows(tree.find("table", "classes")[0])[1:] == [
         ["1", "90", "head"],
         ["2", "40", "medium"],
         ["0", "5", "tail"],
@@ -105,24 +106,23 @@ ATTACK = '"><img src=x onerror=alert(1)><script>alert(2)</script>{{ 7 * 7 }}$\\f
 @pytest.fixture
 def hostile(digits_run, tmp_path):
     """A finished run whose folder, classes, options, checks and analyses are all named to break out of the page."""
-    from ltat_fast.engine import checkpoint
 
     run = tmp_path / ATTACK.replace("/", "")
     shutil.copytree(digits_run, run)
     for which in ("best", "last"):
-        tensors, card = checkpoint.read(run / f"checkpoints/{which}.safetensors")
+        tensors, card = read_weights(run / f"checkpoints/{which}.safetensors")
         card["class_names"] = [f"{c}{ATTACK}" for c in range(10)]
-        checkpoint.write(run / f"checkpoints/{which}.safetensors", tensors, card)
-    results = made.read(run / "eval.json")
+        write_weights(run / f"checkpoints/{which}.safetensors", tensors, card)
+    results = made_runs.read(run / "eval.json")
     check = {"name": ATTACK, "passed": False, "value": 1.0, "detail": ATTACK}
     for which in results:
         results[which] |= {"checks": [check], ATTACK: results[which]["pgd20"]}
-    made.write(run / "eval.json", results)
-    made.write(run / "analysis.json", {"last": {ATTACK: {ATTACK: ATTACK}}})
-    config, env = made.read(run / "config.json"), made.read(run / "env.json")
-    made.write(run / "config.json", config | {"method_options": config["method_options"] | {"ramp": ATTACK}})
+    made_runs.write(run / "eval.json", results)
+    made_runs.write(run / "analysis.json", {"last": {ATTACK: {ATTACK: ATTACK}}})
+    config, env = made_runs.read(run / "config.json"), made_runs.read(run / "env.json")
+    made_runs.write(run / "config.json", config | {"method_options": config["method_options"] | {"ramp": ATTACK}})
     env |= {"git": ATTACK, "machine": ATTACK, "packages": {ATTACK: ATTACK}, "index_hash": ATTACK, "command": "x <b>"}
-    made.write(run / "env.json", env)
+    made_runs.write(run / "env.json", env)
     return run
 
 
@@ -134,7 +134,7 @@ def test_hostile_names_are_text(hostile):
         assert element.tag != "img" or element.attributes["src"].startswith("data:image/png;base64,")
     assert "<script" not in text
     # and they are there to be read
-    classes = [row[0] for row in made.rows(tree.find("table", "classes")[0])[1:]]
+    classes = [row[0] for row in made_runs.rows(tree.find("table", "classes")[0])[1:]]
     assert classes == [f"{c}{ATTACK}" for c in range(10)]
     assert hostile.name in tree.find("table", "environments")[0].text
     assert ATTACK in tree.find("table", "checks")[0].text
@@ -143,10 +143,10 @@ def test_hostile_names_are_text(hostile):
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory, digits_run):
     """A page with all there can be on one, its text and its tree."""
-    worst = made.accuracies(made.np.random.default_rng(0), [1] * 10) | {"attacks": ["clean", "pgd20"]}
+    worst = made_runs.accuracies(made_runs.np.random.default_rng(0), [1] * 10) | {"attacks": ["clean", "pgd20"]}
     extra = {"worst": worst, "checks": [{"name": "steps", "passed": True, "value": 0.5, "detail": "fine"}]}
-    other = made.write_run(tmp_path_factory.mktemp("runs") / "other", method="trades", extra=extra)
-    made.write(other / "analysis.json", {"last": {"inequality": {"global": {"all": 0.5, "tail": 0.625}}}})
+    other = made_runs.write_run(tmp_path_factory.mktemp("runs") / "other", method="trades", extra=extra)
+    made_runs.write(other / "analysis.json", {"last": {"inequality": {"global": {"all": 0.5, "tail": 0.625}}}})
     return page_of(digits_run, other)
 
 
@@ -185,9 +185,9 @@ def test_every_picture_and_plot_has_words(everything):
 
 @numbers
 def test_worst_and_checks_where_there(tmp_path):
-    plain = made.write_run(tmp_path / "plain")
+    plain = made_runs.write_run(tmp_path / "plain")
     _, tree = page_of(plain)
-    assert "Worst" not in made.rows(tree.find("table", "accuracy")[0])[0]
+    assert "Worst" not in made_runs.rows(tree.find("table", "accuracy")[0])[0]
     worst = {
         "all": 12.25,
         "tail": 3.5,
@@ -199,11 +199,11 @@ def test_worst_and_checks_where_there(tmp_path):
         {"name": "steps", "passed": True, "value": 0.5, "detail": "more steps"},
         {"name": "unbounded", "passed": False, "value": 7.0, "detail": "must be 0"},
     ]
-    _, tree = page_of(made.write_run(tmp_path / "a", extra={"worst": worst, "checks": checks}))
-    head = made.rows(tree.find("table", "accuracy")[0])[0]
+    _, tree = page_of(made_runs.write_run(tmp_path / "a", extra={"worst": worst, "checks": checks}))
+    head = made_runs.rows(tree.find("table", "accuracy")[0])[0]
     line = dict(zip(head, accuracy_table(tree)["last", "LTAT"], strict=True))
     assert (line["Worst"], line["T-Worst"], line["checks"]) == ("12.25", "3.50", "⚑ 1 of 2 failed")
-    found = made.rows(tree.find("table", "checks")[0])[1:]
+    found = made_runs.rows(tree.find("table", "checks")[0])[1:]
     assert ["a", "last", "unbounded", "⚑ failed", "7: must be 0"] in found
     assert ["a", "last", "steps", "✓ passed", "0.5: more steps"] in found
     assert "all attacks together" in tree.find("h1")[0].text  # the strongest on as many images
@@ -214,16 +214,16 @@ def test_the_worst_of_other_attacks_is_not_on_the_page(tmp_path):
     runs = []
     for seed, attacks in enumerate((["clean", "autoattack"], ["clean", "pgd20", "autoattack"])):
         worst = {"all": 12.25, "tail": 3.5, "images": 600, "attacks": attacks, "per_class": [1.0] * 10}
-        runs.append(made.write_run(tmp_path / str(seed), seed=seed, extra={"worst": worst}))
+        runs.append(made_runs.write_run(tmp_path / str(seed), seed=seed, extra={"worst": worst}))
     _, tree = page_of(*runs)
-    assert "Worst" not in made.rows(tree.find("table", "accuracy")[0])[0]
-    assert not [row for row in made.rows(tree.find("table", "numbers")[0]) if row[2] == "all attacks together"]
+    assert "Worst" not in made_runs.rows(tree.find("table", "accuracy")[0])[0]
+    assert not [row for row in made_runs.rows(tree.find("table", "numbers")[0]) if row[2] == "all attacks together"]
     assert "AutoAttack" in tree.find("h1")[0].text
 
 
 @numbers
 def test_what_is_missing_is_said_and_the_rest_is_there(tmp_path):
-    run = made.write_run(tmp_path / "a", attacks=("clean",), which=("last",))
+    run = made_runs.write_run(tmp_path / "a", attacks=("clean",), which=("last",))
     for name in ("env.json", "metrics.jsonl"):
         (run / name).unlink()
     (run / "analysis.json").write_text("{")
@@ -239,7 +239,7 @@ def test_what_is_missing_is_said_and_the_rest_is_there(tmp_path):
 
 @numbers
 def test_missing_images_are_said(tmp_path):
-    run = made.write_run(tmp_path / "a", dataset="imagefolder-lt", data_dir=tmp_path / "gone", counts=(9, 4, 2))
+    run = made_runs.write_run(tmp_path / "a", dataset="imagefolder-lt", data_dir=tmp_path / "gone", counts=(9, 4, 2))
     text, tree = page_of(run)
     assert "The images are not here" in " ".join(p.text for p in tree.find("p"))
     assert not tree.find("img")
@@ -248,14 +248,14 @@ def test_missing_images_are_said(tmp_path):
 
 @numbers
 def test_data_sets_with_other_numbers_of_classes_are_told_apart(tmp_path):
-    small = made.write_run(tmp_path / "small", dataset="imagefolder-lt", counts=(9, 4, 2))
+    small = made_runs.write_run(tmp_path / "small", dataset="imagefolder-lt", counts=(9, 4, 2))
     large = [
-        made.write_run(tmp_path / f"large{s}", dataset="cifar100-lt", counts=range(500, 300, -2), seed=s)
+        made_runs.write_run(tmp_path / f"large{s}", dataset="cifar100-lt", counts=range(500, 300, -2), seed=s)
         for s in (0, 1)
     ]
     _, tree = page_of(small, *large)
     articles = tree.find("article")
-    assert [len(made.rows(a.find("table", "classes")[0])) - 1 for a in articles] == [3, 100]
+    assert [len(made_runs.rows(a.find("table", "classes")[0])) - 1 for a in articles] == [3, 100]
     assert ["imagefolder-lt" in a.text and "cifar100-lt" not in a.find("p")[0].text for a in articles] == [True, False]
     assert all(len(a.find("table", "accuracy")) == 1 for a in articles)
 
@@ -271,13 +271,13 @@ def test_no_folder_of_this_machine_is_on_the_page(digits_run):
 
 @numbers
 def test_analyses_are_averaged_over_seeds(tmp_path):
-    runs = [made.write_run(tmp_path / str(s), seed=s) for s in range(2)]
+    runs = [made_runs.write_run(tmp_path / str(s), seed=s) for s in range(2)]
     for run, value in zip(runs, (0.25, 0.75), strict=True):
         part = {"global": {"all": value, "tail": 0.5}, "kind": "pooled", "curve": [value] * 20, "weights": "secret"}
         part |= {"once": 3} if value == 0.75 else {}
-        made.write(run / "analysis.json", {"best": {"inequality": part}})
+        made_runs.write(run / "analysis.json", {"best": {"inequality": part}})
     _, tree = page_of(*runs)
-    lines = dict(made.rows(tree.find("table", "analysis")[0])[1:])
+    lines = dict(made_runs.rows(tree.find("table", "analysis")[0])[1:])
     assert lines == {
         "global": "0.5 ± 0.35 tail 0.5 ± 0",
         "kind": "pooled",
@@ -290,20 +290,20 @@ def test_analyses_are_averaged_over_seeds(tmp_path):
 
 @numbers
 def test_the_order_of_classes_is_told_once(tmp_path):
-    run = made.write_run(tmp_path / "a")
+    run = made_runs.write_run(tmp_path / "a")
     part = {"classes": [[c] for c in range(10)], "pgd20": {"accuracy": [50.0] * 10, "images": 600}, "images": 600}
-    made.write(run / "analysis.json", {"best": {"classwise": part}})
+    made_runs.write(run / "analysis.json", {"best": {"classwise": part}})
     text, tree = page_of(run)
-    names = [row[0] for row in made.rows(tree.find("table", "analysis")[0])[1:]]
+    names = [row[0] for row in made_runs.rows(tree.find("table", "analysis")[0])[1:]]
     assert names == [*(f"pgd20, accuracy, {i}" for i in range(10)), "pgd20, images", "images"]
     assert text.count("0 are the most frequent in training") == 1
 
 
 @numbers
 def test_settings_are_those_of_config_json(tmp_path):
-    runs = [made.write_run(tmp_path / "a", epochs=3), made.write_run(tmp_path / "b", method="at-bsl")]
+    runs = [made_runs.write_run(tmp_path / "a", epochs=3), made_runs.write_run(tmp_path / "b", method="at-bsl")]
     _, tree = page_of(*runs)
-    lines = {row[0]: row[1:] for row in made.rows(tree.find("table", "settings")[0])[1:]}
+    lines = {row[0]: row[1:] for row in made_runs.rows(tree.find("table", "settings")[0])[1:]}
     configs = [json.loads((run / "config.json").read_text()) for run in runs]
     assert lines["batch_size"] == [str(c["batch_size"]) for c in configs]
     assert lines["alpha"] == [f"{configs[0]['method_options']['alpha']:g}", "-"]

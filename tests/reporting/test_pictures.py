@@ -15,10 +15,11 @@ from PIL import Image
 from ltat_fast.attacks import AttackConfig, pgd
 from ltat_fast.attacks.objectives import cross_entropy
 from ltat_fast.config import load
-from ltat_fast.engine import run as runs
-from ltat_fast.engine import tables
 from ltat_fast.reporting.pictures import _signed, gallery
 from ltat_fast.reporting.study import studies
+from ltat_fast.runs import tables
+from ltat_fast.runs.splits import load_splits
+from ltat_fast.runs.weights import load_model
 
 CPU = torch.device("cpu")
 EPS = 0.1
@@ -37,7 +38,7 @@ def shown(digits_run):
 
 @pytest.fixture(scope="module")
 def data(digits_run):
-    return runs.load_data(load(digits_run)[0], CPU)
+    return load_splits(load(digits_run)[0], CPU)
 
 
 def test_the_images_are_the_first_of_classes_down_to_the_rarest(shown, data):
@@ -57,7 +58,7 @@ def test_adversarial_examples_are_in_the_ball_and_their_perturbation_is_amplifie
 
 
 def test_what_the_network_takes_them_for(shown, data, digits_run):
-    model = runs.load_model(digits_run / "checkpoints/last.safetensors", CPU, "smallresnet", data).eval()
+    model = load_model(digits_run / "checkpoints/last.safetensors", CPU, "smallresnet", data).eval()
     for row, salient in zip(shown.adversarial, shown.saliency, strict=True):
         for picture in (row.cells[0][0], salient.cells[0][0]):
             seen = row.original if picture is salient.cells[0][0] else picture
@@ -68,7 +69,7 @@ def test_what_the_network_takes_them_for(shown, data, digits_run):
 
 def test_attacked_images_are_of_twenty_steps(shown, data, digits_run):
     """They break the network about as often as PGD-20 of our own does, and more than one step does."""
-    model = runs.load_model(digits_run / "checkpoints/last.safetensors", CPU, "smallresnet", data)
+    model = load_model(digits_run / "checkpoints/last.safetensors", CPU, "smallresnet", data)
     x = torch.stack([torch.tensor(pixels(row.original), dtype=torch.float32) for row in shown.adversarial])[:, None]
     y = torch.tensor([int(row.name) for row in shown.adversarial])
     attacked = torch.stack([torch.tensor(pixels(row.cells[0][0]), dtype=torch.float32) for row in shown.adversarial])
@@ -81,7 +82,7 @@ def test_attacked_images_are_of_twenty_steps(shown, data, digits_run):
 
 
 def test_gradients_are_those_of_autograd(shown, data, digits_run):
-    model = runs.load_model(digits_run / "checkpoints/last.safetensors", CPU, "smallresnet", data).eval()
+    model = load_model(digits_run / "checkpoints/last.safetensors", CPU, "smallresnet", data).eval()
     chosen = data.test.labels == 9  # the tail: all of its 60 images
     x = (data.test.images[chosen].float() / 255).requires_grad_()
     torch.nn.functional.cross_entropy(model(x), data.test.labels[chosen], reduction="sum").backward()

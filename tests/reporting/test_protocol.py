@@ -2,13 +2,13 @@
 
 from fractions import Fraction
 
-import made
 import pytest
 
-from ltat_fast.attacks.evaluation import parse_attacks
-from ltat_fast.engine import tables
+from helpers import made_runs
+from ltat_fast.attacks.by_name import parse_attacks
 from ltat_fast.reporting import protocol
 from ltat_fast.reporting.study import studies
+from ltat_fast.runs import tables
 
 
 def study_of(*runs):
@@ -33,9 +33,8 @@ def test_eps_is_the_exact_fraction(text, value, told):
 def test_each_attack_is_described(tmp_path):
     names = ("clean", "fgsm", "pgd20", "pgd50x10", "scaled-pgd20", "cw20", "autoattack", "worst")
     assert parse_attacks(",".join(names[:-1])) == list(names[:-1])  # they are attacks of this version
-    told = {
-        a["name"]: a for a in protocol.attacks(study_of(made.write_run(tmp_path / "a", attacks=names, eps="8/255")))
-    }
+    run = made_runs.write_run(tmp_path / "a", attacks=names, eps="8/255")
+    told = {a["name"]: a for a in protocol.attacks(study_of(run))}
     assert told["PGD-20"] == {
         "name": "PGD-20",
         "objective": "cross-entropy",
@@ -53,13 +52,13 @@ def test_each_attack_is_described(tmp_path):
 
 
 def test_facts_name_version_selection_and_tail(tmp_path):
-    facts = dict(protocol.facts(study_of(made.write_run(tmp_path / "a")), {"all": 600, "tail": 60}))
+    facts = dict(protocol.facts(study_of(made_runs.write_run(tmp_path / "a")), {"all": 600, "tail": 60}))
     assert "version 0.2.0" in facts["AutoAttack"]
     assert "on the test set" in facts["Best checkpoint"]
     assert facts["Tail"].endswith("training images: 9 (11)")
     assert "600 (60 tail)" in facts["Test images"]
     assert facts["Attack in training"] == "10 steps of 2/255 (0.007843)"
-    held = dict(protocol.facts(study_of(made.write_run(tmp_path / "b", select_on="heldout")), {}))
+    held = dict(protocol.facts(study_of(made_runs.write_run(tmp_path / "b", select_on="heldout")), {}))
     assert held["Best checkpoint"] == "highest PGD-20 accuracy on held-out training images"
 
 

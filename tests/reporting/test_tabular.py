@@ -3,16 +3,15 @@
 import csv
 import io
 
-import made
-
-from ltat_fast.engine import tables
+from helpers import made_runs
 from ltat_fast.reporting import tabular
+from ltat_fast.runs import tables
 
 
 def test_csv_is_eval_json(tmp_path):
-    runs = [made.write_run(tmp_path / f"s{s}", seed=s, counts=(9, 4, 2)) for s in range(2)]
+    runs = [made_runs.write_run(tmp_path / f"s{s}", seed=s, counts=(9, 4, 2)) for s in range(2)]
     runs.append(
-        made.write_run(tmp_path / "other", method="trades", attacks=("clean", "cw20"), counts=range(50, 30, -1))
+        made_runs.write_run(tmp_path / "other", method="trades", attacks=("clean", "cw20"), counts=range(50, 30, -1))
     )
     lines = list(csv.DictReader(io.StringIO(tabular.as_csv(tables.experiments(runs)))))
     found = {
@@ -22,7 +21,7 @@ def test_csv_is_eval_json(tmp_path):
     assert len(found) == len(lines)
     expected = {}
     for run in runs:
-        for which, attacks in made.read(run / "eval.json").items():
+        for which, attacks in made_runs.read(run / "eval.json").items():
             for attack, entry in attacks.items():
                 for group in ("all", "head", "medium", "tail"):
                     expected[run.name, which, attack, group, ""] = entry[group]
@@ -38,16 +37,16 @@ def test_the_worst_of_other_attacks_is_in_no_file(tmp_path):
     runs = []
     for seed, attacks in enumerate((["clean", "autoattack"], ["clean", "pgd20", "autoattack"])):
         extra = {"worst": {"all": 12.25, "tail": 3.5, "images": 600, "attacks": attacks}}
-        runs.append(made.write_run(tmp_path / str(seed), seed=seed, extra=extra))
+        runs.append(made_runs.write_run(tmp_path / str(seed), seed=seed, extra=extra))
     for write, name in ((tabular.as_csv, "worst"), (tabular.as_markdown, "Worst")):
         assert name not in write(tables.experiments(runs))
         assert name in write(tables.experiments(runs[:1]))
 
 
 def test_csv_of_a_group_without_images_and_of_names_with_commas(tmp_path):
-    run = made.write_run(tmp_path / 'a, "b"', which=("last",), attacks=())
+    run = made_runs.write_run(tmp_path / 'a, "b"', which=("last",), attacks=())
     entry = {"all": 12.5, "tail": None, "per_class": [None, 12.5], "images": 8, "correct": 3, "eps": 0.1}
-    made.write(run / "eval.json", {"last": {"clean": entry, "checks": [{"name": "x"}]}})
+    made_runs.write(run / "eval.json", {"last": {"clean": entry, "checks": [{"name": "x"}]}})
     lines = list(csv.DictReader(io.StringIO(tabular.as_csv(tables.experiments([run])))))
     assert {line["run"] for line in lines} == {'a, "b"'}
     told = {(line["group"], line["class"]): line["accuracy"] for line in lines}
@@ -58,7 +57,7 @@ def test_csv_of_a_group_without_images_and_of_names_with_commas(tmp_path):
 
 
 def test_markdown_is_the_terminals_table(tmp_path):
-    runs = [made.write_run(tmp_path / f"s{s}", seed=s) for s in range(3)]
+    runs = [made_runs.write_run(tmp_path / f"s{s}", seed=s) for s in range(3)]
     head, rule, *lines, blank, note = tabular.as_markdown(tables.experiments(runs)).rstrip("\n").split("\n")
     assert (blank, rule.count("---:")) == ("", 5)
     printed = tables.render(runs)
@@ -70,8 +69,8 @@ def test_markdown_is_the_terminals_table(tmp_path):
 
 
 def test_a_bar_in_a_name_does_not_end_a_cell(tmp_path):
-    run = made.write_run(tmp_path / "a")
-    config = made.read(run / "config.json")
+    run = made_runs.write_run(tmp_path / "a")
+    config = made_runs.read(run / "config.json")
     config["method_options"]["ramp"] = "a|b"
-    made.write(run / "config.json", config)
+    made_runs.write(run / "config.json", config)
     assert "ramp=a\\|b" in tabular.as_markdown(tables.experiments([run]))

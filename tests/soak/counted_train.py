@@ -8,7 +8,7 @@ import gc
 import os
 
 from ltat_fast import train
-from ltat_fast.engine import log
+from ltat_fast.runs import log
 
 
 class Mallinfo(ctypes.Structure):

@@ -7,7 +7,8 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from watch import read_csv
+
+from helpers.memory_watch import read_csv
 
 
 def plot(source: Path, target: Path) -> None:

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 from scipy.stats import theilslopes
-from watch import Sample, mib_per_hour, problems, settled, watch, write_csv
+
+from helpers.memory_watch import Sample, mib_per_hour, problems, settled, watch, write_csv
 
 MINUTES = float(os.environ.get("LTAT_SOAK_MINUTES", "60"))
 EVERY = 3.0  # seconds between samples

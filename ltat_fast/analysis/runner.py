@@ -1,0 +1,210 @@
+"""Measure finished runs and keep the numbers in RUN/analysis.json, part by part (docs/analysis.md)."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from ltat_fast import config as configuration
+from ltat_fast.analysis import parts as measures
+from ltat_fast.analysis import table
+from ltat_fast.analysis.parts import Subject
+from ltat_fast.config import Config, ratio
+from ltat_fast.errors import UserError
+from ltat_fast.files import refuse_read_only, write_json
+from ltat_fast.runs import log
+from ltat_fast.runs.metrics import spread
+from ltat_fast.runs.results import read_json, read_results
+from ltat_fast.runs.scores import fingerprint
+from ltat_fast.runs.splits import DeviceImages, load_splits
+from ltat_fast.runs.weights import load_model, weights_digest, weights_file
+from ltat_fast.training import teachers
+from ltat_fast.training.device import Hardware, without_tf32
+from ltat_fast.training.evaluation import evaluate
+
+PARTS = ("alignment", "linearity", "inequality", "corruptions", "classwise")
+OF_TEACHER = ("alignment", "linearity")  # their numbers depend on the teacher too
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure a run with; the fields are flags of ``python -m ltat_fast.analyse``."""
+
+    teacher: str | None = None
+    """compare with this teacher, named as for training, instead of the run's own teacher"""
+    checkpoint: Literal["best", "last"] = "best"
+    """which weights to analyse"""
+    limit: int | None = None
+    """use this many test images only, spread evenly over the classes"""
+    data_dir: Path | None = None
+    """where the images are now, if they moved since the run"""
+    batch_size: int = 256
+    """images per batch"""
+    again: bool = False
+    """measure again what is already in analysis.json"""
+
+
+@dataclass
+class Analysed:
+    """A run under analysis. asked: what its numbers depend on besides the images, by part."""
+
+    run: Path
+    which: str
+    subject: Subject
+    asked: dict[str, dict]
+    test: DeviceImages
+
+    @property
+    def file(self) -> Path:
+        return self.run / "analysis.json"
+
+    @property
+    def results(self) -> dict:
+        return read(self.file) if self.file.exists() else {}
+
+    def is_known(self, part: str) -> bool:
+        """Whether the numbers are there, for these weights, this test set and at least as many images."""
+        known = self.results.get(self.which, {}).get(part)
+        return bool(known and self.asked[part].items() <= known.items() and known["images"] >= len(self.subject.labels))
+
+    def keep(self, part: str, numbers: dict) -> None:
+        results = self.results
+        entry = numbers | {"images": len(self.subject.labels)} | self.asked[part]
+        results.setdefault(self.which, {})[part] = entry
+        write_json(self.file, results)
+
+    def scores(self) -> dict:
+        """What eval.json has for these weights; clean and PGD-20 are measured where it has fewer images."""
+        file, weights, images = self.run / "eval.json", self.asked["classwise"]["weights"], len(self.subject.labels)
+        found = read_results(file).get(self.which, {}) if file.exists() else {}
+        found = {name: s for name, s in found.items() if isinstance(s, dict) and s.get("weights") == weights}
+        missing = [a for a in ("clean", "pgd20") if found.get(a, {}).get("images", 0) < images]
+        s, test = self.subject, self.test
+        options = {"batch_size": s.batch_size, "limits": {"default": images}}
+        return found | evaluate(s.model, test.images, test.labels, missing, s.groups, len(s.counts), s.eps, **options)
+
+
+def analyse(folders: list[Path], parts: list[str], options: Options, hardware: Hardware) -> str:
+    """Measure what is missing of ``parts`` for each run in ``folders``; return the table of all numbers."""
+    for folder in folders:
+        weights_file(folder, options.checkpoint)
+    with without_tf32():
+        analysed = [load(folder, parts, options, hardware) for folder in folders]
+        for part in parts:
+            for a in to_measure(part, analysed, options.again):
+                refuse_read_only(a.run)
+        for part in parts:
+            measure(part, analysed, options.again)
+    return table.render(options.checkpoint, [(a.run.name, a.results.get(a.which, {})) for a in analysed])
+
+
+def read(file: Path) -> dict:
+    """The content of an analysis.json, by checkpoint and part. Raises UserError if it is damaged."""
+    results = read_json(file)
+    for which, parts in results.items():
+        if not isinstance(parts, dict):
+            raise UserError(f"{file} is damaged: {which} is not a JSON object")
+        for part, numbers in parts.items():
+            if not (isinstance(numbers, dict) and type(numbers.get("images")) is int):
+                raise UserError(f"{file} is damaged: {which}, {part} is not a JSON object with a number of images")
+        try:
+            table.render(which, [(file.parent.name, parts)])
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
+            raise UserError(f"{file} is damaged: {which} has something else where numbers are expected") from None
+    return results
+
+
+def parse_parts(names: str) -> list[str]:
+    parts = [name.strip() for name in names.split(",") if name.strip()]
+    for name in parts:
+        configuration.choose("part", name, PARTS)
+    if not parts:
+        raise UserError(f"no part named: choose from {', '.join(PARTS)}")
+    return parts
+
+
+def load(folder: Path, parts: list[str], options: Options, hardware: Hardware) -> Analysed:
+    """The run's network, its teacher if ``parts`` look at it, and the images, as ``options`` want them."""
+    config, _ = configuration.load(folder)
+    config = dataclasses.replace(config, out=folder, data_dir=options.data_dir or config.data_dir)
+    data = load_splits(config, hardware.device)
+    weights = weights_file(folder, options.checkpoint)
+    model = load_model(weights, hardware.device, config.arch, data)
+    name = (options.teacher or teacher_of(config)) if set(OF_TEACHER) & set(parts) else None
+    teacher = teachers.load(name, config.arch, data, hardware) if name else None
+    chosen = torch.from_numpy(spread(data.test.labels.cpu().numpy(), options.limit)).to(hardware.device)
+    subject = Subject(
+        model,
+        data.test.images[chosen],
+        data.test.labels[chosen],
+        data.groups,
+        data.counts,
+        ratio(config.eps),
+        options.batch_size,
+        teacher,
+    )
+    identity = {"weights": weights_digest(weights), "eps": config.eps, "test_set": fingerprint(data.test)}
+    asked = {part: dict(identity) for part in PARTS}
+    for part in OF_TEACHER:
+        asked[part]["teacher"] = name and (weights_digest(weights_file(Path(name))) if is_ours(name) else name)
+    return Analysed(folder, options.checkpoint, subject, asked, data.test)
+
+
+def teacher_of(config: Config) -> str | None:
+    """The teacher a run was trained with: its own, else the one it was given."""
+    own = config.run_dir / "teacher"
+    return str(own) if own.is_dir() else config.teacher
+
+
+def is_ours(teacher: str) -> bool:
+    return teacher.partition(":")[0] not in teachers.KINDS
+
+
+def to_measure(part: str, analysed: list[Analysed], again: bool) -> list[Analysed]:
+    """Those that do not have ``part``, or all if it is to be measured ``again``, without those that cannot have it."""
+    if part == "corruptions":
+        compared = sorted({a.asked[part]["weights"] for a in analysed})
+        for a in analysed:
+            a.asked[part]["compared"] = compared
+    todo = [a for a in analysed if again or not a.is_known(part)]
+    return [a for a in todo if part != "alignment" or a.subject.teacher is not None]
+
+
+def measure(part: str, analysed: list[Analysed], again: bool) -> None:
+    """Measure ``part`` of every run that does not have it, and keep each as soon as it is there."""
+    for a in analysed:
+        if part == "alignment" and a.subject.teacher is None:
+            log.say(f"{a.run}: no alignment, because it has no teacher; name one with --teacher")
+    todo = to_measure(part, analysed, again)
+    function = corruptions_on_common(analysed) if part == "corruptions" and todo else FUNCTIONS.get(part)
+    for a in todo:
+        log.say(f"{a.run}, {a.which}: {part} on {len(a.subject.labels)} test images")
+        a.keep(part, function(a))
+
+
+def corruptions_on_common(analysed: list[Analysed]) -> Callable[[Analysed], dict]:
+    """What measures a run's corruptions on the images all ``analysed`` classify correctly."""
+    first = analysed[0]
+    for other in analysed[1:]:
+        if not torch.equal(first.test.images, other.test.images):
+            raise UserError(f"corruptions compare runs on the same images: {first.run} and {other.run} have others")
+    common = torch.stack([measures.classified(a.subject) for a in analysed]).all(0)
+    return lambda a: measures.corruption(a.subject, common)
+
+
+def by_frequency(a: Analysed) -> dict:
+    try:
+        return measures.by_frequency(a.scores(), a.test.labels.cpu().numpy(), a.subject.counts)
+    except (ValueError, IndexError, KeyError) as error:
+        raise UserError(f"{a.run / 'eval.json'} is damaged ({error}): remove it to measure afresh") from None
+
+
+FUNCTIONS: dict[str, Callable[[Analysed], dict]] = {
+    "alignment": lambda a: measures.alignment(a.subject),
+    "linearity": lambda a: measures.linearity(a.subject),
+    "inequality": lambda a: measures.inequality(a.subject),
+    "classwise": by_frequency,
+}

@@ -1,0 +1,140 @@
+"""Several training runs, each in a process of its own: as many at once as the machine has cores, or one on a GPU."""
+
+import contextlib
+import io
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ltat_fast import config as configuration
+from ltat_fast import files
+from ltat_fast.attacks.by_name import parse_attacks
+from ltat_fast.config import Config
+from ltat_fast.errors import UserError
+from ltat_fast.runs import log, tables
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of ``python -m ltat_fast.train``."""
+
+    run_dir: Path
+    flags: tuple[str, ...]
+
+    @property
+    def begun(self) -> bool:
+        return (self.run_dir / "config.json").exists()
+
+    @property
+    def command(self) -> list[str]:
+        resume = ["--resume"] if self.begun else []
+        return [sys.executable, "-m", "ltat_fast.train", "--out", str(self.run_dir), *self.flags, *resume]
+
+    @property
+    def log_file(self) -> Path:
+        return self.run_dir.parent / f"{self.run_dir.name}.log"
+
+
+def split_flags(argv: Sequence[str] | None) -> tuple[list[str], tuple[str, ...]]:
+    """The command's own flags (of ``sys.argv`` if None), and those behind ``--``, which go to every run.
+
+    Raises UserError for those behind it that are not the same for every run.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    split = argv.index("--") if "--" in argv else len(argv)
+    own, forwarded = argv[:split], tuple(argv[split + 1 :])
+    if given := {flag.partition("=")[0] for flag in forwarded} & {"--seed", "--out", "--resume"}:
+        raise UserError(f"{', '.join(sorted(given))} behind --: each run gets its own; see --seeds and --out before it")
+    return own, forwarded
+
+
+def repetitions(stem: Path, flags: Sequence[str], seeds: Iterable[int], extra: Sequence[str] = ()) -> tuple[Job, ...]:
+    """One run a seed, in ``<stem>-seed<seed>``; a seed named twice is one run. ``extra`` comes last, and wins."""
+    return tuple(
+        Job(stem.with_name(f"{stem.name}-seed{seed}"), (*flags, "--seed", str(seed), *extra))
+        for seed in dict.fromkeys(seeds)
+    )
+
+
+def outstanding(jobs: Sequence[Job]) -> tuple[list[Job], list[Job]]:
+    """The jobs still to be run, and those whose folder holds a run of other settings, whose numbers are not theirs.
+
+    The latter are said. ``train --resume`` cannot tell all of them: it takes a flag not given from the run.
+    """
+    todo, refused = [], []
+    for job in jobs:
+        if (reason := conflict(job)) is not None:
+            log.say(f"{job.run_dir.name} is left as it is: {reason}")
+            refused.append(job)
+        elif not is_finished(job):
+            todo.append(job)
+    return todo, refused
+
+
+def conflict(job: Job) -> str | None:
+    """Why the run in the folder of ``job``, if there is one, is not what ``job`` asks for."""
+    if not job.begun:
+        return None
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            asked = configuration.parse_args(["--out", str(job.run_dir), *job.flags])
+        changed = configuration.differences(*configuration.load(job.run_dir), *asked)
+    except SystemExit:
+        return f"python -m ltat_fast.train does not take {shlex.join(job.flags)}"
+    except UserError as error:
+        return str(error)
+    return f"{job.run_dir} was started with other settings: {', '.join(changed)}" if changed else None
+
+
+def is_finished(job: Job) -> bool:
+    """Whether the run of ``job`` has been trained and evaluated under all the attacks it is to be evaluated under."""
+    try:
+        config, results = tables.load_results(job.run_dir)
+    except UserError:
+        return False
+    attacks = parse_attacks(config.get("eval_attacks", Config.eval_attacks))
+    return all(attack in results.get(which, {}) for which in ("best", "last") for attack in attacks)
+
+
+def train_all(jobs: Sequence[Job], show: Callable[[str], bool] = lambda line: False) -> dict[Job, int]:
+    """Run every job, resuming those begun before; the exit status of each, by job.
+
+    show: which lines of a run go on to the terminal, beside its errors; all of them go to the job's log.
+    Raises UserError where the logs cannot be written.
+    """
+    if not jobs:
+        return {}
+    workers = 1 if torch.cuda.is_available() else max(1, min(len(jobs), os.cpu_count() or 1))
+    # Runs side by side share the cores: idle OpenMP threads of one would spin on those of the other.
+    threads = str(max(1, (os.cpu_count() or 1) // workers))
+    width = max((len(job.run_dir.name) for job in jobs), default=0)
+
+    def train(job: Job) -> int:
+        started = time.monotonic()
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        with (
+            files.oserror_as_user_error(job.log_file),
+            open(job.log_file, "a", buffering=1) as copy,  # before any work: it may be refused
+            subprocess.Popen(job.command, env=os.environ | {"OMP_NUM_THREADS": threads}, **pipes) as process,
+        ):
+            for line in process.stdout:
+                copy.write(line)
+                if show(line) or line.startswith("ltat_fast: "):
+                    log.say(f"{job.run_dir.name:{width}} {line.rstrip()}")
+        how = f"ended with status {process.returncode}, see {job.log_file}" if process.returncode else "finished"
+        log.say(f"{job.run_dir.name:{width}} {how} after {time.monotonic() - started:.0f} s")
+        return process.returncode
+
+    for folder in {job.log_file.parent for job in jobs}:
+        files.make_folder(folder)
+    log.say(f"{len(jobs)} runs, {workers} at a time")
+    with ThreadPoolExecutor(workers) as pool:
+        return dict(zip(jobs, pool.map(train, jobs), strict=True))

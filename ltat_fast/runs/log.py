@@ -1,0 +1,97 @@
+"""The record of a stage: metrics.jsonl (one object an epoch), TensorBoard, and lines or a bar on the terminal."""
+
+import contextlib
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ltat_fast import files
+
+console = Console(highlight=False, soft_wrap=True, emoji=False)
+
+
+def say(text: str) -> None:
+    """One line to the user. Square brackets are text here, not markup."""
+    console.print(text, markup=False)
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write ``content`` so that ``path`` holds the old file or the new one, never half of it."""
+    with files.atomic_write(path) as file:
+        file.write((json.dumps(content, indent=1) + "\n").encode())
+
+
+class StageLog:
+    """Appends an epoch's record to ``folder/metrics.jsonl`` and ``folder/tb``.
+
+    epochs_done: records of later epochs, left by a run that died after writing them, are dropped.
+    """
+
+    def __init__(self, folder: Path, epochs_done: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.path = folder / "metrics.jsonl"
+        kept = [r for r in read_metrics(self.path) if r["epoch"] <= epochs_done]
+        with files.atomic_write(self.path) as file:
+            file.write("".join(json.dumps(record) + "\n" for record in kept).encode())
+        with files.oserror_as_user_error(folder / "tb"):
+            self.tensorboard = SummaryWriter(str(folder / "tb"), purge_step=epochs_done + 1)
+
+    def epoch(self, record: dict) -> None:
+        with files.oserror_as_user_error(self.path), open(self.path, "a") as file:
+            file.write(json.dumps(record) + "\n")
+        with files.oserror_as_user_error(self.path.with_name("tb")):
+            for name, value in record.items():
+                if isinstance(value, int | float) and name != "epoch":
+                    self.tensorboard.add_scalar(name, value, record["epoch"])
+            self.tensorboard.flush()
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # a full disk, which has been told by now
+            self.tensorboard.close()
+
+
+class NoLog:
+    """Stands for a :class:`StageLog` in the processes that are not the main one."""
+
+    def epoch(self, record: dict) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def quiet() -> None:
+    """No line and no bar from this process any more; warnings and errors on stderr still show."""
+    console.quiet = True
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The records of a metrics.jsonl; a last line cut short by a crash is left out."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def progress_bar(description: str, total: int, done: int):
+    """A rich progress bar on a terminal; on a pipe or in a file, one that shows nothing."""
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=console.quiet or not console.is_terminal,
+    )
+    bar.add_task(description, total=total, completed=done, rate="")
+    return bar

@@ -1,0 +1,92 @@
+"""The images of a run, as its configuration selects them: training, test and selection split on the device."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ltat_fast.config import Config
+from ltat_fast.data import load_dataset, longtail, resident
+from ltat_fast.errors import UserError
+from ltat_fast.runs import log
+
+
+@dataclass
+class DeviceImages:
+    """uint8 images ``(N, C, H, W)`` and int64 labels ``(N,)`` on the training device."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass
+class Splits:
+    """The images of a run. counts: training images a class, after holding out. select: what picks the best epoch."""
+
+    train: DeviceImages
+    test: DeviceImages
+    select: DeviceImages
+    counts: list[int]
+    groups: dict[str, list[int]]
+    class_names: tuple[str, ...]
+    index_hash: str
+    pad: int
+    flip: bool
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.counts)
+
+    @property
+    def in_channels(self) -> int:
+        return self.train.images.shape[1]
+
+
+def load_splits(config: Config, device: torch.device) -> Splits:
+    """Read, cut to the long tail, put on the device, and say what was found."""
+    dataset = load_dataset(config.dataset, config.data_dir, image_size=config.image_size, report=log.say)
+    tailed = longtail.make_long_tailed(dataset, config.imbalance_ratio)
+    test = DeviceImages(resident(dataset.test.images, device), resident(dataset.test.labels, device))
+    images, labels, indices = tailed.images, tailed.labels, tailed.indices
+    select = test
+    if config.select_on == "heldout":
+        kept, held = longtail.holdout_split(labels, np.arange(len(labels)), config.heldout)
+        if len(held) == 0:
+            raise UserError(f"--select-on heldout: {config.heldout:g} of each class holds out no image at all")
+        select = DeviceImages(resident(images[held], device), resident(labels[held], device))
+        images, labels, indices = images[kept], labels[kept], indices[kept]
+    counts = np.bincount(labels, minlength=len(tailed.class_names)).tolist()
+    index_hash = longtail.index_hash(indices)
+    log.say(
+        f"{config.dataset}: {len(labels):,} training images in {len(counts)} classes "
+        f"({max(counts)} to {min(counts)} a class), index hash {index_hash}; {len(test):,} test images"
+        + (f"; {len(select):,} held out to select on" if select is not test else "")
+    )
+    return Splits(
+        DeviceImages(resident(images, device), resident(labels, device)),
+        test,
+        select,
+        counts,
+        tailed.groups,
+        tailed.class_names,
+        index_hash,
+        dataset.pad,
+        dataset.flip,
+    )
+
+
+def balanced_indices(config: Config, data: Splits) -> np.ndarray:
+    """The teacher's class-balanced re-sampling of the training images: gamma * (smallest class) images a class."""
+    largest, smallest = max(data.counts), min(data.counts)
+    gamma = config.gamma or max(1.0, largest / smallest / 2)
+    per_class = max(1, round(gamma * smallest))
+    log.say(f"teacher's balanced set: {per_class} images a class, {per_class * data.num_classes:,} in all")
+    return longtail.balanced_indices(data.train.labels.cpu().numpy(), per_class)
+
+
+def counts_tensor(data: Splits, device: torch.device) -> Tensor:
+    return torch.tensor(data.counts, dtype=torch.int64, device=device)

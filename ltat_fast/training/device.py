@@ -1,0 +1,73 @@
+"""Which device and precision a run uses, and why: decided once, said at start-up."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from ltat_fast.errors import UserError
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """device: where the run is. dtype: of the forward passes in training. why: a phrase for the start-up line."""
+
+    device: torch.device
+    dtype: torch.dtype
+    why: str
+
+
+@contextlib.contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Whether float32 convolutions and matrix products on a GPU may run in TF32, while open."""
+    switches = [torch.backends.cudnn, torch.backends.cuda.matmul]
+    before = [switch.allow_tf32 for switch in switches]
+    try:
+        for switch in switches:
+            switch.allow_tf32 = allowed
+        yield
+    finally:
+        for switch, was_allowed in zip(switches, before, strict=True):
+            switch.allow_tf32 = was_allowed
+
+
+def without_tf32() -> contextlib.AbstractContextManager[None]:
+    """Turn TF32 off while open: torch by default lets convolutions on a GPU round to 10 bits of mantissa."""
+    return tf32(False)
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware (AVX512-bf16 or AMX); without, bf16 is slower than float32."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def choose(device: str = "auto", precision: str = "auto") -> Hardware:
+    """Resolve ``--device`` and ``--precision``. Raises UserError for a GPU that is not there."""
+    if device == "cuda" and not torch.cuda.is_available():
+        build = "this torch is a CPU build" if torch.version.cuda is None else "torch finds no usable GPU or driver"
+        raise UserError(f"--device cuda: no CUDA device ({build}); use --device cpu, or see python -m ltat_fast.doctor")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    if device == "cuda":
+        has_bf16, name = torch.cuda.get_device_capability() >= (8, 0), torch.cuda.get_device_name()
+    else:
+        has_bf16, name = cpu_has_bf16(), f"{torch.get_num_threads()} threads"
+    if precision == "auto":
+        dtype = torch.bfloat16 if has_bf16 else torch.float32
+        why = f"{name}, {'bf16 in hardware' if has_bf16 else 'no bf16 in hardware'}"
+    else:
+        dtype, why = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision], f"{name}, as asked"
+        if dtype == torch.bfloat16 and not has_bf16:
+            why += ", slow: no bf16 in hardware"
+    return Hardware(torch.device(device), dtype, why)
+
+
+def make_deterministic() -> None:
+    """Ask torch for deterministic kernels. CPU runs are deterministic for a fixed number of threads without this."""
+    import os
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False

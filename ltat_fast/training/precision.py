@@ -1,0 +1,34 @@
+"""Whether an attack in reduced precision still sees the gradient: PGD takes its sign, so what underflows is lost."""
+
+import torch
+from torch import Tensor
+
+from ltat_fast.models.frozen import FrozenTwin
+from ltat_fast.ops import pgd_init
+from ltat_fast.training.device import without_tf32
+from ltat_fast.training.step import TrainStep
+
+
+def gradient_health(step: TrainStep, x: Tensor, y: Tensor) -> dict[str, float]:
+    """Of the input gradients that an attack of ``step`` on the images ``x`` starts with, in percent:
+
+    ``zero_gradients``, exactly zero, where a sign step stands still; ``sign_disagreement``, of another sign than the
+    float32 network says (not given for an attack in float32). Everything stays as it was.
+    """
+    step.frozen.refresh()
+    # Not at the images themselves, where the gradient of a divergence from the clean prediction is zero.
+    start = pgd_init(x, step.attack.eps, step.attack.noise, torch.Generator(x.device).manual_seed(0))
+    grad = _input_gradient(step, step.frozen, x, start, y)
+    health = {"zero_gradients": 100 * (grad == 0).float().mean().item()}
+    if step.frozen.dtype not in (None, torch.float32):
+        with without_tf32():
+            exact = _input_gradient(step, FrozenTwin(step.model, fold_bn=False), x, start, y)
+        health["sign_disagreement"] = 100 * (grad.sign() != exact.sign()).float().mean().item()
+    return health
+
+
+def _input_gradient(step: TrainStep, network: FrozenTwin, x: Tensor, start: Tensor, y: Tensor) -> Tensor:
+    with torch.no_grad():
+        target = step.method.target(network, x, y)
+    point = start.detach().requires_grad_()
+    return torch.autograd.grad(step.method.objective(point, network(point), target), point)[0]

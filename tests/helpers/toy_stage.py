@@ -1,0 +1,134 @@
+"""A stage of training on random images, small enough to be stopped, killed and poisoned at every place it can be."""
+
+import os
+
+import numpy as np
+import torch
+
+from helpers.toy_networks import small_net
+from ltat_fast.attacks import AttackConfig
+from ltat_fast.data import DeviceLoader
+from ltat_fast.methods import MethodContext
+from ltat_fast.methods.pgd_at import PgdAt
+from ltat_fast.runs import log
+from ltat_fast.runs.weights import read_weights
+from ltat_fast.training.device import Hardware
+from ltat_fast.training.stage import Stage
+
+HARDWARE = Hardware(torch.device("cpu"), torch.float32, "test")
+EPOCHS, PER_EPOCH = 3, 5
+SCORES = [30.0, 50.0, 50.0]  # of epochs 1, 2, 3
+
+
+class Method(PgdAt):
+    """PGD-AT that calls ``at_step(number)`` before each step's loss, numbered from 1 over the life of the process."""
+
+    def __init__(self, at_step=lambda number: None):
+        self.calls, self.at_step, self.progress = 0, at_step, []
+        self.setup(MethodContext(torch.ones(3)))
+
+    def loss(self, model, x, x_adv, y, progress):
+        self.calls += 1
+        self.progress.append(progress.item())
+        replacement = self.at_step(self.calls)
+        loss, parts = super().loss(model, x, x_adv, y, progress)
+        return (loss if replacement is None else replacement(model, loss)), parts
+
+
+def stage(folder, method=None, **changes) -> Stage:
+    rng = np.random.RandomState(0)
+    loader = DeviceLoader(
+        rng.randint(0, 256, (42, 3, 6, 6)).astype(np.uint8),
+        rng.randint(0, 3, 42),
+        batch_size=8,
+        seed=1,
+        pad=1,
+        flip=True,
+        device="cpu",
+    )
+    assert len(loader) == PER_EPOCH
+
+    def evaluate(model):
+        return {"test_pgd20": SCORES[evaluate.calls - 1], "test_clean": 60.0}
+
+    def evaluate_when(epoch):
+        evaluate.calls = epoch + 1  # scripted by epoch, so that a resumed stage sees what the first saw
+        return True
+
+    settings = {
+        "name": "student",
+        "folder": folder,
+        "model": small_net(seed=5).to(memory_format=torch.channels_last),
+        "arch": "toy",
+        "method": method or Method(),
+        "loader": loader,
+        "attack": AttackConfig(0.1, 0.05, 2),
+        "epochs": EPOCHS,
+        "lr": 0.1,
+        "lr_schedule": "onecycle",
+        "momentum": 0.9,
+        "weight_decay": 5e-4,
+        "seed": 3,
+        "card": lambda epoch: {"arch": "toy", "epoch": epoch},
+        "evaluate": evaluate,
+        "evaluate_when": evaluate_when,
+        "select_by": "test_pgd20",
+        "backend": "none",
+    }
+    return Stage(**(settings | changes))
+
+
+TIMES = {"seconds", "images_per_second", "share_of_ceiling"}
+
+
+def outcome(folder):
+    """All that a stage leaves, but for its times."""
+    records = log.read_metrics(folder / "metrics.jsonl")
+    metrics = [{k: v for k, v in record.items() if k not in TIMES} for record in records]
+    files = {name: read_weights(folder / "checkpoints" / f"{name}.safetensors") for name in ("best", "last")}
+    return metrics, files
+
+
+def assert_same_outcome(ours, theirs):
+    (metrics, files), (expected_metrics, expected_files) = ours, theirs
+    assert metrics == expected_metrics
+    assert [list(record) for record in metrics] == [list(record) for record in expected_metrics]  # in the same order
+    for name, (tensors, card) in files.items():
+        expected, expected_card = expected_files[name]
+        assert card == expected_card
+        assert all(torch.equal(tensors[k], expected[k]) for k in expected)
+
+
+def saved(folder) -> dict:
+    return read_weights(folder / "checkpoints" / "resume.safetensors")[1]
+
+
+def send(number: int, at: int):
+    def at_step(step):
+        if step == at:
+            os.kill(os.getpid(), number)
+
+    return at_step
+
+
+class Poisoned(Method):
+    """PGD-AT with ``replacement(model, loss)`` for the loss on the given batches, at each (epoch, step), from 0."""
+
+    def __init__(self, replacement, *places):
+        super().__init__()
+        loader = stage(None, Method()).loader
+        self.bad = [next(loader.batches(epoch, step))[0] for epoch, step in places]
+        self.replacement = replacement
+
+    def loss(self, model, x, x_adv, y, progress):
+        loss, parts = super().loss(model, x, x_adv, y, progress)
+        return (self.replacement(model, loss) if any(torch.equal(x, bad) for bad in self.bad) else loss), parts
+
+
+def not_a_number(model, loss):
+    return loss * float("nan")
+
+
+def finite_with_infinite_gradient(model, loss):
+    # sqrt has an infinite slope at zero: the loss is a number, the weights after the step are not
+    return loss + (model[6].weight * 0).sum().sqrt()

@@ -1,0 +1,171 @@
+"""Which backend a step runs on: one that fails or computes something else is dropped, and leaves nothing behind."""
+
+import copy
+import os
+import signal
+
+import pytest
+import torch
+
+from helpers.toy_networks import images, labels, small_net
+from ltat_fast.attacks import AttackConfig
+from ltat_fast.methods import MethodContext
+from ltat_fast.methods.pgd_at import PgdAt
+from ltat_fast.training import backend as backends
+from ltat_fast.training.backend import choose_backend
+from ltat_fast.training.device import Hardware
+from ltat_fast.training.signals import Interrupted, stop_at_once
+from ltat_fast.training.step import TrainStep, make_optimizer
+
+HARDWARE = Hardware(torch.device("cpu"), torch.float32, "test")
+
+
+class Setup:
+    """A network after one step, so that momentum is not zero, and what builds steps over it."""
+
+    def __init__(self):
+        self.net = small_net()
+        self.optimizer = make_optimizer(self.net, 0.1, 0.9, 5e-4)
+        self.method = PgdAt()
+        self.method.setup(MethodContext(torch.ones(3)))
+        self.build("eager")(images(seed=9), labels(), lr=0.1, progress=0.5, seed=0)
+
+    def build(self, backend: str, step_class=TrainStep) -> TrainStep:
+        return step_class(self.net, self.method, self.optimizer, AttackConfig(0.1, 0.05, 2), HARDWARE, backend)
+
+    def state(self) -> dict:
+        momenta = {f"m{i}": s["momentum_buffer"] for i, s in enumerate(self.optimizer.state.values())}
+        return copy.deepcopy({**self.net.state_dict(), **momenta})
+
+
+def assert_same(ours, theirs):
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+class Eager(TrainStep):
+    """Stands for a compiled step, without the minutes: eager under another name."""
+
+    def __init__(self, *args):
+        super().__init__(*args[:5], "eager")
+        self.backend = args[5]
+
+    def __call__(self, x, y, **kwargs):
+        self._run(x, y)
+
+
+class FailsAfterTheUpdate(Eager):
+    def _record(self, parts):
+        raise RuntimeError("no kernel for this\nand a page of details")
+
+
+class ComputesSomethingElse(Eager):
+    def loss(self, x, x_adv, y):
+        loss, parts = super().loss(x, x_adv, y)
+        return loss * 1.1, parts
+
+
+class AttacksSomethingElse(Eager):
+    def perturb(self, x, y):
+        return x
+
+
+@pytest.fixture
+def said(monkeypatch):
+    lines = []
+    monkeypatch.setattr(backends.log, "say", lines.append)
+    return lines
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Every look finds one more compiled frame."""
+    frames = iter(range(1000))
+    monkeypatch.setattr(backends, "compiled_graphs", lambda: next(frames))
+
+
+def choose(setup, step_class, asked="step"):
+    def build(backend):
+        return setup.build(backend, TrainStep if backend == "eager" else step_class)
+
+    return choose_backend(asked, build, images(), labels())
+
+
+@pytest.mark.parametrize(
+    ("step_class", "why"),
+    [
+        (FailsAfterTheUpdate, "RuntimeError: no kernel for this"),
+        (ComputesSomethingElse, "its loss is"),
+        (AttacksSomethingElse, "of its adversarial pixels differ from eager's|its loss is"),
+    ],
+)
+def test_a_backend_that_does_not_agree_is_dropped_without_a_trace(said, compiled, step_class, why):
+    setup = Setup()
+    before = setup.state()
+    step = choose(setup, step_class)
+    assert step.backend == "eager"
+    assert_same(setup.state(), before)
+    assert said[0].startswith("WARNING: backend step is not used: ")
+    assert any(part in said[0] for part in why.split("|"))
+    assert "\n" not in said[0]
+    assert said[-1] == "step: backend eager"
+
+
+def test_a_backend_that_compiles_nothing_is_dropped(said):
+    assert choose(Setup(), Eager).backend == "eager"
+    assert "torch.compile compiled nothing" in said[0]
+
+
+def test_a_backend_that_agrees_is_used_and_the_trial_leaves_no_trace(said, compiled):
+    setup, untouched = Setup(), Setup()
+    step = choose(setup, Eager)
+    assert step.backend == "step"
+    assert "checked against eager" in said[0]
+    assert_same(setup.state(), untouched.state())
+    assert step.totals()["steps"] == 0
+
+
+def test_graph_falls_back_to_step_and_then_to_eager(said, compiled):
+    tried = []
+
+    class Fails(FailsAfterTheUpdate):
+        def __init__(self, *args):
+            super().__init__(*args)
+            tried.append(self.backend)
+
+    assert choose(Setup(), Fails, "graph").backend == "eager"
+    assert tried == ["graph", "step"]
+
+
+@pytest.mark.parametrize("asked", ["auto", "none"])
+def test_on_a_cpu_nothing_is_tried(said, asked):
+    assert choose(Setup(), FailsAfterTheUpdate, asked).backend == "eager"
+    assert said == ["step: backend eager"]
+
+
+def test_the_compiled_step_takes_the_same_step():
+    """The real one: torch.compile on the CPU, three steps in each, from the same weights."""
+    eager, compiled_ = Setup(), Setup()
+    step = choose_backend("step", compiled_.build, images(), labels())
+    assert step.backend == "step", "torch.compile does not work here"
+    reference = eager.build("eager")
+    for e in range(3):
+        for one in (reference, step):
+            one(images(seed=e), labels(seed=e), lr=0.1, progress=0.5, seed=e)
+    assert step.totals()["loss"] == pytest.approx(reference.totals()["loss"], rel=1e-3)
+    for ours, theirs in zip(compiled_.net.parameters(), eager.net.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-2)
+
+
+def test_a_signal_while_a_backend_is_tried_stops_the_run():
+    """It is not taken for a fault of the backend, which would be dropped, and the signal with it."""
+
+    class Stopped(Eager):
+        def _record(self, parts):
+            if self.backend == "step":
+                os.kill(os.getpid(), signal.SIGTERM)
+            super()._record(parts)
+
+    setup = Setup()
+    x, y = images(), labels()
+    with stop_at_once(), pytest.raises(Interrupted):
+        choose_backend("step", lambda backend: setup.build(backend, Stopped), x, y)

@@ -1,0 +1,206 @@
+"""A stage of training, and one stopped by a signal at every place it can be: it always ends with the same numbers."""
+
+import json
+import os
+import signal
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from helpers.toy_stage import (
+    EPOCHS,
+    HARDWARE,
+    PER_EPOCH,
+    SCORES,
+    Method,
+    assert_same_outcome,
+    outcome,
+    saved,
+    send,
+    stage,
+)
+from ltat_fast.runs import log
+from ltat_fast.runs.weights import read_weights
+from ltat_fast.schedule import learning_rate
+from ltat_fast.training.fit import fit
+from ltat_fast.training.signals import SIGNALS, Interrupted
+
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
+
+def test_records(uninterrupted):
+    metrics, _ = uninterrupted
+    assert [(r["epoch"], r["steps"]) for r in metrics] == [(1, 5), (2, 5), (3, 5)]
+    assert [r["test_pgd20"] for r in metrics] == SCORES
+    last_rates = [learning_rate("onecycle", 0.1, e, PER_EPOCH - 1, EPOCHS, PER_EPOCH) for e in range(EPOCHS)]
+    assert [r["lr"] for r in metrics] == pytest.approx(last_rates)
+    assert all(0.3 < r["loss"] == r["ce"] < 3 for r in metrics)
+
+
+def test_progress_counts_epochs_from_one(tmp_path):
+    method = Method()
+    fit(stage(tmp_path, method), HARDWARE)
+    expected = np.repeat(np.arange(1, EPOCHS + 1) / EPOCHS, PER_EPOCH)
+    np.testing.assert_allclose(method.progress, expected, rtol=1e-6)
+
+
+def test_best_is_the_first_of_the_highest(uninterrupted):
+    _, files = uninterrupted
+    assert files["best"][1]["epoch"] == 2
+    assert files["last"][1]["epoch"] == 3
+    assert not torch.equal(files["best"][0]["0.weight"], files["last"][0]["0.weight"])
+
+
+def test_best_goes_by_the_number_that_selects(tmp_path):
+    """Clean accuracy peaks in epoch 1, robust accuracy in epoch 3."""
+    by_epoch = iter([{"pgd20": 10.0, "clean": 90.0}, {"pgd20": 20.0, "clean": 80.0}, {"pgd20": 30.0, "clean": 70.0}])
+    fit(stage(tmp_path, evaluate=lambda model: next(by_epoch), select_by="pgd20"), HARDWARE)
+    assert read_weights(tmp_path / "checkpoints" / "best.safetensors")[1]["epoch"] == 3
+    assert saved(tmp_path)["best"] == {"epoch": 3, "pgd20": 30.0, "clean": 70.0}
+
+
+def test_the_last_epoch_is_evaluated_even_if_no_other_is(tmp_path):
+    never = stage(tmp_path, evaluate=lambda model: {"pgd20": 0.0}, select_by="pgd20", evaluate_when=lambda epoch: False)
+    fit(never, HARDWARE)
+    assert ["pgd20" in r for r in log.read_metrics(tmp_path / "metrics.jsonl")] == [False, False, True]
+    assert read_weights(tmp_path / "checkpoints" / "best.safetensors")[1]["epoch"] == 3
+
+
+@pytest.mark.parametrize(("steps", "epochs"), [(1, 1), (5, 1), (6, 2), (1000, 3)])
+def test_max_steps(tmp_path, steps, epochs):
+    method = Method()
+    fit(stage(tmp_path, method, max_steps=steps), HARDWARE)
+    assert method.calls == min(steps, EPOCHS * PER_EPOCH)
+    metrics, files = outcome(tmp_path)
+    assert sum(r["steps"] for r in metrics) == method.calls
+    assert len(metrics) == files["last"][1]["epoch"] == epochs
+    again = Method()
+    assert fit(stage(tmp_path, again, max_steps=steps), HARDWARE).finished
+    assert again.calls == 0
+
+
+def test_another_seed_is_another_run(tmp_path, uninterrupted):
+    fit(stage(tmp_path, seed=4), HARDWARE)
+    assert outcome(tmp_path)[0] != uninterrupted[0]
+
+
+def test_a_finished_stage_gives_its_weights_and_trains_no_more(tmp_path, uninterrupted):
+    fit(stage(tmp_path), HARDWARE)
+    later = stage(tmp_path, Method(lambda number: pytest.fail("trained again")))
+    assert fit(later, HARDWARE).finished
+    assert torch.equal(later.model.state_dict()["0.weight"], uninterrupted[1]["last"][0]["0.weight"])
+
+
+def test_images_a_second_and_the_share_of_the_ceiling(tmp_path):
+    fit(stage(tmp_path), HARDWARE)
+    for record in log.read_metrics(tmp_path / "metrics.jsonl"):
+        assert record["images_per_second"] == pytest.approx(40 / record["seconds"], rel=0.1)
+        assert record["share_of_ceiling"] == pytest.approx(record["images_per_second"] * 1e9 / 1e12, abs=1e-3)
+
+
+@pytest.mark.parametrize("at", range(1, EPOCHS * PER_EPOCH + 1))
+def test_a_signal_in_any_step_saves_and_stops_and_the_numbers_stay_the_same(tmp_path, uninterrupted, at):
+    with pytest.raises(Interrupted, match="stopped by SIGTERM"):
+        fit(stage(tmp_path, Method(send(signal.SIGTERM, at))), HARDWARE)
+    assert saved(tmp_path)["epoch"] * PER_EPOCH + saved(tmp_path)["step"] == at
+    rest = Method()
+    assert fit(stage(tmp_path, rest), HARDWARE).finished
+    assert rest.calls == EPOCHS * PER_EPOCH - at
+    assert_same_outcome(outcome(tmp_path), uninterrupted)
+
+
+def test_stopped_over_and_over(tmp_path, uninterrupted):
+    for _ in range(EPOCHS * PER_EPOCH):
+        with pytest.raises(Interrupted):
+            fit(stage(tmp_path, Method(send(signal.SIGUSR1, 1))), HARDWARE)
+    assert fit(stage(tmp_path), HARDWARE).finished
+    assert_same_outcome(outcome(tmp_path), uninterrupted)
+
+
+@pytest.mark.parametrize("epoch", [1, EPOCHS])
+def test_a_signal_during_an_evaluation_is_not_lost(tmp_path, uninterrupted, epoch):
+    """Also in the last epoch: what would come next is another stage, or hours of AutoAttack."""
+    first = stage(tmp_path)
+    evaluate = first.evaluate
+
+    def evaluate_and_signal(model):
+        if len(log.read_metrics(tmp_path / "metrics.jsonl")) == epoch - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(model)
+
+    first.evaluate = evaluate_and_signal
+    with pytest.raises(Interrupted):
+        fit(first, HARDWARE)
+    # The step after an evaluation may still be taken before the signal is seen, but no epoch.
+    assert saved(tmp_path)["epoch"] == epoch
+    assert saved(tmp_path)["step"] <= 1
+    fit(stage(tmp_path), HARDWARE)
+    assert_same_outcome(outcome(tmp_path), uninterrupted)
+
+
+def test_the_handlers_of_before_are_back_afterwards(tmp_path):
+    before = [signal.getsignal(s) for s in SIGNALS]
+    with pytest.raises(Interrupted):
+        fit(stage(tmp_path, Method(send(signal.SIGINT, 2))), HARDWARE)
+    assert [signal.getsignal(s) for s in SIGNALS] == before
+
+
+def test_a_second_interrupt_does_not_wait(tmp_path):
+    def twice(step):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(stage(tmp_path, Method(twice)), HARDWARE)
+
+
+class Counting(Method):
+    """A method with a tensor of its own, one that its loss depends on."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.seen, self.epochs = torch.zeros(()), []
+
+    def state(self):
+        return {"seen": self.seen}
+
+    def on_epoch_start(self, epoch):
+        self.epochs.append(epoch)
+
+    def loss(self, model, x, x_adv, y, progress):
+        loss, parts = super().loss(model, x, x_adv, y, progress)
+        self.seen += 1
+        return loss * (1 + self.seen / 10), parts
+
+
+@pytest.mark.parametrize("at", [1, 5, 7])
+def test_what_a_method_keeps_is_resumed_with_the_rest(tmp_path, at):
+    whole = Counting()
+    fit(stage(tmp_path / "whole", whole), HARDWARE)
+    assert whole.epochs == [0, 1, 2]
+    first, second = Counting(send(signal.SIGTERM, at)), Counting()
+    with pytest.raises(Interrupted):
+        fit(stage(tmp_path / "parts", first), HARDWARE)
+    fit(stage(tmp_path / "parts", second), HARDWARE)
+    assert first.epochs + second.epochs == [0, 1, 2]
+    assert second.seen == whole.seen
+    assert_same_outcome(outcome(tmp_path / "parts"), outcome(tmp_path / "whole"))
+
+
+def test_metrics_are_json_that_anyone_can_read(tmp_path):
+    fit(stage(tmp_path), HARDWARE)
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line, parse_constant=lambda constant: pytest.fail(f"{constant} is not JSON"))
+        assert {"epoch", "steps", "lr", "loss", "seconds", "images_per_second"} <= record.keys()
+
+
+def test_signals_are_for_the_main_thread(tmp_path):
+    """As a library, from another thread: training works, it just cannot be stopped by a signal."""
+    result = []
+    thread = threading.Thread(target=lambda: result.append(fit(stage(tmp_path), HARDWARE)))
+    thread.start()
+    thread.join()
+    assert result

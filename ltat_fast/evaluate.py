@@ -23,7 +23,8 @@ from ltat_fast.runs.results import read_results
 from ltat_fast.runs.splits import load_splits
 from ltat_fast.runs.weights import weights_file
 from ltat_fast.train import EXIT_INTERRUPTED
-from ltat_fast.training import device, pipeline
+from ltat_fast.training import device
+from ltat_fast.training.evaluation import evaluate_checkpoints
 from ltat_fast.training.signals import Interrupted, leave, stop_at_once
 
 
@@ -75,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with stop_at_once():
             data = load_splits(config, hardware.device)
-            pipeline.evaluate_checkpoints(config, data, hardware, which, attacks, arguments.again)
+            evaluate_checkpoints(config, data, hardware, which, attacks, arguments.again)
     except Interrupted as error:
         flags = [flag for flag in (sys.argv[1:] if argv is None else argv) if flag != "--again"]
         log.say(f"{error}; go on with: python -m ltat_fast.evaluate {shlex.join(flags)}")

@@ -1,19 +1,25 @@
 """The paper's metrics: accuracy under each attack and the worst of them, for all, groups of and single classes."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ltat_fast.attacks.by_name import correct_under
+from ltat_fast.attacks.by_name import AUTOATTACK, correct_under, parse_attacks
 from ltat_fast.attacks.checks import run_checks
+from ltat_fast.config import Config, ratio
 from ltat_fast.models.frozen import FrozenTwin
 from ltat_fast.pixels import to_unit
+from ltat_fast.runs import log
 from ltat_fast.runs.metrics import accuracies, pack, spread
+from ltat_fast.runs.scores import Scores, fingerprint
+from ltat_fast.runs.splits import DeviceImages, Splits
+from ltat_fast.runs.weights import load_model, weights_digest, weights_file
 from ltat_fast.training import distributed
-from ltat_fast.training.device import without_tf32
+from ltat_fast.training.device import Hardware, without_tf32
 
 
 def evaluate(
@@ -72,3 +78,79 @@ def check(model: nn.Module, images: Tensor, labels: Tensor, eps: float, say: Cal
     for check in failed:
         say(f"  FLAG {check.name}: {check.detail}")
     return [dataclasses.asdict(check) for check in checks]
+
+
+def evaluate_run(config: Config, data: Splits, hardware: Hardware) -> None:
+    """RUN/eval.json: the attacks of ``config`` on the best and the last weights. What is already there is kept."""
+    evaluate_checkpoints(config, data, hardware, ["best", "last"], parse_attacks(config.eval_attacks))
+
+
+def evaluate_checkpoints(
+    config: Config, data: Splits, hardware: Hardware, checkpoints: list[str], attacks: list[str], again: bool = False
+) -> None:
+    """Evaluate ``checkpoints`` (of "best" and "last") and merge the results into RUN/eval.json, attack by attack.
+
+    An attack whose result is there for the same weights, eps, test set and at least as many images is not run again,
+    unless ``again``; "best" and "last" that are the same weights are attacked once. Before AutoAttack come the checks
+    of :mod:`ltat_fast.attacks.checks`.
+    """
+    by_weights: dict[str, list[str]] = {}
+    for which in checkpoints:
+        by_weights.setdefault(weights_digest(weights_file(config.run_dir, which)), []).append(which)
+    file, test_set = config.run_dir / "eval.json", fingerprint(data.test)
+    for weights, names in by_weights.items():
+        identity = {"weights": weights, "eps": config.eps, "test_set": test_set}
+        scores = Scores(file, identity, names, data.test, data.groups, data.num_classes)
+        _evaluate_weights(config, data, hardware, scores, attacks, again)
+
+
+def _evaluate_weights(
+    config: Config, data: Splits, hardware: Hardware, scores: Scores, attacks: list[str], again: bool
+) -> None:
+    """:func:`evaluate_checkpoints` for one set of weights."""
+
+    @functools.cache
+    def model() -> nn.Module:
+        log.say(f"{' and '.join(scores.checkpoints)}, on the test set:")
+        file = weights_file(config.run_dir, scores.checkpoints[0])
+        return load_model(file, hardware.device, config.arch, data)
+
+    def missing(known: dict | list | None) -> bool:
+        """Whether to measure; all processes must go the same way, and a file may change while they read it."""
+        return distributed.any_process(again or known is None, hardware.device)
+
+    is_main = distributed.current().is_main
+    first = next((attack for attack in attacks if attack in AUTOATTACK), None)
+    for attack in attacks:
+        if attack == first:
+            checks = scores.known_checks()
+            if missing(checks):
+                checks = check(model(), data.test.images, data.test.labels, ratio(config.eps), log.say)
+            if is_main:
+                scores.add_checks(checks)
+        images = min(limit for limit in (len(data.test), config.limit_eval, _limits(config).get(attack)) if limit)
+        result = scores.known(attack, images)
+        if missing(result):
+            result = evaluate_model(config, data, data.test, model(), [attack], log.say)[attack]
+        if is_main:
+            scores.add(attack, result)
+    distributed.wait()  # the next call reads what this one wrote
+
+
+def _limits(config: Config) -> dict[str, int | None]:
+    return {"default": config.limit_eval} | dict.fromkeys(AUTOATTACK, config.limit_autoattack)
+
+
+def evaluate_model(config: Config, data: Splits, images: DeviceImages, model, attacks, say=lambda text: None) -> dict:
+    return evaluate(
+        model,
+        images.images,
+        images.labels,
+        attacks,
+        data.groups,
+        data.num_classes,
+        ratio(config.eps),
+        batch_size=config.eval_batch_size,
+        limits=_limits(config),
+        say=say,
+    )

@@ -9,7 +9,6 @@ from torch import nn
 from ltat_fast import config as configuration
 from ltat_fast import seeding
 from ltat_fast.attacks import AttackConfig
-from ltat_fast.attacks.by_name import AUTOATTACK, parse_attacks
 from ltat_fast.config import Config, ratio
 from ltat_fast.data import DeviceLoader
 from ltat_fast.errors import UserError
@@ -17,13 +16,12 @@ from ltat_fast.files import write_json
 from ltat_fast.methods import METHODS, Method, MethodContext
 from ltat_fast.runs import log, tables
 from ltat_fast.runs.environment import describe_environment
-from ltat_fast.runs.scores import Scores, fingerprint
-from ltat_fast.runs.splits import DeviceImages, Splits, balanced_indices, counts_tensor, load_splits
-from ltat_fast.runs.weights import load_model, new_model, weights_card, weights_digest, weights_file
+from ltat_fast.runs.splits import Splits, balanced_indices, counts_tensor, load_splits
+from ltat_fast.runs.weights import new_model, weights_card
 from ltat_fast.schedule import first_drop
 from ltat_fast.training import distributed, teachers
 from ltat_fast.training.device import Hardware, make_deterministic
-from ltat_fast.training.evaluation import check, evaluate
+from ltat_fast.training.evaluation import evaluate_model, evaluate_run
 from ltat_fast.training.fit import Stage, fit
 from ltat_fast.training.step import frozen_twin
 
@@ -57,7 +55,7 @@ def train(config: Config, method: Method, hardware: Hardware) -> None:
         teacher = frozen_twin(teacher, hardware)
     method.setup(MethodContext(class_counts=counts_tensor(data, hardware.device), teacher=teacher))
     fit(student, hardware)
-    final_evaluation(config, data, hardware)
+    evaluate_run(config, data, hardware)
     if distributed.current().is_main:
         log.say(tables.render([run_dir]))
 
@@ -79,7 +77,7 @@ def train_teacher(config: Config, stage: Stage, data: Splits, hardware: Hardware
     scores = stage.folder / "eval.json"
     if not scores.exists():
         log.say("teacher on the test set:")
-        result = _evaluate(config, data, data.test, stage.model, ["clean", "pgd20"], log.say)
+        result = evaluate_model(config, data, data.test, stage.model, ["clean", "pgd20"], log.say)
         if distributed.current().is_main:
             write_json(scores, {"last": result})
     distributed.wait()
@@ -91,7 +89,7 @@ def student_stage(config: Config, method: Method, data: Splits, hardware: Hardwa
     name = "test" if config.select_on == "test" else "heldout"
 
     def scores(model: nn.Module) -> dict[str, float]:
-        result = _evaluate(config, data, data.select, model, ["clean", "pgd20"])
+        result = evaluate_model(config, data, data.select, model, ["clean", "pgd20"])
         flat = {"clean": result["clean"]["all"], "pgd20": result["pgd20"]["all"]}
         flat |= {"tail_clean": result["clean"]["tail"], "tail_pgd20": result["pgd20"]["tail"]}
         return {f"{name}_{key}": value for key, value in flat.items() if value is not None}
@@ -100,82 +98,6 @@ def student_stage(config: Config, method: Method, data: Splits, hardware: Hardwa
     stage.evaluate, stage.select_by = scores, f"{name}_pgd20"
     stage.evaluate_when = lambda epoch: epoch >= dropped or (epoch + 1) % config.eval_every == 0
     return stage
-
-
-def final_evaluation(config: Config, data: Splits, hardware: Hardware) -> None:
-    """RUN/eval.json: the attacks of ``config`` on the best and the last weights. What is already there is kept."""
-    evaluate_checkpoints(config, data, hardware, ["best", "last"], parse_attacks(config.eval_attacks))
-
-
-def evaluate_checkpoints(
-    config: Config, data: Splits, hardware: Hardware, checkpoints: list[str], attacks: list[str], again: bool = False
-) -> None:
-    """Evaluate ``checkpoints`` (of "best" and "last") and merge the results into RUN/eval.json, attack by attack.
-
-    An attack whose result is there for the same weights, eps, test set and at least as many images is not run again,
-    unless ``again``; "best" and "last" that are the same weights are attacked once. Before AutoAttack come the checks
-    of :mod:`ltat_fast.attacks.checks`.
-    """
-    by_weights: dict[str, list[str]] = {}
-    for which in checkpoints:
-        by_weights.setdefault(weights_digest(weights_file(config.run_dir, which)), []).append(which)
-    file, test_set = config.run_dir / "eval.json", fingerprint(data.test)
-    for weights, names in by_weights.items():
-        identity = {"weights": weights, "eps": config.eps, "test_set": test_set}
-        scores = Scores(file, identity, names, data.test, data.groups, data.num_classes)
-        _evaluate_weights(config, data, hardware, scores, attacks, again)
-
-
-def _evaluate_weights(
-    config: Config, data: Splits, hardware: Hardware, scores: Scores, attacks: list[str], again: bool
-) -> None:
-    """:func:`evaluate_checkpoints` for one set of weights."""
-
-    @functools.cache
-    def model() -> nn.Module:
-        log.say(f"{' and '.join(scores.checkpoints)}, on the test set:")
-        file = weights_file(config.run_dir, scores.checkpoints[0])
-        return load_model(file, hardware.device, config.arch, data)
-
-    def missing(known: dict | list | None) -> bool:
-        """Whether to measure; all processes must go the same way, and a file may change while they read it."""
-        return distributed.any_process(again or known is None, hardware.device)
-
-    is_main = distributed.current().is_main
-    first = next((attack for attack in attacks if attack in AUTOATTACK), None)
-    for attack in attacks:
-        if attack == first:
-            checks = scores.known_checks()
-            if missing(checks):
-                checks = check(model(), data.test.images, data.test.labels, ratio(config.eps), log.say)
-            if is_main:
-                scores.add_checks(checks)
-        images = min(limit for limit in (len(data.test), config.limit_eval, _limits(config).get(attack)) if limit)
-        result = scores.known(attack, images)
-        if missing(result):
-            result = _evaluate(config, data, data.test, model(), [attack], log.say)[attack]
-        if is_main:
-            scores.add(attack, result)
-    distributed.wait()  # the next call reads what this one wrote
-
-
-def _limits(config: Config) -> dict[str, int | None]:
-    return {"default": config.limit_eval} | dict.fromkeys(AUTOATTACK, config.limit_autoattack)
-
-
-def _evaluate(config: Config, data: Splits, images: DeviceImages, model, attacks, say=lambda text: None) -> dict:
-    return evaluate(
-        model,
-        images.images,
-        images.labels,
-        attacks,
-        data.groups,
-        data.num_classes,
-        ratio(config.eps),
-        batch_size=config.eval_batch_size,
-        limits=_limits(config),
-        say=say,
-    )
 
 
 def _stage(

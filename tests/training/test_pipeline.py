@@ -97,7 +97,7 @@ def test_the_method_knows_the_long_tail_and_the_teacher(monkeypatch, tmp_path, d
     trained = []
     monkeypatch.setattr(pipeline, "fit", lambda stage, hardware: trained.append(stage))
     monkeypatch.setattr(pipeline, "_evaluate", lambda *args: {})
-    monkeypatch.setattr(pipeline, "final_evaluation", lambda *args: None)
+    monkeypatch.setattr(pipeline, "evaluate_run", lambda *args: None)
     monkeypatch.setattr(pipeline.tables, "render", lambda runs: "")
     method = METHODS["ltat"]()
     pipeline.train(config_of("ltat", tmp_path), method, HARDWARE)

@@ -14,8 +14,8 @@ from ltat_fast._torchvision import torchvision
 from ltat_fast.errors import UserError
 from ltat_fast.models import build_model
 from ltat_fast.models.classifier import FullPrecisionLinear
-from ltat_fast.runs.weights import write_weights
 from ltat_fast.runs.splits import DeviceImages, Splits
+from ltat_fast.runs.weights import write_weights
 from ltat_fast.training import teachers
 from ltat_fast.training.device import Hardware
 from ltat_fast.training.step import frozen_twin

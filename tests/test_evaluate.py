@@ -17,10 +17,11 @@ from sklearn.datasets import load_digits
 
 from helpers import small_disks, train_runs
 from helpers.quick_autoattack import QuickAutoAttack
+from ltat_fast import evaluate as command
 from ltat_fast.data import load_dataset
 from ltat_fast.models import build_model
 from ltat_fast.runs.weights import read_weights, write_weights
-from ltat_fast.training import pipeline
+from ltat_fast.training import evaluation
 
 
 @pytest.fixture
@@ -36,13 +37,13 @@ def evaluate(run, *flags: str) -> dict:
 @pytest.fixture
 def attacked(monkeypatch):
     """The attacks that are run, in order."""
-    names, original = [], pipeline.evaluate
+    names, original = [], evaluation.evaluate
 
     def recording(model, images, labels, attacks, *args, **kwargs):
         names.extend(attacks)
         return original(model, images, labels, attacks, *args, **kwargs)
 
-    monkeypatch.setattr(pipeline, "evaluate", recording)
+    monkeypatch.setattr(evaluation, "evaluate", recording)
     return names
 
 
@@ -140,7 +141,7 @@ def test_the_checks_run_once_for_the_same_weights(run, quick_autoattack, capfd):
 
 
 def test_autoattack_takes_as_many_images_as_in_the_run(run, quick_autoattack, monkeypatch):
-    monkeypatch.setattr(pipeline, "check", lambda *args: [])
+    monkeypatch.setattr(evaluation, "check", lambda *args: [])
     config = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps(config | {"limit_autoattack": 6}))
 
@@ -195,7 +196,7 @@ def test_other_weights_are_evaluated_afresh(run, attacked):
 
 
 def test_other_images_are_evaluated_afresh(run, attacked, monkeypatch):
-    load = pipeline.run.load_data
+    load = command.load_splits
 
     def changed(*args):
         data = load(*args)
@@ -203,7 +204,7 @@ def test_other_images_are_evaluated_afresh(run, attacked, monkeypatch):
         return data
 
     with monkeypatch.context() as patched:
-        patched.setattr(pipeline.run, "load_data", changed)
+        patched.setattr(command, "load_splits", changed)
         evaluate(run, "--attacks", "clean", "--limit-eval", "100", "--checkpoint", "last")
     assert attacked == ["clean"]
 
@@ -236,7 +237,7 @@ def test_best_that_is_last_is_attacked_once(run, attacked, capfd):
 
 
 def test_what_another_process_wrote_meanwhile_is_kept(run, monkeypatch):
-    original = pipeline.evaluate
+    original = evaluation.evaluate
 
     def meanwhile(model, images, labels, attacks, *args, **kwargs):
         results = json.loads((run / "eval.json").read_text())
@@ -244,7 +245,7 @@ def test_what_another_process_wrote_meanwhile_is_kept(run, monkeypatch):
         (run / "eval.json").write_text(json.dumps(results))
         return original(model, images, labels, attacks, *args, **kwargs)
 
-    monkeypatch.setattr(pipeline, "evaluate", meanwhile)
+    monkeypatch.setattr(evaluation, "evaluate", meanwhile)
     results = evaluate(run, "--attacks", "pgd3", "--limit-eval", "20", "--checkpoint", "last")["last"]
     assert results["fgsm"] == {"all": 12.5}
     assert {"clean", "pgd20", "pgd3", "worst"} < set(results)
@@ -339,8 +340,8 @@ def test_a_read_only_run_is_refused_before_anything_is_measured(read_only, digit
     )
     assert said in refused(capfd, str(read_only), "--attacks", "clean,pgd20", "--limit-eval", "101")
     with monkeypatch.context() as patched:
-        patched.setattr(pipeline, "check", lambda *_: pytest.fail("the checks were run"))
-        patched.setattr(pipeline.run, "load_data", lambda *_: pytest.fail("the images were read"))
+        patched.setattr(evaluation, "check", lambda *_: pytest.fail("the checks were run"))
+        patched.setattr(command, "load_splits", lambda *_: pytest.fail("the images were read"))
         for flags in (("clean,fgsm",), ("clean", "--again"), ("autoattack",)):
             assert said in refused(capfd, str(read_only), "--attacks", *flags)
     assert attacked == []

@@ -14,7 +14,7 @@ from helpers import train_runs
 from ltat_fast.models import build_model
 from ltat_fast.runs import log
 from ltat_fast.runs.weights import read_weights, write_weights
-from ltat_fast.training import pipeline
+from ltat_fast.training import evaluation, pipeline
 
 # -- a whole run ----------------------------------------------------------------------------------------------------
 
@@ -165,7 +165,7 @@ def test_sigterm_while_evaluating_stops_at_once(tmp_path, digits_run, monkeypatc
     """No step to finish, perhaps hours of AutoAttack to go: what is measured is kept, the rest is for the resume."""
     copy = shutil.copytree(digits_run, tmp_path / "copy")
     (copy / "eval.json").unlink()
-    evaluate, attacks = pipeline.evaluate, []
+    evaluate, attacks = evaluation.evaluate, []
 
     def signalled(model, images, labels, names, *args, **kwargs):
         attacks.extend(names)
@@ -174,7 +174,7 @@ def test_sigterm_while_evaluating_stops_at_once(tmp_path, digits_run, monkeypatc
         return evaluate(model, images, labels, names, *args, **kwargs)
 
     with monkeypatch.context() as patched:
-        patched.setattr(pipeline, "evaluate", signalled)
+        patched.setattr(evaluation, "evaluate", signalled)
         assert train_runs.train("--out", str(copy), "--resume") == 75
     assert attacks == ["clean", "pgd20"]
     assert (copy / "interrupted").exists()
@@ -189,7 +189,7 @@ def test_a_signal_before_there_is_anything_to_resume(tmp_path, monkeypatch):
         os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patched:
-        patched.setattr(pipeline.run, "load_data", load_data)
+        patched.setattr(pipeline, "load_splits", load_data)
         assert train_runs.train("--out", str(tmp_path / "run")) == 75
     assert_free(tmp_path / "run")
 

@@ -96,7 +96,7 @@ def test_the_precision_of_the_attack(method, options, given, fp32, data, tmp_pat
 def test_the_method_knows_the_long_tail_and_the_teacher(monkeypatch, tmp_path, data):
     trained = []
     monkeypatch.setattr(pipeline, "fit", lambda stage, hardware: trained.append(stage))
-    monkeypatch.setattr(pipeline, "_evaluate", lambda *args: {})
+    monkeypatch.setattr(pipeline, "evaluate_model", lambda *args: {})
     monkeypatch.setattr(pipeline, "evaluate_run", lambda *args: None)
     monkeypatch.setattr(pipeline.tables, "render", lambda runs: "")
     method = METHODS["ltat"]()

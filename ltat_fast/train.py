@@ -13,8 +13,9 @@ import contextlib
 import shlex
 import sys
 
-from ltat_fast.config import Config, differences, load, parse_args
+from ltat_fast.config import Config, differences, load
 from ltat_fast.errors import UserError, exit_on_user_error
+from ltat_fast.flags import parse_args
 
 EXIT_DIVERGED, EXIT_LEFT_ALONE, EXIT_INTERRUPTED = 3, 4, 75
 

@@ -12,7 +12,7 @@ from ltat_fast import config as configuration
 from ltat_fast.analysis import parts as measures
 from ltat_fast.analysis import table
 from ltat_fast.analysis.parts import Subject
-from ltat_fast.config import Config, ratio
+from ltat_fast.config import Config
 from ltat_fast.errors import UserError
 from ltat_fast.files import refuse_read_only, write_json
 from ltat_fast.runs import log
@@ -142,7 +142,7 @@ def load(folder: Path, parts: list[str], options: Options, hardware: Hardware) -
         data.test.labels[chosen],
         data.groups,
         data.counts,
-        ratio(config.eps),
+        config.attack_config.eps,
         options.batch_size,
         teacher,
     )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ltat_fast.attacks.by_name import AUTOATTACK, correct_under, parse_attacks
 from ltat_fast.attacks.checks import run_checks
-from ltat_fast.config import Config, ratio
+from ltat_fast.config import Config
 from ltat_fast.models.frozen import FrozenTwin
 from ltat_fast.pixels import to_unit
 from ltat_fast.runs import log
@@ -125,7 +125,7 @@ def _evaluate_weights(
         if attack == first:
             checks = scores.known_checks()
             if missing(checks):
-                checks = check(model(), data.test.images, data.test.labels, ratio(config.eps), log.say)
+                checks = check(model(), data.test.images, data.test.labels, config.attack_config.eps, log.say)
             if is_main:
                 scores.add_checks(checks)
         images = min(limit for limit in (len(data.test), config.limit_eval, _limits(config).get(attack)) if limit)
@@ -149,7 +149,7 @@ def evaluate_model(config: Config, data: Splits, images: DeviceImages, model, at
         attacks,
         data.groups,
         data.num_classes,
-        ratio(config.eps),
+        config.attack_config.eps,
         batch_size=config.eval_batch_size,
         limits=_limits(config),
         say=say,

@@ -32,7 +32,7 @@ def fit(stage: Stage, hardware: Hardware) -> Progress:
     Raises :class:`Diverged` and :class:`Interrupted`.
     """
     synchronise_batch_norm(stage.model)
-    optimizer = make_optimizer(stage.model, stage.lr, stage.momentum, stage.weight_decay)
+    optimizer = make_optimizer(stage.model, stage.config.lr, stage.config.momentum, stage.config.weight_decay)
     progress = Progress()
     if checkpoint.has_state(stage.state_file):
         progress = recovery.last_good_state(stage, optimizer)
@@ -46,7 +46,7 @@ def fit(stage: Stage, hardware: Hardware) -> Progress:
         return train_step(stage, optimizer, hardware, backend, wrapped)
 
     x, y = next(stage.loader.batches(progress.epoch))
-    step = choose_backend(stage.backend, build, x, y)
+    step = choose_backend(stage.config.compile, build, x, y)
     flops = speed.flops_per_image(build("eager"), x, y)
     ceiling = speed.matmul_ceiling(hardware.device, hardware.dtype)
     log.say(f"{stage.name}: {flops / 1e9:.3g} GFLOP an image; matrix products reach {ceiling / 1e12:.3g} TFLOP/s")
@@ -66,7 +66,7 @@ def train_step(
     train_model: nn.Module | None = None,
 ) -> TrainStep:
     """The training step of ``stage``; its attack in the precision that the stage asks for."""
-    twin = frozen_twin(stage.model, replace(hardware, dtype=torch.float32) if stage.attack_fp32 else hardware)
+    twin = frozen_twin(stage.model, replace(hardware, dtype=torch.float32) if stage.attacks_in_fp32 else hardware)
     return TrainStep(stage.model, stage.method, optimizer, stage.attack, hardware, backend, train_model, twin)
 
 
@@ -145,12 +145,12 @@ class _Fit:
 
         finished = epoch == stage.epochs or self._out_of_steps(done)
         scores = {}
-        if stage.evaluate and (stage.evaluate_when(epoch - 1) or finished):
-            scores = stage.evaluate(stage.model)
+        if (selection := stage.selection) and (selection.after(epoch - 1) or finished):
+            scores = selection.evaluate(stage.model)
             entry |= scores
             if stage.method.attacks:
                 entry |= gradient_health(self.step, *self.check_batch)
-            if scores[stage.select_by] > progress.best.get(stage.select_by, -1.0):
+            if scores[selection.by] > progress.best.get(selection.by, -1.0):
                 progress.best = {"epoch": epoch, **scores}
                 self._save_weights("best", epoch, scores)
         self.record.epoch(entry)
@@ -163,14 +163,15 @@ class _Fit:
         self._stop_if_asked(f"after epoch {epoch}")
 
     def _out_of_steps(self, done: int) -> bool:
-        most = self.stage.max_steps
+        most = self.stage.config.max_steps
         return most is not None and self.progress.epoch * self.per_epoch + done >= most
 
     def _time_to_save(self, done: int) -> bool:
         if done % (AGREE_EVERY if self.world.size > 1 else 1):
             return False
         minutes = (time.monotonic() - self.last_save) / 60
-        return distributed.any_process(bool(self.stop.asked) or minutes > self.stage.save_minutes, self.step.device)
+        due = bool(self.stop.asked) or minutes > self.stage.config.save_minutes
+        return distributed.any_process(due, self.step.device)
 
     def _save(self) -> None:
         if self.world.is_main:

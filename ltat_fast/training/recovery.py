@@ -31,7 +31,9 @@ class Diverged(Exception):
 def last_good_state(stage: Stage, optimizer: torch.optim.SGD) -> Progress:
     """Load the newest state of ``stage`` that is whole, in place."""
     with distributed.main_first():  # it sets a damaged file aside
-        progress = checkpoint.load_state(stage.state_file, stage.model, optimizer, stage.arch, stage.method.state())
+        progress = checkpoint.load_state(
+            stage.state_file, stage.model, optimizer, stage.config.arch, stage.method.state()
+        )
     if progress.best and not progress.finished:
         progress.best = _best_on_disk(stage)
     return progress
@@ -61,7 +63,7 @@ def not_finite(step: TrainStep, totals: dict[str, float]) -> str:
 def without_bad_batch(stage: Stage, step: TrainStep, diverged: Diverged) -> Progress:
     """The last good state, loaded, and in it the place of the batch to leave out.
 
-    Raises :class:`Diverged` with the whole story where the run is to stop: by ``stage.on_nan``, if a batch had been
+    Raises :class:`Diverged` with the whole story where the run is to stop: by ``--on-nan``, if a batch had been
     left out before, or if the step did not go wrong again.
     """
     good = last_good_state(stage, step.optimizer)
@@ -74,7 +76,7 @@ def without_bad_batch(stage: Stage, step: TrainStep, diverged: Diverged) -> Prog
     what, epoch, number, dump = found
     replay = f"python -m ltat_fast.replay {shlex.quote(str(dump))} shows where it begins"
     story = f"{stage.name}: {what} not finite at epoch {epoch + 1}, step {number + 1}; {replay}"
-    if stage.on_nan != "rollback":
+    if stage.config.on_nan != "rollback":
         raise Diverged(f"{story}; {state}; a lower --lr is the usual remedy", epoch, number)
     if good.skipped:
         raise Diverged(f"{story}; a batch had been left out before, so the run stops; {state}", epoch, number)

@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from ltat_fast import config as configuration
 from ltat_fast.config import Config
 from ltat_fast.errors import UserError
-from ltat_fast.methods import Method, MethodContext
+from ltat_fast.methods import Method
 from ltat_fast.runs import checkpoint, log
-from ltat_fast.runs.splits import counts_tensor, load_splits
+from ltat_fast.runs.splits import load_splits
 from ltat_fast.runs.weights import load_model, read_weights, weights_file
 from ltat_fast.training import device as devices
 from ltat_fast.training import fit, pipeline
 from ltat_fast.training.device import Hardware
 from ltat_fast.training.stage import Stage
-from ltat_fast.training.step import TrainStep, frozen_twin, make_optimizer
+from ltat_fast.training.step import TrainStep, make_optimizer
 
 Watch = Callable[[str, object], None]
 
@@ -40,8 +40,8 @@ def replay(dump: Path, data_dir: Path | None = None, device: str | None = None) 
     config = dataclasses.replace(config, out=run_dir, data_dir=data_dir, device=device)
     hardware = devices.choose(config.device, config.precision)
     stage = _stage(config, method, hardware, card["stage"])
-    optimizer = make_optimizer(stage.model, stage.lr, stage.momentum, stage.weight_decay)
-    checkpoint.restore(tensors, dump, stage.model, optimizer, stage.arch, stage.method.state())
+    optimizer = make_optimizer(stage.model, config.lr, config.momentum, config.weight_decay)
+    checkpoint.restore(tensors, dump, stage.model, optimizer, config.arch, stage.method.state())
     step = fit.train_step(stage, optimizer, hardware)
     x = tensors["images"].to(hardware.device, memory_format=torch.channels_last)
 
@@ -65,8 +65,7 @@ def _stage(config: Config, method: Method, hardware: Hardware, name: str) -> Sta
     if isinstance(teacher, Stage):
         teacher = load_model(weights_file(teacher.folder), hardware.device, config.arch, data)
     stage = pipeline.student_stage(config, method, data, hardware)
-    twin = None if teacher is None else frozen_twin(teacher, hardware)
-    method.setup(MethodContext(class_counts=counts_tensor(data, hardware.device), teacher=twin))
+    pipeline.setup_method(method, data, teacher, hardware)
     return stage
 
 
@@ -117,7 +116,7 @@ def _watched(step: TrainStep, watch: Watch) -> Iterator[None]:
         return value, parts
 
     hooks = [*_hooks(step.frozen, "attack: network", watch), *_hooks(step.model, "student", watch)]
-    if teacher := getattr(getattr(method, "setting", None), "teacher", None):
+    if teacher := getattr(getattr(method, "context", None), "teacher", None):
         hooks += _hooks(teacher, "teacher", watch)
     for name, parameter in step.model.named_parameters():
         hooks.append(parameter.register_hook(lambda grad, name=name: watch(f"gradient of {name}", grad)))

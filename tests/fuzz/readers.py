@@ -38,6 +38,7 @@ from ltat_fast.data.download import Archive, fetch, unpack
 from ltat_fast.data.folder import scan_tiny_imagenet
 from ltat_fast.data.svhn import read_svhn
 from ltat_fast.errors import UserError
+from ltat_fast.flags import parse_args
 from ltat_fast.runs.weights import read_weights, write_weights
 
 sys.path.append(str(Path(__file__).parents[1]))
@@ -229,7 +230,7 @@ def configurations(folder: Path) -> tuple[list[bytes], Check]:
     """RUN/config.json: what is read can be written, and is what it says."""
     path = folder / "config.json"
     flags = ([], ["--dataset", "cifar100-lt", "--method", "robal"], ["--data-dir", "d", "--lr", "0.03", "--seed", "7"])
-    originals = [json.dumps(config.to_json(*config.parse_args(list(f)))).encode() for f in flags]
+    originals = [json.dumps(config.to_json(*parse_args(list(f)))).encode() for f in flags]
 
     def check(content: bytes, original: bytes) -> None:
         path.write_bytes(content)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from helpers.three_steps import COUNTS, N, Twin, assert_three_steps_equal, picked
-from ltat_fast.config import parse_args
+from ltat_fast.flags import parse_args
 from ltat_fast.methods import MethodContext
 from ltat_fast.methods.mart import Mart
 

@@ -21,8 +21,8 @@ from helpers.three_steps import (
     train_step,
 )
 from ltat_fast import config as configuration
-from ltat_fast.config import parse_args
 from ltat_fast.errors import UserError
+from ltat_fast.flags import parse_args
 from ltat_fast.methods.robal import Robal
 from ltat_fast.runs.splits import load_splits
 from ltat_fast.runs.weights import load_model

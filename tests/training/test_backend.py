@@ -1,8 +1,10 @@
 """Which backend a step runs on: one that fails or computes something else is dropped, and leaves nothing behind."""
 
 import copy
+import gc
 import os
 import signal
+import weakref
 
 import pytest
 import torch
@@ -169,3 +171,19 @@ def test_a_signal_while_a_backend_is_tried_stops_the_run():
     x, y = images(), labels()
     with stop_at_once(), pytest.raises(Interrupted):
         choose_backend("step", lambda backend: setup.build(backend, Stopped), x, y)
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("step", marks=pytest.mark.slow)])
+def test_a_step_is_freed_without_the_garbage_collector(backend):
+    """A step in a reference cycle is freed by the collector, which may run while another step is being captured."""
+    setup = Setup()
+    step = setup.build(backend)
+    step(images(), labels(), lr=0.1, progress=0.5, seed=0)
+    step.trial(images(), labels())
+    gone = weakref.ref(step)
+    gc.disable()
+    try:
+        del step
+        assert gone() is None
+    finally:
+        gc.enable()

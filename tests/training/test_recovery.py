@@ -29,6 +29,7 @@ from ltat_fast.runs.weights import read_weights, write_weights
 from ltat_fast.training.fit import fit
 from ltat_fast.training.recovery import Diverged
 from ltat_fast.training.signals import Interrupted
+from ltat_fast.training.stage import Selection
 
 pytestmark = pytest.mark.usefixtures("unmeasured")
 
@@ -177,7 +178,8 @@ def test_best_weights_of_an_epoch_that_is_taken_again_keep_their_score(tmp_path,
         with pytest.raises(Killed):
             fit(stage(tmp_path), HARDWARE)
     assert saved(tmp_path)["best"]["epoch"] == 1
-    again = stage(tmp_path, evaluate=lambda model: {"test_pgd20": 40.0}, evaluate_when=lambda epoch: True)
+    selection = Selection(lambda model: {"test_pgd20": 40.0}, lambda epoch: True, "test_pgd20")
+    again = stage(tmp_path, selection=selection)
     assert fit(again, HARDWARE).best == {"epoch": 2, "test_pgd20": 50.0, "test_clean": 60.0}
     assert read_weights(tmp_path / "checkpoints" / "best.safetensors")[1]["epoch"] == 2
 

@@ -16,13 +16,12 @@ import tyro
 
 from ltat_fast import config as configuration
 from ltat_fast.attacks.by_name import CHOICES, parse_attacks
-from ltat_fast.errors import exit_on_user_error
+from ltat_fast.errors import EXIT_INTERRUPTED, exit_on_user_error
 from ltat_fast.files import refuse_read_only
 from ltat_fast.runs import log, tables
 from ltat_fast.runs.results import read_results
 from ltat_fast.runs.splits import load_splits
 from ltat_fast.runs.weights import weights_file
-from ltat_fast.train import EXIT_INTERRUPTED
 from ltat_fast.training import device
 from ltat_fast.training.evaluation import evaluate_checkpoints
 from ltat_fast.training.signals import Interrupted, leave, stop_at_once

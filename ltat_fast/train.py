@@ -14,10 +14,8 @@ import shlex
 import sys
 
 from ltat_fast.config import Config, differences, load
-from ltat_fast.errors import UserError, exit_on_user_error
+from ltat_fast.errors import EXIT_DIVERGED, EXIT_INTERRUPTED, EXIT_LOST_PROCESS, UserError, exit_on_user_error
 from ltat_fast.flags import parse_args
-
-EXIT_DIVERGED, EXIT_LEFT_ALONE, EXIT_INTERRUPTED = 3, 4, 75
 
 
 @exit_on_user_error
@@ -51,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
             raise
         reason = str(error).splitlines()[0].split(". ")[0]
         print(f"ltat_fast: another process of this run is gone, see what it said ({reason})", file=sys.stderr)
-        distributed.leave_broken(EXIT_LEFT_ALONE)
+        distributed.leave_broken(EXIT_LOST_PROCESS)
     except Interrupted as error:
         if is_main and (config.run_dir / "config.json").exists():
             with contextlib.suppress(OSError):

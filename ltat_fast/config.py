@@ -199,8 +199,8 @@ METHOD_PRESETS: dict[tuple[str, str], dict] = {
     ("cifar100-lt", "robal"): {"robal_dataset": "cifar100"},
 }
 # Settings that --resume may change: they say where and how a run computes, not what it trains. Another device or
-# evaluation batch size changes results by rounding, and AutoAttack's random parts, which are seeded per batch.
-FREE_ON_RESUME = {"resume", "out", "data_dir", "device", "save_minutes", "eval_batch_size", "on_nan"}
+# backend or evaluation batch size changes results by rounding, and AutoAttack's random parts, seeded per batch.
+FREE_ON_RESUME = {"resume", "out", "data_dir", "device", "compile", "save_minutes", "eval_batch_size", "on_nan"}
 
 
 def parse_fraction(text: str, name: str = "value") -> float:

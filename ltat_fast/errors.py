@@ -4,7 +4,8 @@ import functools
 import sys
 from collections.abc import Callable
 
-EXIT_USER_ERROR, EXIT_DIVERGED, EXIT_LOST_PROCESS, EXIT_INTERRUPTED, EXIT_CTRL_C = 2, 3, 4, 75, 130
+EXIT_USER_ERROR, EXIT_DIVERGED, EXIT_LOST_PROCESS = 2, 3, 4
+EXIT_INTERRUPTED, EXIT_GRAPH_FAILED, EXIT_CTRL_C = 75, 76, 130
 
 
 class UserError(Exception):

@@ -6,15 +6,24 @@
     torchrun --nproc-per-node=8 -m ltat_fast.train ...                         # the same on many GPUs
 
 Exit status: 0 done; 2 a flag, a path, the data or the disk is at fault; 3 a number was not finite; 4 another process of
-the run died; 75 interrupted, state saved. docs/reliability.md tells more.
+the run died; 75 interrupted, state saved; 76 the CUDA graph could not be captured (as a command, the run continues in a
+new process with --compile step). docs/reliability.md tells more.
 """
 
 import contextlib
+import os
 import shlex
 import sys
 
 from ltat_fast.config import Config, differences, load
-from ltat_fast.errors import EXIT_DIVERGED, EXIT_INTERRUPTED, EXIT_LOST_PROCESS, UserError, exit_on_user_error
+from ltat_fast.errors import (
+    EXIT_DIVERGED,
+    EXIT_GRAPH_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_LOST_PROCESS,
+    UserError,
+    exit_on_user_error,
+)
 from ltat_fast.flags import parse_args
 
 
@@ -26,6 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     from ltat_fast.files import lock_run_dir
     from ltat_fast.runs import log
     from ltat_fast.training import device, distributed, pipeline
+    from ltat_fast.training.backend import GraphNotUsable
     from ltat_fast.training.recovery import Diverged
     from ltat_fast.training.signals import Interrupted, stop_at_once
 
@@ -44,6 +54,9 @@ def main(argv: list[str] | None = None) -> int:
     except Diverged as error:
         print(f"ltat_fast: {error}", file=sys.stderr)
         return EXIT_DIVERGED
+    except GraphNotUsable as error:
+        log.say(f"WARNING: backend graph is not used: {error}; a new process continues with --compile step")
+        return EXIT_GRAPH_FAILED
     except RuntimeError as error:
         if not distributed.is_loss_of_a_process(error):
             raise
@@ -86,7 +99,18 @@ def prepare_run_dir(config: Config, method) -> None:
     files.refuse_read_only(run_dir)
 
 
+def continue_without_graph() -> None:
+    """Replace this process by one that continues the run with ``--compile step``.
+
+    A failed capture leaves torch in a state in which it can no longer use the GPU reliably.
+    """
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:], "--compile", "step", "--resume"])
+
+
 if __name__ == "__main__":
     from ltat_fast.training.signals import leave
 
-    leave(main())
+    if (status := main()) == EXIT_GRAPH_FAILED:
+        continue_without_graph()
+    leave(status)

@@ -46,7 +46,7 @@ def fit(stage: Stage, hardware: Hardware) -> Progress:
         return train_step(stage, optimizer, hardware, backend, wrapped)
 
     x, y = next(stage.loader.batches(progress.epoch))
-    step = choose_backend(stage.config.compile, build, x, y)
+    step = choose_backend(stage.config.compile, build, x, y, stage.config.run_dir / ".capturing")
     flops = speed.flops_per_image(build("eager"), x, y)
     ceiling = speed.matmul_ceiling(hardware.device, hardware.dtype)
     log.say(f"{stage.name}: {flops / 1e9:.3g} GFLOP an image; matrix products reach {ceiling / 1e12:.3g} TFLOP/s")

@@ -20,6 +20,7 @@ from ltat_fast.attacks.pgd import AttackConfig, ascent_step, attack_loop, tracea
 from ltat_fast.methods import Method
 from ltat_fast.models.frozen import FrozenTwin
 from ltat_fast.training import distributed
+from ltat_fast.training.cuda_graph import capture
 from ltat_fast.training.device import Hardware
 
 BACKENDS = ("eager", "step", "graph")
@@ -168,13 +169,9 @@ class TrainStep:
                     self._run(self._x, self._y)
         finally:  # wait for the side stream before anyone restores the weights
             torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        graph.register_generator_state(self.generator)
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.cuda.graph(graph, stream=stream):
-            self._run(self._x, self._y)
+        self._graph = capture(lambda: self._run(self._x, self._y), self.generator, stream)
         restore()
-        self._graph = graph
 
     def trial(self, x: Tensor, y: Tensor, seed: int = 0) -> tuple[Tensor, float]:
         """Return adversarial examples and loss of one step that changes nothing, to compare backends."""

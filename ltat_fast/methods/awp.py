@@ -48,12 +48,12 @@ class Awp(Method):
             self.base, self._gamma, self._from = AtBsl() if self.balanced else PgdAt(), 0.01, 1
         self._gamma = self._gamma if self.awp_gamma is None else self.awp_gamma
         self._from = self._from if self.awp_from is None else self.awp_from
-        self.noise, self.flat_start = self.base.noise, self.base.flat_start
+        self.noise, self.needs_fp32_attack = self.base.noise, self.base.needs_fp32_attack
 
-    def setup(self, setting):
-        super().setup(setting)
-        self.base.setup(setting)
-        self.strength = torch.zeros((), device=setting.class_counts.device)
+    def setup(self, context):
+        super().setup(context)
+        self.base.setup(context)
+        self.strength = torch.zeros((), device=context.class_counts.device)
         self.on_epoch_start(0)
 
     def state(self):

@@ -40,12 +40,12 @@ class Method:
     teacher: ClassVar[Literal["none", "balanced", "robust", "natural"]] = "none"
     """trained by the run unless one is given: PGD-AT on the balanced re-sampling, PGD-AT on all of the data, or
     standard training on all of it"""
-    flat_start: ClassVar[bool] = False
+    needs_fp32_attack: ClassVar[bool] = False
     """The attack starts where its objective is all but flat: in bfloat16 the sign of that gradient is half noise, so
     the attack runs in float32 unless the user says otherwise"""
-    attacks: ClassVar[bool] = True
+    uses_attack: ClassVar[bool] = True
     """False: ``x_adv`` is ``x``"""
-    differentiates_twice: ClassVar[bool] = False
+    needs_double_backward: ClassVar[bool] = False
     """The loss holds a gradient of the student's. Neither torch.compile nor synchronised batch norm can differentiate
     that, so the student is not compiled, and more than one process is refused."""
 
@@ -59,9 +59,9 @@ class Method:
             if isinstance(value, int | float) and not 0 <= value < math.inf:
                 raise UserError(f"--{field.name.replace('_', '-')} must be 0 or more, not {value:g}")
 
-    def setup(self, setting: MethodContext) -> None:
+    def setup(self, context: MethodContext) -> None:
         """Called once before training starts."""
-        self.context = setting
+        self.context = context
 
     def wrap_model(self, model: nn.Module, class_counts: Tensor) -> nn.Module:
         """The network this method trains and exports, from a plain one; called before any weight is trained or loaded.

@@ -55,7 +55,7 @@ class Igd(Method):
             raise UserError("--fd-step must be above 0")
 
     @property
-    def differentiates_twice(self) -> bool:
+    def needs_double_backward(self) -> bool:
         return self.form == "double-backward"
 
     def loss(self, model, x, x_adv, y, progress):
@@ -64,7 +64,7 @@ class Igd(Method):
         logits = model(adv)
         ce = F.cross_entropy(widen(logits), y)
         point, at_point = (adv, logits) if self.gradient_at == "adv" else (clean, model(clean))
-        gradient = input_gradient(self._scalars(at_point, y), point, self.differentiates_twice)
+        gradient = input_gradient(self._scalars(at_point, y), point, self.needs_double_backward)
         distances = cosine_distances(gradient, guide)
         if self.form == "finite-difference":
             distances = distances + self._slopes(model, point.detach(), y, gradient, guide)

@@ -13,7 +13,7 @@ class Natural(Method):
     """min_w  CE(f(x), y)."""
 
     name: ClassVar[str] = "natural"
-    attacks: ClassVar[bool] = False
+    uses_attack: ClassVar[bool] = False
 
     def loss(self, model, x, x_adv, y, progress):
         loss = F.cross_entropy(model(x).float(), y)

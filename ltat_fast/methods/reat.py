@@ -45,9 +45,9 @@ class Reat(Method):
         model.features_in_training = True
         return model
 
-    def setup(self, setting):
-        super().setup(setting)
-        counts = self._counts = setting.class_counts.clamp(min=1)
+    def setup(self, context):
+        super().setup(context)
+        counts = self._counts = context.class_counts.clamp(min=1)
         rank = counts.argsort(descending=True, stable=True).argsort()
         self._is_tail = rank > len(counts) // 3 * 2
         self._omega = (counts.sum() / counts).sqrt()

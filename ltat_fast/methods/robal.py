@@ -95,12 +95,12 @@ class Robal(Method):
         model.fc = CosineClassifier(model.feature_dim, self.numbers.norm_offset, *self.exported(class_counts))
         return model
 
-    def setup(self, setting):
-        super().setup(setting)
-        counts = setting.class_counts.clamp(min=1)
+    def setup(self, context):
+        super().setup(context)
+        counts = context.class_counts.clamp(min=1)
         margins = self.numbers.margin + self.numbers.tau_m / self.scale * (counts / counts.min()).log()
         self._margin_of_label = torch.diag(margins)
-        self._exported = self.exported(setting.class_counts)
+        self._exported = self.exported(context.class_counts)
 
     def objective(self, x_adv, logits, target):
         scale, shift = self._exported  # the frozen network exports; back to its cosines

@@ -28,7 +28,7 @@ class Trades(Method):
 
     name: ClassVar[str] = "trades"
     noise: ClassVar[str] = "gaussian"
-    flat_start: ClassVar[bool] = True
+    needs_fp32_attack: ClassVar[bool] = True
 
     beta: float = 6.0
     """weight of the divergence between clean and adversarial prediction"""

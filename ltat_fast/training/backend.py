@@ -42,7 +42,7 @@ def choose_backend(asked: str, build: Callable[[str], TrainStep], x: Tensor, y: 
         if not problem and graphs == 0:
             problem = "torch.compile compiled nothing"
         if not distributed.any_process(bool(problem), x.device):
-            twice = "; not the student, whose loss is differentiated twice" if step.method.differentiates_twice else ""
+            twice = "; not the student, whose loss is differentiated twice" if step.method.needs_double_backward else ""
             log.say(f"step: backend {backend}, checked against eager on one batch; {graphs} compiled graphs{twice}")
             return step
         log.say(f"WARNING: backend {backend} is not used: {problem or 'it fails in another process'}")

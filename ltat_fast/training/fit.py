@@ -148,7 +148,7 @@ class _Fit:
         if stage.evaluate and (stage.evaluate_when(epoch - 1) or finished):
             scores = stage.evaluate(stage.model)
             entry |= scores
-            if stage.method.attacks:
+            if stage.method.uses_attack:
                 entry |= gradient_health(self.step, *self.check_batch)
             if scores[stage.select_by] > progress.best.get(stage.select_by, -1.0):
                 progress.best = {"epoch": epoch, **scores}

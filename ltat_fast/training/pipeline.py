@@ -33,7 +33,7 @@ def train(config: Config, method: Method, hardware: Hardware) -> None:
     elif hardware.device.type == "cuda":
         torch.backends.cudnn.benchmark = True  # every step has the same shapes
     run_dir = config.run_dir
-    if method.differentiates_twice and distributed.current().size > 1:
+    if method.needs_double_backward and distributed.current().size > 1:
         raise UserError(f"--method {method.name} as configured differentiates twice: it runs in one process alone")
     if config.teacher is not None:
         teachers.find(config.teacher, config.arch)  # before any long work
@@ -122,6 +122,9 @@ def _stage(
     )
     # Seeded apart: teacher and student do not start from the same weights.
     model = new_model(config.arch, data, hardware.device, seeding.stream_seed(config.seed, name, "weights"), method)
+    attack_precision = config.attack_precision
+    if attack_precision == "auto":
+        attack_precision = "fp32" if method.needs_fp32_attack else "same"
     return Stage(
         name=name,
         folder=folder,
@@ -138,7 +141,7 @@ def _stage(
         seed=config.seed,
         card=functools.partial(weights_card, config, data, method),
         backend=config.compile,
-        attack_fp32=config.attack_precision == "fp32" or (config.attack_precision == "auto" and method.flat_start),
+        attack_fp32=attack_precision == "fp32",
         max_steps=config.max_steps,
         save_minutes=config.save_minutes,
         on_nan=config.on_nan,

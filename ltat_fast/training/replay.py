@@ -117,7 +117,7 @@ def _watched(step: TrainStep, watch: Watch) -> Iterator[None]:
         return value, parts
 
     hooks = [*_hooks(step.frozen, "attack: network", watch), *_hooks(step.model, "student", watch)]
-    if teacher := getattr(getattr(method, "setting", None), "teacher", None):
+    if teacher := getattr(getattr(method, "context", None), "teacher", None):
         hooks += _hooks(teacher, "teacher", watch)
     for name, parameter in step.model.named_parameters():
         hooks.append(parameter.register_hook(lambda grad, name=name: watch(f"gradient of {name}", grad)))

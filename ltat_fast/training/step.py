@@ -84,7 +84,7 @@ class TrainStep:
         self._graph: torch.cuda.CUDAGraph | None = None
         if backend in ("step", "graph"):
             self._ascend = torch.compile(self._ascend_traced, fullgraph=True, dynamic=False)
-            if not method.differentiates_twice:
+            if not method.needs_double_backward:
                 self._student = torch.compile(self._student, dynamic=False)
 
     def __call__(self, x: Tensor, y: Tensor, *, lr: float, progress: float, seed: int) -> None:
@@ -111,7 +111,7 @@ class TrainStep:
 
     def perturb(self, x: Tensor, y: Tensor) -> Tensor:
         """The adversarial examples of a step, against the weights of the last :meth:`FrozenTwin.refresh`."""
-        if not self.method.attacks:
+        if not self.method.uses_attack:
             return x
         with torch.no_grad():
             target = self.method.target(self.frozen, x, y)

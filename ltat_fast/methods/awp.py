@@ -42,9 +42,9 @@ class Awp(Method):
     awp_base: Literal["pgd-at", "trades"] = "pgd-at"
     """base method, whose attack and loss are used"""
     awp_gamma: float | None = None
-    """size gamma of the perturbation relative to the weights; default: 0.01 with pgd-at, 0.005 with trades"""
+    """size gamma of the perturbation relative to the weights; None: 0.01 with pgd-at, 0.005 with trades"""
     awp_from: int | None = None
-    """first epoch (counted from 1) with a perturbation; default: 1 with pgd-at, 10 with trades"""
+    """first epoch (counted from 1) with a perturbation; None: 1 with pgd-at, 10 with trades"""
     beta: float = 6.0
     """weight beta of the KL of TRADES"""
     balanced: bool = False

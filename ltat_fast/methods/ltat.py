@@ -4,6 +4,7 @@ Stage 1 trains the teacher f_T with PGD-AT on a class-balanced re-sampling of th
 student f on all of the long-tailed data:
 
     L  = BSL(f(x'), y) + kl_weight KL(f_T(x') || f(x')) + alpha_e KL(softmax dT || softmax dS),   x' = PGD on CE
+    alpha_e = alpha * epoch / epochs, or alpha with --ramp constant
     dS = f(x + d) - f(x - d),   dT = f_T(x + d) - f_T(x - d),   d = x' - x
 
 Sources: Cho, Lee, Kim, "Long-tailed Adversarial Training with Self-Distillation", ICLR 2025. Last term: Lee, Cho, Kim,
@@ -29,7 +30,7 @@ from ltat_fast.ops import balanced_softmax_kl, igdm_loss
 
 @dataclass
 class Ltat(Method):
-    """min_w  BSL + kl_weight KL + alpha_e IGDM, with a frozen balanced self-teacher."""
+    """min_w  BSL(f(x'), y) + kl_weight KL(teacher || student) + alpha IGDM,   teacher: frozen, from balanced data."""
 
     name: ClassVar[str] = "ltat"
     teacher: ClassVar[str] = "balanced"
@@ -41,9 +42,9 @@ class Ltat(Method):
     kl_weight: float = 0.0
     """weight of KL(teacher || student), with the student at the adversarial example x'"""
     temperature: float = 1.0
-    """temperature of that KL"""
+    """temperature of KL(teacher || student)"""
     kl_target: Literal["adv", "clean"] = "adv"
-    """image on which the teacher predicts for that KL: the adversarial x', or the clean x as in ARD"""
+    """image on which the teacher predicts for KL(teacher || student): adversarial x', or clean x as in ARD"""
     tau: float = 1.0
     """strength tau of the class prior in the balanced softmax"""
     noise: Literal["uniform", "gaussian"] = "uniform"

@@ -69,19 +69,19 @@ class Robal(Method):
     """configuration of the authors: N for natural accuracy, R for robust accuracy; the flags below override single
     numbers of it"""
     robal_dataset: Literal["cifar10", "cifar100"] = "cifar10"
-    """dataset whose numbers of that configuration are used"""
+    """dataset for which the authors chose the numbers of the configuration"""
     margin: float | None = None
-    """margin m of every class; default: by configuration"""
+    """margin m of every class; None: by configuration"""
     tau_b: float | None = None
-    """strength tau_b of the class prior in the loss; default: by configuration"""
+    """strength tau_b of the class prior in the loss; None: by configuration"""
     tau_m: float | None = None
-    """growth tau_m of the margin with the log of the class count; default: by configuration"""
+    """growth tau_m of the margin with the log of the class count; None: by configuration"""
     beta: float | None = None
-    """weight beta of the KL between clean and adversarial prediction; default: by configuration"""
+    """weight beta of the KL between clean and adversarial prediction; None: by configuration"""
     norm_offset: float | None = None
-    """offset g on the norm of the class weights in the classifier; default: by configuration"""
+    """offset g on the norm of the class weights in the classifier; None: by configuration"""
     tau_p: float | None = None
-    """strength tau_p of the boundary shift after training; default: by configuration"""
+    """strength tau_p of the boundary shift after training; None: by configuration"""
     scale: float = 10.0
     """scale s of the cosines in the loss, and in exported logits that have a shift"""
     posthoc: bool = True

@@ -50,7 +50,7 @@ def choose_backend(
         if not problem and graphs == 0:
             problem = "torch.compile compiled nothing"
         if not distributed.any_process(bool(problem), x.device):
-            note = ", not the student: its loss needs a double backward" if step.method.differentiates_twice else ""
+            note = ", not the student: its loss needs a double backward" if step.method.needs_double_backward else ""
             log.say(f"step: backend {backend}, agrees with eager on one batch; {graphs} compiled graphs{note}")
             return step
         log.say(f"WARNING: backend {backend} is not used: {problem or 'it fails in another process'}")

@@ -53,7 +53,7 @@ def evaluate(
         x, y = images[places.to(images.device)], labels[places.to(images.device)]
         part = (world.rank, world.size)
         with without_tf32():
-            mine = correct_under(name, frozen, x, y, eps, batch_size=batch_size, places=places, part=part)
+            mine = correct_under(name, frozen, x, y, eps, batch_size=batch_size, indices=places, part=part)
         correct = torch.cat(distributed.gather_in_turn(list(mine.split(batch_size))))
         results[name] = accuracies(correct, y, groups, num_classes) | {"correct": pack(correct.numpy())}
         if len(chosen) < len(images):

@@ -148,7 +148,7 @@ class _Fit:
         if (selection := stage.selection) and (selection.after(epoch - 1) or finished):
             scores = selection.evaluate(stage.model)
             entry |= scores
-            if stage.method.attacks:
+            if stage.method.uses_attack:
                 entry |= gradient_health(self.step, *self.check_batch)
             if scores[selection.by] > progress.best.get(selection.by, -1.0):
                 progress.best = {"epoch": epoch, **scores}

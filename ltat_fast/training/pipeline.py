@@ -33,7 +33,7 @@ def train(config: Config, method: Method, hardware: Hardware) -> None:
     elif hardware.device.type == "cuda":
         torch.backends.cudnn.benchmark = True  # every step has the same shapes
     run_dir = config.run_dir
-    if method.differentiates_twice and distributed.current().size > 1:
+    if method.needs_double_backward and distributed.current().size > 1:
         raise UserError(f"--method {method.name} with these options needs a double backward: use a single process")
     if config.teacher is not None:
         teachers.find(config.teacher, config.arch)  # report a wrong --teacher before any long work

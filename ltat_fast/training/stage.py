@@ -69,7 +69,7 @@ class Stage:
     def attacks_in_fp32(self) -> bool:
         """Whether the attack runs in float32, whatever the precision of the training step."""
         wanted = self.config.attack_precision
-        return wanted == "fp32" or (wanted == "auto" and self.method.flat_start)
+        return wanted == "fp32" or (wanted == "auto" and self.method.needs_fp32_attack)
 
     def rate(self, epoch: int, number: int) -> float:
         """Return the learning rate of step ``number`` of ``epoch``, both from 0."""

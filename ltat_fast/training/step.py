@@ -83,7 +83,7 @@ class TrainStep:
         compiled = backend in ("step", "graph")
         self._ascend = make_ascend(method, self.frozen, attack, compiled)
         self._student: Callable[[Tensor], Tensor] = train_model or model
-        if compiled and not method.differentiates_twice:
+        if compiled and not method.needs_double_backward:
             self._student = torch.compile(self._student, dynamic=False)
         self._graph: torch.cuda.CUDAGraph | None = None
 
@@ -115,7 +115,7 @@ class TrainStep:
 
     def perturb(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the adversarial examples of a step, for the weights of the last :meth:`FrozenTwin.refresh`."""
-        if not self.method.attacks:
+        if not self.method.uses_attack:
             return x
         with torch.no_grad():
             target = self.method.target(self.frozen, x, y)

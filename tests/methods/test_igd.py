@@ -142,6 +142,6 @@ def test_double_backward_is_refused_with_several_processes(monkeypatch):
     monkeypatch.setattr(distributed, "current", lambda: distributed.World(0, 2))
 
     with pytest.raises(
-        UserError, match="--method igd as configured differentiates twice: it runs in one process alone"
+        UserError, match="--method igd with these options needs a double backward: use a single process"
     ):
         pipeline.train(Config(method="igd"), Igd(), HARDWARE)

@@ -10,7 +10,7 @@ from .classifier import ImageClassifier, conv1x1, conv3x3
 
 
 class PreActBlock(nn.Module):
-    """Compute conv(relu(bn(conv a))) + shortcut with a = relu(bn x); the shortcut is x, or conv1x1 a for a new shape."""
+    """Compute conv(relu(bn(conv a))) + shortcut with a = relu(bn x); the shortcut is x, or conv1x1 a for new shapes."""
 
     def __init__(self, in_width: int, width: int, stride: int):
         super().__init__()

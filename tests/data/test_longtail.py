@@ -120,7 +120,7 @@ def test_a_class_with_too_few_images_keeps_all_of_them():
     [
         ([10, 60, 40, 30], 1, [10, 10, 10, 10]),
         ([10, 60, 40, 30], 10, [6, 60, 27, 12]),
-        ([10, 60, 40, 30], 2, [10, 21, 16, 13]),  # 21 / 2, truncated as everywhere, is 10
+        ([10, 60, 40, 30], 2, [10, 21, 16, 13]),  # 10 is 21 / 2, truncated
         *((CIFAR10[10], ratio, CIFAR10[ratio]) for ratio in CIFAR10),  # a subset of a set already cut to 10
         # The training images of SVHN.
         ([4948, 13861, 10585, 8497, 7458, 6882, 5727, 5595, 5045, 4659], 1, [4659] * 10),

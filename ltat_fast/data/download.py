@@ -61,7 +61,11 @@ def fetch(archive: Archive, folder: Path, download: bool, report: Callable[[str]
     path = folder / archive.filename
     try:
         if path.exists():
-            _check(archive, path, path)
+            if (md5 := _md5(path)) != archive.md5:
+                raise UserError(
+                    f"{path} is damaged: md5 {md5}, expected {archive.md5}; delete it and run again, "
+                    f"or {archive.by_hand(path)}"
+                )
             return path
         if not download:
             raise UserError(f"{path} is missing; {archive.by_hand(path)}")
@@ -70,7 +74,12 @@ def fetch(archive: Archive, folder: Path, download: bool, report: Callable[[str]
             if not path.exists():
                 partial = folder / f"{archive.filename}.part"
                 _download(archive, path, partial, report)
-                _check(archive, partial, path)
+                if (md5 := _md5(partial)) != archive.md5:
+                    partial.unlink()
+                    raise UserError(
+                        f"the download of {archive.url} has md5 {md5}, expected {archive.md5}, and was deleted; "
+                        f"run again, or {archive.by_hand(path)}"
+                    )
                 os.replace(partial, path)
     except OSError as error:
         raise UserError(f"cannot read or write {path}: {error.strerror}; {archive.by_hand(path)}") from error
@@ -163,27 +172,13 @@ def _resume(url: str, partial: Path, report: Callable[[str], None]) -> None:
             raise ConnectionError(f"the connection ended after {size:,} of {total:,} bytes")
 
 
-def _check(archive: Archive, file: Path, path: Path) -> None:
-    """Raise UserError unless ``file`` has the checksum of ``archive``.
-
-    ``file`` is ``path`` itself, or the finished download that will become ``path``; a wrong download is deleted.
-    """
+def _md5(file: Path) -> str:
+    """Return the MD5 checksum of a file in hex digits."""
     digest = hashlib.md5(usedforsecurity=False)
     with file.open("rb") as opened:
         while block := opened.read(1 << 20):
             digest.update(block)
-    if digest.hexdigest() == archive.md5:
-        return
-    if file == path:
-        raise UserError(
-            f"{path} is damaged: md5 {digest.hexdigest()}, expected {archive.md5}; delete it and run again, "
-            f"or {archive.by_hand(path)}"
-        )
-    file.unlink()
-    raise UserError(
-        f"the download of {archive.url} has md5 {digest.hexdigest()}, expected {archive.md5}, and was deleted; "
-        f"run again, or {archive.by_hand(path)}"
-    )
+    return digest.hexdigest()
 
 
 def _refuse_unsafe(path: Path, members: list[zipfile.ZipInfo], top: str) -> None:

@@ -182,8 +182,9 @@ def _check(dataset: Dataset) -> None:
     for split, part in (("train", dataset.train), ("test", dataset.test)):
         if len(part.images) != len(part.labels):
             raise UserError(f"{dataset.name}: {len(part.images):,} {split} images have {len(part.labels):,} labels")
-        if len(part.labels) and not 0 <= part.labels.min() <= part.labels.max() < len(part.class_names):
-            raise UserError(f"{dataset.name}: a {split} label is not in 0..{len(part.class_names) - 1}")
+        outside = part.labels[(part.labels < 0) | (part.labels >= len(part.class_names))]
+        if len(outside):
+            raise UserError(f"{dataset.name}: the {split} label {outside[0]} is not in 0..{len(part.class_names) - 1}")
         counts = np.bincount(part.labels, minlength=len(part.class_names))
         if not counts.all():
             raise UserError(f"{dataset.name}: class {part.class_names[counts.argmin()]!r} has no {split} image")

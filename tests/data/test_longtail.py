@@ -91,7 +91,7 @@ def test_selection_equals_that_of_the_global_generator_without_using_it():
 
 
 def test_the_published_selection_of_cifar10_at_ratio_50():
-    """The hash is fixed because the 5,000 labels of each class are in class order."""
+    """The labels are in class order, 5,000 per class, so the hash is a constant."""
     labels = np.repeat(np.arange(10), 5000)
     indices = long_tailed_indices(labels, 50)
     first_class = np.arange(5000)

@@ -18,8 +18,8 @@ VALID = ImageSet(IMAGES, np.array([0, 1, 1, 2]), ("a", "b", "c"))
     ("change", "message"),
     [
         ({"labels": np.array([0, 1, 2])}, "4 {} images have 3 labels"),
-        ({"labels": np.array([0, 1, 2, 3])}, r"a {} label is not in 0\.\.2"),
-        ({"labels": np.array([0, 1, 2, -1])}, r"a {} label is not in 0\.\.2"),
+        ({"labels": np.array([0, 1, 2, 3])}, r"the {} label 3 is not in 0\.\.2"),
+        ({"labels": np.array([0, 1, 2, -1])}, r"the {} label -1 is not in 0\.\.2"),
         ({"labels": np.array([0, 2, 2, 2])}, "class 'b' has no {} image"),
         ({"images": IMAGES[:0], "labels": np.array([], np.int64)}, "class 'a' has no {} image"),
     ],

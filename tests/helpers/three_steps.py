@@ -28,11 +28,11 @@ class ToyClassifier(ImageClassifier):
     """Convolution, batch norm, ReLU, convolution, Softplus, for 6x6 images."""
 
     def __init__(self):
-        super().__init__(8, CLASSES, 3, None, None)
+        super().__init__(8, CLASSES)
         self.conv1, self.bn = nn.Conv2d(3, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)
         self.conv2 = nn.Conv2d(6, 8, 3, stride=2, padding=1)
 
-    def maps(self, x: Tensor) -> Tensor:
+    def feature_maps(self, x: Tensor) -> Tensor:
         return F.softplus(self.conv2(F.relu(self.bn(self.conv1(x)))))
 
 

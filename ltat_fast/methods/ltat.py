@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ltat_fast.methods.base import Method
+from ltat_fast.models.joint_batch import forward_each
 from ltat_fast.ops import balanced_softmax_kl, igdm_loss
 
 
@@ -61,7 +62,7 @@ class Ltat(Method):
             points[self.kl_target] = x_adv if self.kl_target == "adv" else x
         teacher = self._teacher_logits(points)
 
-        plus = model(x_adv)
+        plus, *minus = forward_each(model, *([x_adv, points["minus"]] if use_igdm else [x_adv]))
         loss = balanced_softmax_kl(
             plus,
             y,
@@ -73,8 +74,7 @@ class Ltat(Method):
         )
         parts = {"bsl_kl" if use_kl else "bsl": loss.detach()}
         if use_igdm:
-            # A call of its own: in train mode a joint batch would mix the batch statistics of the two points.
-            igdm = igdm_loss(plus, model(points["minus"]), teacher["adv"], teacher["minus"])
+            igdm = igdm_loss(plus, minus[0], teacher["adv"], teacher["minus"])
             alpha = self.alpha * progress if self.ramp == "linear" else self.alpha
             loss = loss + alpha * igdm
             parts["igdm"] = igdm.detach()

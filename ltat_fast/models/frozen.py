@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ltat_fast.models.classifier import FullPrecisionLinear
+from ltat_fast.models.joint_batch import JointBatchNorm2d, JointSyncBatchNorm
 from ltat_fast.models.sync_batch_norm import CpuSyncBatchNorm
 
 
@@ -180,7 +181,7 @@ def named_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
     return [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
 
 
-NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, CpuSyncBatchNorm)
+NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, CpuSyncBatchNorm, JointBatchNorm2d, JointSyncBatchNorm)
 
 
 class _Tracer(torch.fx.Tracer):

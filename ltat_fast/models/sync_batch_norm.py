@@ -4,6 +4,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ltat_fast.models.joint_batch import batches_in_this_call
+
 
 def synchronise_batch_norm(model: nn.Module) -> nn.Module:
     """Synchronise the batch norm layers of ``model``, in place, if there is more than one process; return ``model``."""
@@ -26,18 +28,21 @@ class CpuSyncBatchNorm(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
-        x32 = x.float()
-        moments = torch.stack([x32.mean((0, 2, 3)), x32.square().mean((0, 2, 3))])
-        mean, square = _MeanOverProcesses.apply(moments)
+        number = batches_in_this_call()
+        batches = x.float().view(number, -1, *x.shape[1:])
+        moments = torch.stack([batches.mean((1, 3, 4)), batches.square().mean((1, 3, 4))])
+        mean, square = _MeanOverProcesses.apply(moments)  # (number, C) each
         variance = (square - mean.square()).clamp_min(0)  # rounding can make it negative
         with torch.no_grad():
-            n = x.numel() / x.shape[1] * dist.get_world_size()
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * (n / (n - 1)), self.momentum)
-            self.num_batches_tracked += 1
+            n = x.numel() / x.shape[1] / number * dist.get_world_size()
+            for batch in range(number):
+                self.running_mean.lerp_(mean[batch], self.momentum)
+                self.running_var.lerp_(variance[batch] * (n / (n - 1)), self.momentum)
+            self.num_batches_tracked += number
         scale = self.weight * torch.rsqrt(variance + self.eps)
         shift = self.bias - mean * scale
-        return (x32 * scale[:, None, None] + shift[:, None, None]).to(x.dtype)
+        normalised = batches * scale[:, None, :, None, None] + shift[:, None, :, None, None]
+        return normalised.to(x.dtype).view(x.shape)
 
 
 class _MeanOverProcesses(torch.autograd.Function):

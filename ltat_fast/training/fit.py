@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from ltat_fast.models.joint_batch import allow_joint_calls
 from ltat_fast.models.sync_batch_norm import synchronise_batch_norm
 from ltat_fast.runs import checkpoint, log
 from ltat_fast.runs.checkpoint import Progress
@@ -31,7 +32,7 @@ def fit(stage: Stage, hardware: Hardware) -> Progress:
 
     Raises :class:`Diverged` and :class:`Interrupted`.
     """
-    synchronise_batch_norm(stage.model)
+    allow_joint_calls(synchronise_batch_norm(stage.model))
     optimizer = make_optimizer(stage.model, stage.config.lr, stage.config.momentum, stage.config.weight_decay)
     progress = Progress()
     if checkpoint.has_state(stage.state_file):

@@ -11,14 +11,19 @@ A step never waits for the device. The learning rate, the progress of the run an
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
 
 import torch
+import torch._inductor
 from torch import Tensor, nn
 
 from ltat_fast.attacks.pgd import AttackConfig, ascent_step, attack_loop, traceable_ascent_step
-from ltat_fast.methods import Method
+from ltat_fast.methods import Method, MethodContext
+from ltat_fast.methods.base import Model
 from ltat_fast.models.frozen import FrozenTwin
+from ltat_fast.models.joint_batch import check_joint_calls, joint_calls
+from ltat_fast.runs import log
 from ltat_fast.training import distributed
 from ltat_fast.training.cuda_graph import capture
 from ltat_fast.training.device import Hardware
@@ -48,6 +53,40 @@ def make_optimizer(model: nn.Module, lr: float, momentum: float, weight_decay: f
     return optimizer
 
 
+@dataclass(frozen=True)
+class Levers:
+    """Optimisations of the compiled backends. Each can be switched off, to measure what it brings.
+
+    compiled: torch.compile the attack step and the student. joint_student: the student at x + d and x - d in one call
+    (:mod:`ltat_fast.models.joint_batch`). compiled_teacher: torch.compile the teacher. combo_kernels: Inductor merges
+    independent small kernels into one launch. dependent_launch: a kernel starts while its predecessor finishes
+    (programmatic dependent launch, Hopper). The last two are for CUDA.
+    """
+
+    compiled: bool = True
+    joint_student: bool = True
+    compiled_teacher: bool = True
+    combo_kernels: bool = True
+    dependent_launch: bool = True
+
+    def inductor_options(self, device: torch.device) -> dict[str, bool]:
+        """Return the options of torch.compile on ``device``, as far as this torch has them."""
+        if device.type != "cuda":
+            return {}
+        hopper = torch.cuda.get_device_capability(device) >= (9, 0)
+        options = {
+            "combo_kernels": self.combo_kernels,
+            "benchmark_combo_kernel": False,
+            "triton.enable_pdl": self.dependent_launch and hopper,
+        }
+        known = torch._inductor.list_options()
+        return {name: value for name, value in options.items() if name in known}
+
+
+ALL_LEVERS = Levers()
+NO_LEVERS = Levers(**{field.name: False for field in fields(Levers)})
+
+
 class TrainStep:
     """One step of ``method`` on ``model``.
 
@@ -57,6 +96,8 @@ class TrainStep:
     backend: one of :data:`BACKENDS`.
     train_model: what the loss calls in place of ``model``, for example its DistributedDataParallel wrapper.
     twin: network under attack; :func:`frozen_twin` of ``model`` if None.
+    levers: optimisations of a compiled backend; eager uses none of them.
+    Raises ValueError if a joint student was not prepared by ``allow_joint_calls``.
     """
 
     def __init__(
@@ -69,6 +110,7 @@ class TrainStep:
         backend: str = "eager",
         train_model: nn.Module | None = None,
         twin: FrozenTwin | None = None,
+        levers: Levers = ALL_LEVERS,
     ):
         self.model, self.method, self.optimizer, self.attack = model, method, optimizer, attack
         self.device, self.dtype, self.backend = hardware.device, hardware.dtype, backend
@@ -80,11 +122,18 @@ class TrainStep:
         self.first_bad = torch.full((), -1.0, dtype=torch.float64, device=self.device)
         self.sums: dict[str, Tensor] = {}
 
-        compiled = backend in ("step", "graph")
-        self._ascend = make_ascend(method, self.frozen, attack, compiled)
+        levers = levers if backend in ("step", "graph") else NO_LEVERS
+        self.joint_student = levers.joint_student
+        if self.joint_student:
+            check_joint_calls(model)
+        compile_ = functools.partial(torch.compile, dynamic=False, options=levers.inductor_options(self.device))
+        self._ascend = make_ascend(method, self.frozen, attack, compile_ if levers.compiled else None)
         self._student: Callable[[Tensor], Tensor] = train_model or model
-        if compiled and not method.needs_double_backward:
-            self._student = torch.compile(self._student, dynamic=False)
+        if levers.compiled and not method.needs_double_backward:
+            self._student = compile_(self._student)
+        self._teacher = method.context.teacher
+        if levers.compiled_teacher and self._teacher is not None:
+            self._teacher = with_fallback(compile_(self._teacher), self._teacher)
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, x: Tensor, y: Tensor, *, lr: float, progress: float, seed: int) -> None:
@@ -124,7 +173,8 @@ class TrainStep:
     def loss(self, x: Tensor, x_adv: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the method's loss in the training precision. The backward pass must run outside of autocast."""
         reduced = self.dtype != torch.float32
-        with torch.autocast(self.device.type, self.dtype) if reduced else contextlib.nullcontext():
+        autocast = torch.autocast(self.device.type, self.dtype) if reduced else contextlib.nullcontext()
+        with autocast, joint_calls(self.joint_student), teacher_replaced(self.method.context, self._teacher):
             return self.method.loss(self._student, x, x_adv, y, self.progress)
 
     def _record(self, parts: dict[str, Tensor]) -> None:
@@ -204,14 +254,14 @@ class TrainStep:
 
 
 def make_ascend(
-    method: Method, twin: FrozenTwin, attack: AttackConfig, compiled: bool
+    method: Method, twin: FrozenTwin, attack: AttackConfig, compile_: Callable | None
 ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Return the attack step ``(x, x_adv, target) -> x_adv`` of ``method`` against ``twin``.
+    """Return the attack step ``(x, x_adv, target) -> x_adv`` of ``method`` against ``twin``, compiled by ``compile_``.
 
     A function of its own rather than a method of :class:`TrainStep`: a step that holds a compiled bound method of
     itself is a reference cycle, and the garbage collector may then free its CUDA graph during a later capture.
     """
-    ascent = traceable_ascent_step if compiled else ascent_step
+    ascent = traceable_ascent_step if compile_ else ascent_step
 
     def ascend(x: Tensor, x_adv: Tensor, target: Tensor) -> Tensor:
         def objective(point: Tensor, logits: Tensor) -> Tensor:
@@ -219,4 +269,31 @@ def make_ascend(
 
         return ascent(twin, x, x_adv, objective, attack)
 
-    return torch.compile(ascend, fullgraph=True, dynamic=False) if compiled else ascend
+    return compile_(ascend, fullgraph=True) if compile_ else ascend
+
+
+@contextlib.contextmanager
+def teacher_replaced(context: MethodContext, teacher: Model | None) -> Iterator[None]:
+    """Let the method of ``context`` call ``teacher``, for example its own teacher compiled, while open."""
+    own, context.teacher = context.teacher, teacher
+    try:
+        yield
+    finally:
+        context.teacher = own
+
+
+def with_fallback(compiled: Model, eager: Model) -> Model:
+    """Return ``compiled``, or ``eager`` from the first call on that raises: a given teacher may be any network."""
+    failed = False
+
+    def call(x: Tensor) -> Tensor:
+        nonlocal failed
+        if not failed:
+            try:
+                return compiled(x)
+            except Exception as error:
+                failed = True
+                log.say(f"WARNING: the teacher is not compiled: {type(error).__name__}: {str(error).splitlines()[0]}")
+        return eager(x)
+
+    return call

@@ -10,6 +10,7 @@ from helpers import train_runs
 from ltat_fast.attacks import AttackConfig
 from ltat_fast.methods import METHODS, MethodContext
 from ltat_fast.models import build_model
+from ltat_fast.models.joint_batch import allow_joint_calls
 from ltat_fast.runs import log
 from ltat_fast.training.backend import disagreement
 from ltat_fast.training.device import Hardware
@@ -46,7 +47,7 @@ def trial(name: str, hardware: Hardware, backend: str = "eager") -> tuple[TrainS
     def network(method, seed):
         torch.manual_seed(seed)
         model = method.wrap_model(build_model("smallresnet", 10, in_channels=1), COUNTS)
-        return model.to(hardware.device, memory_format=torch.channels_last)
+        return allow_joint_calls(model.to(hardware.device, memory_format=torch.channels_last))
 
     method = METHODS[name]()
     model, teacher = network(method, 0), network(METHODS["pgd-at"](), 1)

@@ -14,6 +14,7 @@ from helpers.toy_networks import images, labels, small_net
 from ltat_fast.attacks import AttackConfig
 from ltat_fast.methods import MethodContext
 from ltat_fast.methods.pgd_at import PgdAt
+from ltat_fast.models.joint_batch import allow_joint_calls
 from ltat_fast.training import backend as backends
 from ltat_fast.training.backend import GraphNotUsable, choose_backend
 from ltat_fast.training.cuda_graph import capture
@@ -28,7 +29,7 @@ class Setup:
     """A network after one step, so that momentum is not zero, and what builds steps over it."""
 
     def __init__(self):
-        self.net = small_net()
+        self.net = allow_joint_calls(small_net())
         self.optimizer = make_optimizer(self.net, 0.1, 0.9, 5e-4)
         self.method = PgdAt()
         self.method.setup(MethodContext(torch.ones(3)))

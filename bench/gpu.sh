@@ -5,8 +5,8 @@
 #   bench/gpu.sh OUTDIR [cuda|cpu]      cpu: a dry run of this script on small problems
 #
 # The machine must have python3 with torch and triton, and nvcc. Other missing packages of requirements.txt must be in
-# carry/wheels (pip download --no-deps -d carry/wheels ...). OUTDIR receives summary.md, log.txt, and one CSV and one plot
-# per benchmark. Each part has its own time limit, and the next part runs even if a part fails.
+# carry/wheels (pip download --no-deps -d carry/wheels ...). OUTDIR receives summary.md, log.txt, and a CSV and a plot of
+# each benchmark. Each part has its own time limit, and the next part runs even if a part fails.
 # Exit status: 0 if every part succeeded or was skipped.
 set -uo pipefail
 : "${1:?usage: bench/gpu.sh OUTDIR [cuda|cpu]}"

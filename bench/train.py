@@ -52,7 +52,7 @@ class Clock:
         self._since = now
 
     def timing(self, function: Callable, phase: Callable[..., str]) -> Callable:
-        """Return ``function`` with a clock: its calls count for the phase ``phase(*args)``."""
+        """Wrap ``function``: the time of a call counts for the phase ``phase(*args)``."""
 
         @functools.wraps(function)
         def timed(*args, **kwargs):

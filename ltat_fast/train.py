@@ -20,7 +20,7 @@ from ltat_fast.flags import parse_args
 
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> int:
-    """Train as the flags ``argv`` say and return the exit status."""
+    """Run the command line ``argv`` (``sys.argv[1:]`` if None) and return the exit status."""
     config, method = parse_args(argv)
 
     from ltat_fast.files import lock_run_dir

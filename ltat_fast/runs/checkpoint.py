@@ -41,7 +41,7 @@ def previous_state_file(path: Path) -> Path:
 
 
 def has_state(path: Path) -> bool:
-    """Return whether there is a state in ``path`` or before it."""
+    """Return whether ``path`` or its previous state exists."""
     return path.exists() or previous_state_file(path).exists()
 
 

@@ -65,14 +65,14 @@ def train_step(
     backend: str = "eager",
     train_model: nn.Module | None = None,
 ) -> TrainStep:
-    """Return the training step of ``stage``. Arguments as those of :class:`TrainStep`."""
+    """Return the training step of ``stage``. The other arguments are those of :class:`TrainStep`."""
     attack_hardware = replace(hardware, dtype=torch.float32) if stage.attacks_in_fp32 else hardware
     twin = frozen_twin(stage.model, attack_hardware)
     return TrainStep(stage.model, stage.method, optimizer, stage.attack, hardware, backend, train_model, twin)
 
 
 class _Fit:
-    """The loop of :func:`fit`. Every process runs it, and all processes take the same decisions."""
+    """The loop of :func:`fit`. Every process runs it, and all processes make the same decisions."""
 
     def __init__(
         self,
@@ -96,13 +96,13 @@ class _Fit:
             self._save()  # so that there always is a good state to return to
         while not self.progress.finished:
             try:
-                self._epoch()
+                self._train_epoch()
             except Diverged as diverged:
                 self.progress = recovery.skip_bad_batch(self.stage, self.step, diverged)
                 self._save()
         return self.progress
 
-    def _epoch(self) -> None:
+    def _train_epoch(self) -> None:
         started = time.monotonic() - self.progress.seconds
         self.step.restart(self.progress.sums)
         if self.progress.step == 0:

@@ -5,7 +5,7 @@
     timm:NAME[@FILE]            the same for timm, if it is installed
     module:PACKAGE.MODULE:NAME  the return value of NAME() of that module: any network from images in [0, 1] to logits
 
-:func:`find` reports the errors that show without the data. Only the function that it returns builds the network.
+:func:`find` reports every error that can be seen without the data. The function that it returns builds the network.
 """
 
 import importlib
@@ -29,8 +29,8 @@ Build = Callable[[Splits], nn.Module]
 def find(name: str, arch: str) -> Build:
     """Return the function that builds the teacher ``name``.
 
-    arch: network of a weights file that does not name its own. Raises UserError if there is no such teacher, as far as
-    this shows without the data.
+    arch: network of a weights file that does not name its own. Raises UserError for a teacher that does not exist, if
+    this can be seen without the data.
     """
     kind, colon, rest = name.partition(":")
     if colon and kind in KINDS:
@@ -42,9 +42,10 @@ def find(name: str, arch: str) -> Build:
 
 
 def load(name: str, arch: str, splits: Splits, hardware: Hardware) -> nn.Module:
-    """Return the teacher ``name`` in eval mode on ``hardware.device``. Arguments as those of :func:`find`.
+    """Return the teacher ``name`` in eval mode on ``hardware.device``.
 
-    Raises UserError if it cannot be built or does not return finite logits for two images of ``splits``.
+    arch: as for :func:`find`. Raises UserError if the teacher cannot be built, or does not return finite logits of the
+    right shape for two images of ``splits``.
     """
     model = _user_error_on_failure(name, lambda: find(name, arch)(splits)).eval()
     # As in our own networks: IGDM subtracts logits from logits, and bf16 would lose most of the difference.
@@ -84,7 +85,7 @@ def _with_float32_head(model: nn.Module, num_classes: int) -> nn.Module:
 
 
 def _user_error_on_failure(name: str, action: Callable):
-    """Return ``action()``. Any exception, also from other people's code, becomes a UserError of one sentence."""
+    """Return ``action()``. Turn any exception, for example of a teacher's own code, into a UserError."""
     try:
         return action()
     except UserError:

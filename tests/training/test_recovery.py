@@ -165,7 +165,7 @@ def test_two_damaged_states_are_refused_and_left_alone(tmp_path):
         flip_a_bit(state)
     content = [state.read_bytes() for state in states]
     metrics = (tmp_path / "metrics.jsonl").read_text()
-    with pytest.raises(UserError, match=r"resume\.safetensors is damaged: .*resume\.previous\.safetensors.*no state is"):
+    with pytest.raises(UserError, match=r"resume\.safetensors is damaged: .*resume\.previous\.safetensors.*no state"):
         fit(stage(tmp_path), HARDWARE)
     assert [state.read_bytes() for state in states] == content
     assert (tmp_path / "metrics.jsonl").read_text() == metrics
@@ -244,7 +244,7 @@ def test_divergence_in_the_first_epoch_goes_back_to_the_start(tmp_path):
 
 def test_divergence_that_does_not_come_back_is_said_to(tmp_path):
     once = Method(lambda step: not_a_number if step == 7 else None)
-    with pytest.raises(Diverged, match="loss not finite in epoch 2; repeating the steps .* gave finite numbers"):
+    with pytest.raises(Diverged, match=r"loss not finite in epoch 2; repeating the steps .* gave finite numbers"):
         fit(stage(tmp_path, once, on_nan="rollback"), HARDWARE)
     assert saved(tmp_path)["epoch"] == 1
 

@@ -1,6 +1,6 @@
 """Fused kernels and a fast trainer for long-tailed adversarial training.
 
-Importing this package is light: it pulls in neither torch nor any dataset. Take the ops alone with
+Importing this package imports neither torch nor a dataset. To use only the operators, import them with
 ``from ltat_fast.ops import pgd_init, pgd_step, balanced_softmax_kl, igdm_loss``.
 """
 

@@ -194,7 +194,7 @@ class TrainStep:
         there was none. All processes must call this method.
         """
         sums = distributed.mean_over_processes(torch.stack([self.count, *self.sums.values()]))
-        first_bad = distributed.largest_of_processes(self.first_bad.clone())
+        first_bad = distributed.max_over_processes(self.first_bad.clone())
         names = ["first_bad", "steps", *self.sums]
         return dict(zip(names, torch.cat([first_bad[None], sums]).tolist(), strict=True))
 

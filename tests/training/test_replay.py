@@ -79,7 +79,7 @@ def test_a_part_of_the_loss():
             loss, parts = super().loss(*args)
             return loss + NAN, parts | {"regulariser": torch.tensor(NAN)}
 
-    assert examine(step_of(Parted()))[:2] == ["loss: its part regulariser (1 of 1 values)", "loss (1 of 1 values)"]
+    assert examine(step_of(Parted()))[:2] == ["loss: part regulariser (1 of 1 values)", "loss (1 of 1 values)"]
 
 
 @pytest.mark.parametrize(

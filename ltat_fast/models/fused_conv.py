@@ -48,7 +48,7 @@ def _conv_relu(
 ) -> Tensor:
     """Return relu(conv2d(x, weight, bias) + residual), differentiable in ``x`` and ``residual``.
 
-    x: ``(N, C, H, W)``. weight: ``(K, C / groups, R, S)`` of the dtype of x, without a gradient. bias: ``(K,)`` or None.
+    x: ``(N, C, H, W)``. weight: ``(K, C / groups, R, S)`` of the dtype of x, gets no gradient. bias: ``(K,)`` or None.
     residual: of the shape of the result, or None. Other arguments as for ``torch.nn.functional.conv2d``.
     """
     if x.is_cuda and torch.backends.cudnn.is_acceptable(x):

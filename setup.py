@@ -15,8 +15,9 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-CUDA_SOURCES = ["csrc/igdm_cuda.cpp", "csrc/cuda/igdm.cu"]
-# NaN and infinity must keep their meaning: no -ffast-math. What is here only frees the vectoriser.
+CUDA_SOURCES = sorted([*glob("csrc/*_cuda.cpp"), *glob("csrc/cuda/*.cu")])
+SCHEMA_VERSION = re.search(r'^SCHEMA_VERSION = "(\d+)"', Path("ltat_fast/_ext.py").read_text(), re.MULTILINE)[1]
+# No -ffast-math: NaN and infinity must keep their meaning. These flags only allow the compiler to vectorise.
 CXX_FLAGS = ["-O3", "-g0", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 
 
@@ -62,7 +63,7 @@ def extension():
         with_cuda = False
     if with_cuda and not torch.cuda.is_available():
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
-    macros = [("LTAT_TORCH_VERSION", f'"{torch.__version__}"')]
+    macros = [("LTAT_TORCH_VERSION", f'"{torch.__version__}"'), ("LTAT_SCHEMA_VERSION", f'"{SCHEMA_VERSION}"')]
     if with_cuda:
         archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or "{}.{}".format(*torch.cuda.get_device_capability())
         macros += [("LTAT_CUDA", f'"{torch.version.cuda}"'), ("LTAT_CUDA_ARCHS", f'"{archs}"')]
@@ -81,7 +82,7 @@ def extension():
     module = (CUDAExtension if with_cuda else CppExtension)(
         "ltat_fast._C",
         sources + (CUDA_SOURCES if with_cuda else []),
-        depends=glob("csrc/**/*.h", recursive=True),
+        depends=[*glob("csrc/**/*.h", recursive=True), "ltat_fast/_ext.py"],
         define_macros=macros,
         extra_compile_args={"cxx": CXX_FLAGS, "nvcc": ["-O3"]},
     )

@@ -1,7 +1,8 @@
-// What the CPU and the CUDA glue of igdm share: argument checks and the kernel's view of the tensors.
+// What igdm.cpp and igdm_cuda.cpp share: argument checks, and the arguments of the kernels.
 #pragma once
 
 #include "common.h"
+#include "cpu/igdm.h"
 
 namespace ltat {
 
@@ -13,7 +14,7 @@ inline Divergence divergence_of(std::string_view name) {
 }
 
 struct IgdmCall {
-  Tensor student_plus, student_minus, teacher_plus, teacher_minus;  // keep what args points to alive
+  Tensor student_plus, student_minus, teacher_plus, teacher_minus;  // keep the memory that args points to
   Igdm args{};
 
   IgdmCall(const Tensor& sp, const Tensor& sm, const Tensor& tp, const Tensor& tm, std::string_view divergence)

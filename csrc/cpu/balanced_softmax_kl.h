@@ -1,7 +1,36 @@
 // Balanced softmax cross-entropy plus KL to a teacher, by row. Formulas: ltat_fast/ops/balanced_softmax_kl.py.
 //
-// Everything is relative to the row's maximum, also the KL, so that logits of 1e4 lose no digits. The maxima and the
-// logarithms of the sums are kept apart for the backward for the same reason.
+// All terms, also those of the KL, are relative to the maximum of the row, so that logits of 1e4 lose no digits. For the
+// same reason the maxima and the logarithms of the sums are stored separately for the backward.
+#pragma once
+
+#include "dispatch.h"
+
+namespace ltat {
+
+struct BalancedSoftmaxKl {
+  const void *logits, *teacher;  // (B, C), unit column stride; teacher may be null
+  const int64_t* labels;         // (B,), each in [0, C): checked by the caller
+  const void* log_prior;         // (C,)
+  void* stats;                   // (2 or 6, B): max and log-sum of the balanced, student and teacher softmax
+  void* loss;                    // (B,), forward
+  GradLoss grad_loss;            // backward
+  void* grad_logits;             // (B, C) contiguous, backward
+  int64_t rows, classes, logits_stride, teacher_stride;
+  double kl_weight, temperature;
+  Dtype dtype;
+};
+
+LTAT_CPU_KERNEL(balanced_softmax_kl_forward, BalancedSoftmaxKl)   // a unit is a row
+LTAT_CPU_KERNEL(balanced_softmax_kl_backward, BalancedSoftmaxKl)  // a unit is a row
+
+}  // namespace ltat
+
+#ifdef LTAT_ISA  // the loops, compiled once for each instruction set
+#include "math.h"
+
+namespace ltat::LTAT_ISA {
+namespace {
 
 template <typename T, bool kTeacher>
 struct BalancedRow {  // one chunk of a row at a time
@@ -112,6 +141,8 @@ void balanced_softmax_kl_backward_rows(const BalancedSoftmaxKl& a, int64_t begin
   }
 }
 
+}  // namespace
+
 void balanced_softmax_kl_forward(const BalancedSoftmaxKl& a, int64_t begin, int64_t end) {
   with_dtype(a.dtype, [&](auto t) {
     using T = decltype(t);
@@ -127,3 +158,6 @@ void balanced_softmax_kl_backward(const BalancedSoftmaxKl& a, int64_t begin, int
               : balanced_softmax_kl_backward_rows<T, false>(a, begin, end);
   });
 }
+
+}  // namespace ltat::LTAT_ISA
+#endif

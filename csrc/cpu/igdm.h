@@ -1,4 +1,32 @@
-// Indirect gradient matching, by row. See ltat_fast/ops/igdm.py for the formulas.
+// Indirect gradient matching, by row. Formulas: ltat_fast/ops/igdm.py. The CUDA kernels take the same struct.
+#pragma once
+
+#include "dispatch.h"
+
+namespace ltat {
+
+enum class Divergence { kl, l1, l2 };
+
+struct Igdm {
+  const void *student_plus, *student_minus, *teacher_plus, *teacher_minus;  // (B, C) contiguous
+  void* loss;                                                               // (B,), forward
+  GradLoss grad_loss;                                                       // backward
+  void *grad_plus, *grad_minus;                                             // (B, C) contiguous, backward
+  int64_t rows, classes;
+  Divergence divergence;
+  Dtype dtype;
+};
+
+LTAT_CPU_KERNEL(igdm_forward, Igdm)   // a unit is a row
+LTAT_CPU_KERNEL(igdm_backward, Igdm)  // a unit is a row
+
+}  // namespace ltat
+
+#ifdef LTAT_ISA  // the loops, compiled once for each instruction set
+#include "math.h"
+
+namespace ltat::LTAT_ISA {
+namespace {
 
 template <typename T>
 struct IgdmRow {  // the logit differences of one sample
@@ -113,6 +141,8 @@ void igdm_backward_rows(const Igdm& args, int64_t begin, int64_t end) {
   }
 }
 
+}  // namespace
+
 void igdm_forward(const Igdm& args, int64_t begin, int64_t end) {
   with_dtype(args.dtype, [&](auto t) { igdm_forward_rows<decltype(t)>(args, begin, end); });
 }
@@ -120,3 +150,6 @@ void igdm_forward(const Igdm& args, int64_t begin, int64_t end) {
 void igdm_backward(const Igdm& args, int64_t begin, int64_t end) {
   with_dtype(args.dtype, [&](auto t) { igdm_backward_rows<decltype(t)>(args, begin, end); });
 }
+
+}  // namespace ltat::LTAT_ISA
+#endif

@@ -1,9 +1,14 @@
-// Element types and the few transcendental functions of the kernels, written so that the compiler vectorises any loop
-// over them on any instruction set. Included once per instruction set, inside its namespace.
+// Element types and math functions of the CPU kernels. The compiler can vectorise loops over them on each instruction set.
 //
-// NaN and infinity behave as in torch. exp's result below the normal range is 0, an absolute error of 1e-38.
+// NaN and infinity behave as in torch. exp returns 0 below the normal range, an absolute error of 1e-38.
+#pragma once
+
+#include "dispatch.h"
 
 #define LTAT_INLINE [[gnu::always_inline]] inline
+
+namespace ltat::LTAT_ISA {
+namespace {
 
 struct bf16 { uint16_t bits; };
 struct f16 { uint16_t bits; };
@@ -147,7 +152,7 @@ LTAT_INLINE W row_gradient(const GradLoss& grad, int64_t i) {
   return static_cast<const W*>(grad.data)[i * grad.stride] * static_cast<W>(grad.scale);
 }
 
-// call f(T{}) with the element type that `dtype` names
+// Calls f(T{}) with the element type T that `dtype` names.
 template <typename F>
 void with_dtype(Dtype dtype, F f) {
   switch (dtype) {
@@ -157,3 +162,6 @@ void with_dtype(Dtype dtype, F f) {
     case Dtype::f64: return f(double{});
   }
 }
+
+}  // namespace
+}  // namespace ltat::LTAT_ISA

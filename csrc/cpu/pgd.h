@@ -1,4 +1,39 @@
-// Start noise and ascent step of PGD. See ltat_fast/ops/pgd.py for the formulas.
+// Start noise and ascent step of PGD. Formulas: ltat_fast/ops/pgd.py.
+#pragma once
+
+#include "dispatch.h"
+
+namespace ltat {
+
+enum class Noise { uniform, gaussian };
+
+struct PgdStep {
+  const void *x_adv, *grad, *x;
+  void* out;  // may be x_adv
+  double step_size, eps, lower, upper;
+  Dtype dtype, grad_dtype;
+};
+
+struct PgdInit {
+  const void* x;
+  void* out;  // may be x
+  int64_t numel;
+  uint64_t seed;
+  double eps, std, lower, upper;
+  Noise noise;
+  Dtype dtype;
+};
+
+LTAT_CPU_KERNEL(pgd_step, PgdStep)  // a unit is an element
+LTAT_CPU_KERNEL(pgd_init, PgdInit)  // a unit is four elements, which share one Philox block
+
+}  // namespace ltat
+
+#ifdef LTAT_ISA  // the loops, compiled once for each instruction set
+#include "math.h"
+
+namespace ltat::LTAT_ISA {
+namespace {
 
 template <typename T, typename G>
 void pgd_step_loop(const PgdStep& a, int64_t begin, int64_t end) {
@@ -21,12 +56,6 @@ void pgd_step_loop(const PgdStep& a, int64_t begin, int64_t end) {
     v = v > upper ? upper : v;
     out[i] = store<T>(low == low && high == high ? v : low + high);  // and a NaN in x, or inf - inf, shows
   }
-}
-
-void pgd_step(const PgdStep& a, int64_t begin, int64_t end) {
-  with_dtype(a.dtype, [&](auto t) {
-    with_dtype(a.grad_dtype, [&](auto g) { pgd_step_loop<decltype(t), decltype(g)>(a, begin, end); });
-  });
 }
 
 // Philox4x32-10 (Salmon et al. 2011): the four words of block `counter` under `key`. Same counters as kernels/pgd.py.
@@ -95,6 +124,17 @@ void pgd_init_loop(const PgdInit& a, int64_t begin, int64_t end) {
   }
 }
 
+}  // namespace
+
+void pgd_step(const PgdStep& a, int64_t begin, int64_t end) {
+  with_dtype(a.dtype, [&](auto t) {
+    with_dtype(a.grad_dtype, [&](auto g) { pgd_step_loop<decltype(t), decltype(g)>(a, begin, end); });
+  });
+}
+
 void pgd_init(const PgdInit& a, int64_t begin, int64_t end) {
   with_dtype(a.dtype, [&](auto t) { pgd_init_loop<decltype(t)>(a, begin, end); });
 }
+
+}  // namespace ltat::LTAT_ISA
+#endif

@@ -19,7 +19,6 @@ from math import inf
 import torch
 from torch import Tensor
 
-from ltat_fast import _ext
 from ltat_fast.ops._operator import (
     Operator,
     check_dense,
@@ -27,7 +26,6 @@ from ltat_fast.ops._operator import (
     check_logits,
     check_reduction,
     no_double_backward,
-    triton_why_not,
 )
 
 
@@ -97,18 +95,18 @@ def _launchable(logits, labels, class_counts, teacher_logits):
     return unit_columns(logits), labels.contiguous(), class_counts.contiguous(), unit_columns(teacher_logits)
 
 
-_triton = triton_why_not() == ""
 _forward = Operator(
     "balanced_softmax_kl(Tensor logits, Tensor labels, Tensor class_counts, Tensor? teacher_logits, float tau, "
     "float kl_weight, float temperature, str reduction) -> (Tensor, Tensor)",
     fake=_loss_and_stats,
-    cuda=_forward_cuda if _triton else None,
+    triton=_forward_cuda,
+    public="balanced_softmax_kl",
 )
 _backward = Operator(
     "balanced_softmax_kl_backward(Tensor grad_loss, Tensor logits, Tensor labels, Tensor class_counts, "
     "Tensor? teacher_logits, Tensor stats, float tau, float kl_weight, float temperature, str reduction) -> Tensor",
     fake=_grad_logits,
-    cuda=_backward_cuda if _triton else None,
+    triton=_backward_cuda,
 )
 
 
@@ -205,8 +203,8 @@ def _checked_labels(labels: Tensor, logits: Tensor) -> Tensor:
         raise ValueError(f"labels must have shape ({logits.shape[0]},), got {tuple(labels.shape)}")
     if labels.device != logits.device:
         raise ValueError(f"labels are on {labels.device}, but logits is on {logits.device}")
-    if logits.device.type == "cpu" and not _ext.HAS_EXT and not torch.compiler.is_compiling():
-        # what the C++ kernel would do
+    if logits.device.type == "cpu" and "cpu" not in _forward.kernels and not torch.compiler.is_compiling():
+        # as the C++ kernel does
         wrong = labels[(labels < 0) | (labels >= logits.shape[1])]
         if wrong.numel():
             raise ValueError(f"label {wrong[0].item()} is outside [0, {logits.shape[1]})")

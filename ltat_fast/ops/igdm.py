@@ -60,18 +60,17 @@ def _grads(grad_loss, student_plus, *_):
     return tuple(torch.empty_like(student_plus, memory_format=torch.contiguous_format) for _ in range(2))
 
 
-# The CUDA kernels are C++ too, and registered there.
+# The CUDA kernels are C++ too: csrc/igdm_cuda.cpp registers them.
 _forward = Operator(
     "igdm(Tensor student_plus, Tensor student_minus, Tensor teacher_plus, Tensor teacher_minus, str divergence, "
     "str reduction) -> Tensor",
     fake=_loss,
-    cuda=None,
+    public="igdm_loss",
 )
 _backward = Operator(
     "igdm_backward(Tensor grad_loss, Tensor student_plus, Tensor student_minus, Tensor teacher_plus, "
     "Tensor teacher_minus, str divergence, str reduction) -> (Tensor, Tensor)",
     fake=_grads,
-    cuda=None,
 )
 
 

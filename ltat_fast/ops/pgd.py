@@ -12,7 +12,7 @@ every attack, and so by every training method.
 import torch
 from torch import Tensor
 
-from ltat_fast.ops._operator import Operator, check_float, check_like, is_plain_call, triton_why_not
+from ltat_fast.ops._operator import Operator, check_float, check_like, is_plain_call
 
 GAUSSIAN_STD = 1e-3  # of the start noise of TRADES, MART and AT-BSL, whatever eps is
 
@@ -91,22 +91,23 @@ def _in_layout_of(out: Tensor, tensor: Tensor) -> Tensor:
     return tensor if _same_strides(out, tensor) else torch.empty_like(out, dtype=tensor.dtype).copy_(tensor)
 
 
-_triton = triton_why_not() == ""
 _pgd_init = Operator(
     "pgd_init(Tensor x, Tensor seed, float eps, float std, float lower, float upper, str noise) -> Tensor",
     fake=lambda x, *_: torch.empty_like(x),
-    cuda=_pgd_init_cuda if _triton else None,
+    triton=_pgd_init_cuda,
+    public="pgd_init",
 )
 _pgd_step = Operator(
     "pgd_step(Tensor x_adv, Tensor grad, Tensor x, float step_size, float eps, float lower, float upper) -> Tensor",
     fake=lambda x_adv, *_: torch.empty_like(x_adv),
-    cuda=_pgd_step_cuda if _triton else None,
+    triton=_pgd_step_cuda,
+    public="pgd_step",
 )
 _pgd_step_out = Operator(
     "pgd_step_out(Tensor x_adv, Tensor grad, Tensor x, float step_size, float eps, float lower, float upper, "
     "Tensor(a!) out) -> ()",
     fake=lambda *_: None,
-    cuda=_pgd_step_out_cuda if _triton else None,
+    triton=_pgd_step_out_cuda,
 )
 
 

@@ -11,8 +11,8 @@ from types import ModuleType
 
 import torch
 
-# Raise it when an existing schema or C++ function changes its arguments: a library built before that is then not loaded.
-# setup.py compiles it into the library.
+# Raise this number when a schema or a C++ function changes its arguments, so that older libraries are refused. A new op
+# does not need it. setup.py compiles the number into the library.
 SCHEMA_VERSION = "2"
 INSTALL = "pip install --no-build-isolation -e ."
 _STAMP = re.compile(rb"ltat-fast-build:schema=([^;\0]*);torch=([^;\0]*);")

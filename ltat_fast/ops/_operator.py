@@ -1,8 +1,9 @@
 """A registered operator ``ltat::<name>``: one schema, one kernel per device, and a direct call for eager code.
 
-The dispatcher gives an operator torch.compile, torch.export, dispatch modes and tensor subclasses. It also costs tens of
-microseconds per call once autograd is registered from Python, which is more than the loss kernels take. So an eager call
-on plain tensors calls the kernel directly, and every other call goes through ``torch.ops.ltat``. Both run the same kernel.
+The dispatcher supports torch.compile, torch.export, dispatch modes and tensor subclasses. It also costs tens of
+microseconds per call when autograd is registered from Python, which is more than the loss kernels take. So an eager
+call on plain tensors calls the kernel directly. Every other call goes through ``torch.ops.ltat``. Both run the same
+kernel.
 """
 
 from collections.abc import Callable

@@ -9,7 +9,10 @@ from ltat_fast.ops._operator import OPERATORS, Operator, triton_why_not
 
 
 def backend_info() -> dict[str, dict[str, str]]:
-    """Return ``{op: {"cpu": ..., "cuda": ...}}``: "c++", "triton" or "c++/cuda", or "torch (reason)" for plain torch."""
+    """Return ``{op: {"cpu": backend, "cuda": backend}}``.
+
+    A backend is "c++", "triton" or "c++/cuda", or "torch (reason)" where the op runs plain torch.
+    """
     return {op.public: {"cpu": _cpu_backend(op), "cuda": _cuda_backend(op)} for op in OPERATORS if op.public}
 
 

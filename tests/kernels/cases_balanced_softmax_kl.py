@@ -1,12 +1,18 @@
 """Value tests of kernels/balanced_softmax_kl.py: on CPU tensors under TRITON_INTERPRET=1, else on the GPU. Run by
 test_interpret.py."""
 
+import importlib
 import os
 
 import pytest
 import torch
-from ltat_fast.kernels import balanced_softmax_kl as kernels
 from torch.testing import assert_close
+
+from ltat_fast.kernels import balanced_softmax_kl as kernels
+from ltat_fast.ops import balanced_softmax_kl_ref
+
+# not `from ltat_fast.ops import balanced_softmax_kl`: that is the function
+op = importlib.import_module("ltat_fast.ops.balanced_softmax_kl")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -262,3 +268,26 @@ def test_tile_is_of_powers_of_two_and_at_most_16_elements_a_thread():
         assert rows & (rows - 1) == columns & (columns - 1) == 0
         assert min(C, 4096) <= columns < 2 * C
         assert rows * columns <= 16 * 32 * warps
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("teacher_layout", ["none", "rows", "columns"])
+def test_registered_functions_take_any_strides(teacher_layout, reduction):
+    """The functions that ltat_fast/ops registers for CUDA, and the shapes that they promise to torch.compile."""
+    logits, labels, counts, teacher = case(5, 17, spread=1.0)
+    t = {"none": None, "rows": teacher, "columns": teacher.T.contiguous().T}[teacher_layout]
+    spread_labels = torch.stack([labels, labels], 1)[:, 0]
+    scalars = {"tau": 0.7, "kl_weight": 1.7, "temperature": 2.5}
+    for z, n in ((logits, counts), (logits.T.contiguous().T, counts.long())):
+        args = (z, spread_labels, n, t, *scalars.values(), reduction)
+        loss, stats = op._forward_cuda(*args)
+        upstream = torch.rand(10, device=DEVICE)[::2] if reduction == "none" else torch.tensor(1.3, device=DEVICE)
+        grad = op._backward_cuda(upstream, *args[:4], stats, *args[4:])
+        fakes = (*op._loss_and_stats(*args), op._grad_logits(loss, z))
+        for real, fake in zip((loss, stats, grad), fakes, strict=True):
+            assert (real.shape, real.stride(), real.dtype) == (fake.shape, fake.stride(), fake.dtype)
+        wanted = logits.double().requires_grad_()
+        exact = balanced_softmax_kl_ref(wanted, labels, n, t, reduction=reduction, **scalars)
+        torch.testing.assert_close(loss.double(), exact.detach(), rtol=1e-5, atol=1e-6)
+        (right,) = torch.autograd.grad(exact, wanted, upstream.double())
+        torch.testing.assert_close(grad.double(), right, rtol=1e-5, atol=1e-6)

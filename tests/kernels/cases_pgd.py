@@ -5,7 +5,9 @@ import os
 import numpy as np
 import pytest
 import torch
+
 from ltat_fast.kernels.pgd import launch_init, launch_step
+from ltat_fast.ops import pgd, pgd_step_ref
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -266,3 +268,48 @@ def test_start_walks_storage_order_in_place(layout):
     launch_init(x, x, seed_tensor(1), 0.5, -1.0, 1.0, "uniform")
     flat = x.permute(0, 2, 3, 1).reshape(-1) if layout == torch.channels_last else x.reshape(-1)
     assert torch.equal(flat.cpu(), 0.5 * (2 * torch.from_numpy(uniforms(1, 270)) - 1))
+
+
+# ---- the functions that ltat_fast/ops/pgd.py registers for CUDA: they bring all tensors into one layout
+
+LAYOUTS = {
+    "contiguous": lambda t: t.contiguous(),
+    "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
+    "permuted": lambda t: t.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0),
+    "sliced": lambda t: torch.repeat_interleave(t, 2, 3)[..., ::2],
+    "broadcast": lambda t: t,
+}
+
+
+def images_in(layout):
+    """The layout's function, x_adv, grad, x, and x in the layout. The two images of x are equal, for "broadcast"."""
+    shape = (2, 3, 5, 7)
+    x_adv, grad, x = images(shape), normal(shape), images(shape, seed=2)
+    x[1] = x[0]
+    to_layout = LAYOUTS[layout]
+    return to_layout, x_adv, grad, x, x[:1].expand(2, -1, -1, -1) if layout == "broadcast" else to_layout(x)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_registered_step_takes_any_layout(layout):
+    to_layout, x_adv, grad, x, centre = images_in(layout)
+    expected = pgd_step_ref(x_adv, grad, x, 0.1, 0.2)
+    for slope in (to_layout(grad), grad):
+        args = (to_layout(x_adv), slope, centre, 0.1, 0.2, 0.0, 1.0)
+        stepped = pgd._pgd_step_cuda(*args)
+        assert stepped.stride() == torch.empty_like(args[0]).stride()
+        torch.testing.assert_close(stepped, expected, rtol=0, atol=0)
+        out = to_layout(torch.zeros_like(x))
+        strides = out.stride()
+        pgd._pgd_step_out_cuda(*args, out)
+        assert out.stride() == strides
+        torch.testing.assert_close(out, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_registered_start_takes_any_layout(layout):
+    _, _, _, x, centre = images_in(layout)
+    start = pgd._pgd_init_cuda(centre, seed_tensor(5), 0.1, 1e-3, 0.0, 1.0, "uniform")
+    assert start.stride() == torch.empty_like(centre).stride()
+    assert ((start - x).abs() <= 0.1 + 1e-7).all()
+    assert (start != x).float().mean() > 0.9

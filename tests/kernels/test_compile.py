@@ -17,9 +17,10 @@ pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="an interpreted process cannot compile"
 )
 
-from ltat_fast.kernels import balanced_softmax_kl, pgd  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
+
+from ltat_fast.kernels import balanced_softmax_kl, pgd  # noqa: E402
 
 CAPABILITIES = [80, 90]
 TYPES = {

@@ -32,6 +32,15 @@ def assert_exact(inputs, upstream=None, **options):
         torch.testing.assert_close(grad.double(), expected, equal_nan=True, **gradient_tolerance(grad.dtype))
 
 
+def samples():
+    """Results on fixed inputs, which test_operator.py compares between the builds of the kernels."""
+    found = {}
+    for divergence in DIVERGENCES:
+        results = value_and_gradients(igdm_loss, *case(41, 100), divergence=divergence)
+        found |= {f"igdm_loss: {divergence}, {i}": result for i, result in enumerate(results)}
+    return found
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -25,6 +25,18 @@ def image_batch(shape, dtype=torch.float32, device="cpu"):
     return x_adv, grad.to(dtype), x
 
 
+def samples():
+    """Results on fixed inputs, which test_operator.py compares between the builds of the kernels."""
+    torch.manual_seed(0)
+    x, grad = torch.rand(2, 3, 9, 7), torch.randn(2, 3, 9, 7)
+    found = {"pgd_step": pgd_step(x, grad, x, 0.02, 0.03, out=torch.empty_like(x))}
+    for noise in ("uniform", "gaussian"):
+        start = pgd_init(x, 0.1, noise, generator(1))
+        assert ((start - x).abs() <= 0.1 + 1e-7).all()
+        found[f"pgd_init: random, {noise}"] = start
+    return found
+
+
 # --- step ---------------------------------------------------------------------------------------------------------
 
 

@@ -8,6 +8,9 @@ read from where the run was. The step is taken operator by operator, whatever it
 Exit status: 0 it happened again; 1 it did not; 2 the file, the run or the data is at fault.
 """
 
+import ltat_fast.entry_point  # noqa: F401  (before torch)
+
+# isort: split
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator

@@ -9,6 +9,9 @@ Exit status: 0 done; 2 a flag, a path, the data or the disk is at fault; 3 a num
 the run died; 75 interrupted, state saved. docs/reliability.md tells more.
 """
 
+import ltat_fast.entry_point  # noqa: F401  (before torch)
+
+# isort: split
 import contextlib
 import shlex
 import sys

@@ -1,5 +1,5 @@
-// What the autograd nodes of the ops share. A node gives eager calls what ltat_fast/ops registers with torch.library from
-// Python, at a fraction of the cost. It runs the kernels of the tensors' device, through the dispatcher.
+// What the autograd nodes of the ops share. A node gives eager calls the gradient that ltat_fast/ops registers from
+// Python, at a fraction of the cost. It calls the kernel of the tensors' device through the dispatcher.
 #pragma once
 
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -11,7 +11,7 @@ namespace ltat {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// The dispatcher's handle of the op `name`, which has the signature of `function`.
+// The dispatcher's handle of the op `name`. `function` has the signature of the op.
 template <typename F>
 auto find_op(const char* name, F* function) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<F>();

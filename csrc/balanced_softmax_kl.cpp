@@ -9,7 +9,7 @@ namespace {
 
 Tensor unit_columns(const Tensor& t) { return t.stride(1) == 1 || t.size(1) == 1 ? t : t.contiguous(); }
 
-// tau * log n_c, with 0 * log 0 = 0: tau = 0 is plain cross-entropy
+// tau * log n_c, with 0 * log 0 = 0: tau = 0 is plain cross-entropy.
 template <typename W>
 std::vector<W> log_prior(const Tensor& class_counts, double tau) {
   const Tensor counts = class_counts.to(at::kDouble).contiguous();
@@ -22,24 +22,28 @@ std::vector<W> log_prior(const Tensor& class_counts, double tau) {
   return prior;
 }
 
-// Checks the arguments and calls run(args), which may read what args points to.
+// Checks the arguments and calls run(args). The memory that args points to is valid only during that call.
 template <typename Run>
 void with_args(const Tensor& logits, const Tensor& labels, const Tensor& class_counts,
                const std::optional<Tensor>& teacher_logits, const Tensor& stats, double tau, double kl_weight,
                double temperature, const Run& run) {
   const int64_t rows = logits.size(0), classes = logits.size(1);
-  TORCH_CHECK_VALUE(labels.dim() == 1 && labels.size(0) == rows, "labels must have shape (", rows, ",)");
-  TORCH_CHECK_VALUE(class_counts.numel() == classes, "class_counts must have shape (", classes, ",)");
+  TORCH_CHECK_VALUE(labels.dim() == 1 && labels.size(0) == rows, "labels must have shape (", rows, ",), got ",
+                    labels.sizes());
+  TORCH_CHECK_VALUE(class_counts.numel() == classes, "class_counts must have shape (", classes, ",), got ",
+                    class_counts.sizes());
   TORCH_CHECK_VALUE(labels.is_cpu() && class_counts.is_cpu() && stats.is_cpu(), "all tensors must be on the CPU");
-  TORCH_CHECK_TYPE(labels.scalar_type() == at::kLong, "labels must be int64");
-  TORCH_CHECK_VALUE(temperature > 0, "temperature must be positive");
+  TORCH_CHECK_TYPE(labels.scalar_type() == at::kLong, "labels must be int64, got ", labels.scalar_type());
+  TORCH_CHECK_VALUE(temperature > 0, "temperature must be positive, got ", temperature);
   TORCH_CHECK_VALUE(stats.is_contiguous() && stats.dim() == 2 && stats.size(0) == (teacher_logits ? 6 : 2) &&
                         stats.size(1) == rows && stats.scalar_type() == work_type(logits),
-                    "stats must be what the forward returned");
+                    "stats must be the second result of the forward");
   const Tensor y = labels.contiguous(), z = unit_columns(logits);
   const Tensor t = teacher_logits ? unit_columns(*teacher_logits) : z;
-  TORCH_CHECK_VALUE(t.is_cpu() && t.sizes() == z.sizes(), "teacher_logits must have the shape of logits");
-  TORCH_CHECK_TYPE(t.scalar_type() == z.scalar_type(), "logits and teacher_logits must have one dtype");
+  TORCH_CHECK_VALUE(t.is_cpu() && t.sizes() == z.sizes(), "teacher_logits must be on the CPU and have shape ",
+                    z.sizes(), ", got ", t.sizes());
+  TORCH_CHECK_TYPE(t.scalar_type() == z.scalar_type(), "logits and teacher_logits must have the same dtype, got ",
+                   z.scalar_type(), " and ", t.scalar_type());
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t label = y.const_data_ptr<int64_t>()[i];
     TORCH_CHECK_VALUE(label >= 0 && label < classes, "label ", label, " of sample ", i, " is outside [0, ", classes,

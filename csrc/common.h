@@ -66,7 +66,7 @@ template <typename F>
 void parallel(int64_t size, int64_t grain, const F& f) {
   if (size <= grain) return f(int64_t{0}, size);
   const auto call = [](int64_t begin, int64_t end, void* context) { (*static_cast<const F*>(context))(begin, end); };
-  TORCH_CHECK(torch_parallel_for(0, size, grain, call, const_cast<F*>(&f)) == 0, "parallel_for failed");
+  TORCH_CHECK(torch_parallel_for(0, size, grain, call, const_cast<F*>(&f)) == 0, "torch_parallel_for failed");
 }
 
 constexpr int64_t kElementGrain = 32768;  // least number of elements per thread, for pointwise kernels
@@ -100,10 +100,11 @@ inline Tensor reduce(const Tensor& rows, Reduction reduction) {
 // `grad_loss` must have the dtype work_type(logits) and outlive the result.
 inline GradLoss grad_of(const Tensor& grad_loss, int64_t rows, Reduction reduction) {
   if (reduction == Reduction::none) {
-    TORCH_CHECK_VALUE(grad_loss.dim() == 1 && grad_loss.size(0) == rows, "grad_loss must have shape (", rows, ",)");
+    TORCH_CHECK_VALUE(grad_loss.dim() == 1 && grad_loss.size(0) == rows, "grad_loss must have shape (", rows,
+                      ",), got ", grad_loss.sizes());
     return {grad_loss.const_data_ptr(), grad_loss.stride(0), 1.0};
   }
-  TORCH_CHECK_VALUE(grad_loss.numel() == 1, "grad_loss must have one element");
+  TORCH_CHECK_VALUE(grad_loss.numel() == 1, "grad_loss must have one element, got shape ", grad_loss.sizes());
   return {grad_loss.const_data_ptr(), 0, reduction == Reduction::mean ? 1.0 / rows : 1.0};
 }
 

@@ -25,8 +25,10 @@ void check_same_shape(const Tensor& a, const Tensor& b, const char* name) {
 
 Tensor pgd_init_cpu(const Tensor& x, const Tensor& seed, double eps, double std, double lower, double upper,
                     std::string_view noise) {
-  TORCH_CHECK_VALUE(seed.is_cpu() && seed.scalar_type() == at::kLong && seed.numel() == 1, "seed must be one int64");
-  TORCH_CHECK_VALUE(noise == "uniform" || noise == "gaussian", "noise must be 'uniform' or 'gaussian'");
+  TORCH_CHECK_VALUE(seed.is_cpu() && seed.scalar_type() == at::kLong && seed.numel() == 1,
+                    "seed must be one int64 on the CPU");
+  TORCH_CHECK_VALUE(noise == "uniform" || noise == "gaussian", "noise must be 'uniform' or 'gaussian', got '",
+                    std::string(noise), "'");
   const Tensor out = at::empty_like(x), source = in_layout_of(x, out);
   const PgdInit args{source.const_data_ptr(),
                      out.mutable_data_ptr(),
@@ -53,7 +55,8 @@ void pgd_step_out_cpu(const Tensor& x_adv, const Tensor& grad, const Tensor& x, 
   check_same_shape(out, grad, "grad");
   check_same_shape(out, x, "x");
   TORCH_CHECK_TYPE(x_adv.scalar_type() == out.scalar_type() && x.scalar_type() == out.scalar_type(),
-                   "x_adv, x and out must have one dtype");
+                   "x_adv, x and out must have the same dtype, got ", x_adv.scalar_type(), ", ", x.scalar_type(),
+                   " and ", out.scalar_type());
   if (!out.is_non_overlapping_and_dense()) {  // such as a slice: the loop needs dense memory
     out.copy_(pgd_step_cpu(x_adv, grad, x, step_size, eps, lower, upper));
     return;

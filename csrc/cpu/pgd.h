@@ -38,7 +38,8 @@ namespace {
 template <typename T, typename G>
 void pgd_step_loop(const PgdStep& a, int64_t begin, int64_t end) {
   using W = work_t<T>;
-  // no __restrict__: out may be x_adv. Same-index reads come before the write, so the loop is free of dependences.
+  // No __restrict__, because out may be x_adv. An iteration reads index i before it writes it, so iterations are
+  // independent.
   const T* x_adv = static_cast<const T*>(a.x_adv);
   const G* grad = static_cast<const G*>(a.grad);
   const T* x = static_cast<const T*>(a.x);
@@ -50,11 +51,11 @@ void pgd_step_loop(const PgdStep& a, int64_t begin, int64_t end) {
     const auto g = load(grad[i]);
     W v = load(x_adv[i]);
     v += (g > 0 ? step : W{0}) - (g < 0 ? step : W{0});  // sign(0) = sign(NaN) = 0, as torch.sign
-    v = v < low ? low : v;                               // comparisons are false on NaN: a NaN in v stays
+    v = v < low ? low : v;                               // comparisons with NaN are false: a NaN in v stays
     v = v > high ? high : v;
     v = v < lower ? lower : v;
     v = v > upper ? upper : v;
-    out[i] = store<T>(low == low && high == high ? v : low + high);  // and a NaN in x, or inf - inf, shows
+    out[i] = store<T>(low == low && high == high ? v : low + high);  // a NaN in x, or inf - inf, gives NaN
   }
 }
 
@@ -90,7 +91,7 @@ LTAT_INLINE void normal_pair(float& u, float& v) {  // Box and Muller 1958, from
 template <typename T>
 void pgd_init_loop(const PgdInit& a, int64_t begin, int64_t end) {
   using W = work_t<T>;
-  constexpr int64_t kQuads = 64;  // quads at a time: full vectors, and the draws stay in the first-level cache
+  constexpr int64_t kQuads = 64;  // quads per iteration: full vectors, and the draws stay in the L1 cache
   const T* x = static_cast<const T*>(a.x);
   T* out = static_cast<T*>(a.out);
   const W eps = a.eps, lower = a.lower, upper = a.upper;
@@ -114,7 +115,7 @@ void pgd_init_loop(const PgdInit& a, int64_t begin, int64_t end) {
 #pragma omp simd
     for (int64_t i = first; i < stop; ++i) {
       const W centre = load(x[i]), low = centre - eps, high = centre + eps;
-      W v = centre + scale * draws[i - first];  // NaN in x stays: every comparison below is false
+      W v = centre + scale * draws[i - first];  // a NaN in x stays: every comparison below is false
       v = v < low ? low : v;
       v = v > high ? high : v;
       v = v < lower ? lower : v;

@@ -34,18 +34,18 @@ OPERATORS: list["Operator"] = []  # every operator, in order of definition
 
 
 class Operator:
-    """``ltat::<name>``, callable.
+    """A callable operator ``ltat::<name>``.
 
-    ``kernels`` maps a device type to the function that runs there: those of the C++ extension, if it is loaded, and the
-    Triton one, if Triton can run here.
+    ``kernels`` maps a device type to the function that runs there. The functions come from the C++ extension, if it is
+    loaded, and from Triton, if it can run here.
     """
 
     def __init__(self, schema: str, *, fake: Callable, triton: Callable | None = None, public: str | None = None):
         """
-        schema: arguments and results. torch checks the extension's C++ functions against it and raises RuntimeError.
-        fake: allocates outputs of the true shapes, dtypes and strides.
-        triton: the CUDA kernel, if it is written in Triton.
-        public: name of the public function that calls this operator; ``backend_info`` lists it.
+        schema: name, arguments and results. torch raises RuntimeError if a C++ function of the extension does not fit.
+        fake: allocates outputs with the true shapes, dtypes and strides.
+        triton: CUDA function, if the kernel is written in Triton.
+        public: name of the public function that calls this operator. ``backend_info`` lists it.
         """
         name = schema[: schema.index("(")]
         self.schema = f"ltat::{schema}"

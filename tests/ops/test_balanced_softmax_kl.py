@@ -390,7 +390,7 @@ def test_errors():
     refuses(ValueError, "labels are on meta", logits, labels.to("meta"), counts)
     refuses(ValueError, r"class_counts must have shape \(10,\), got \(9,\)", logits, labels, counts[:9])
     refuses(ValueError, r"class_counts must have shape \(10,\), got \(9,\)", logits, labels, [1] * 9)
-    refuses(ValueError, "class_counts is on meta", logits, labels, counts.to("meta"))
+    refuses(ValueError, "class_counts are on meta", logits, labels, counts.to("meta"))
     refuses(ValueError, "class_counts must not be negative", logits, labels, [-1] + [1] * 9)
     refuses(ValueError, "class_counts must not be negative", logits, labels, counts - 1e3)
     refuses(ValueError, r"teacher_logits has shape \(5, 10\)", logits, labels, counts, teacher[:5])

@@ -168,7 +168,7 @@ def directions(case: Case, function: Callable[..., Tensor]) -> dict[str, Callabl
 
 
 def providers(case: Case) -> dict[str, Callable[..., Tensor]]:
-    """Return eager, compile and ours, all checked against eager. Skip compile, and say so, if Inductor cannot build it."""
+    """Return eager, compile and ours, all checked against eager. Compile is skipped if Inductor cannot build it."""
     torch.compiler.reset()
     result = {
         "eager": case.reference,
@@ -245,7 +245,8 @@ def plot(rows: list[dict[str, object]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [row for row in rows if row["direction"] == ("both" if row["op"].endswith(("kl", "loss")) else "forward")]
+    differentiable = {row["op"] for row in rows if row["direction"] == "both"}
+    rows = [row for row in rows if row["direction"] == ("both" if row["op"] in differentiable else "forward")]
     launch = rows[-1]["launch"]  # "graph" on CUDA
     rows = [row for row in rows if row["launch"] == launch]
     ops, dtypes = (list(dict.fromkeys(row[key] for row in rows)) for key in ("op", "dtype"))

@@ -52,7 +52,7 @@ def test_every_function_of_the_extension_belongs_to_an_operator():
 
 @NEEDS_EXT
 def test_a_schema_that_does_not_fit_the_cpp_function_is_refused():
-    """torch checks this when Python defines the schema, so that only Python has to state it."""
+    """torch checks this when Python defines the schema. So the schema is written only in Python."""
     code = """
     import torch
     from ltat_fast import _ext
@@ -78,12 +78,12 @@ def test_every_op_has_samples():
 
 
 @NEEDS_EXT
-def test_shortcut_and_dispatcher_agree():
+def test_direct_call_and_dispatcher_agree():
     logits, labels, counts, teacher = normal(41, 100), torch.arange(41), torch.arange(1.0, 101), normal(41, 100, seed=1)
     results = []
     for dispatched in (False, True):
         z = logits.clone().requires_grad_()
-        if dispatched:  # an active mode must be seen by every op
+        if dispatched:  # every op must go through an active mode
             with FlopCounterMode(display=False):
                 loss = balanced_softmax_kl(z, labels, counts, teacher)
                 grad = torch.autograd.grad(loss, z)[0]
@@ -95,7 +95,7 @@ def test_shortcut_and_dispatcher_agree():
         assert_same(a, b)
 
 
-def test_what_is_a_plain_call():
+def test_only_eager_calls_on_ordinary_tensors_are_plain():
     x = torch.rand(3)
     assert is_plain_call(x, torch.nn.Parameter(x), None, 1.0, "mean")
     assert not is_plain_call(x.as_subclass(type("Marked", (torch.Tensor,), {})))
@@ -143,8 +143,8 @@ def samples_here():
 @NEEDS_EXT
 @pytest.mark.skipif("avx2" not in _ext.C.build_info()["cpu_builds"] if _ext.HAS_EXT else True, reason="one build only")
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
-def test_every_instruction_set_gives_the_same(capability, tmp_path):
-    """Each build of the kernels that this CPU can run, against the build that this process runs."""
+def test_every_instruction_set_gives_the_same_results(capability, tmp_path):
+    """Compare each build of the kernels that this CPU can run with the build of this process."""
     saved = tmp_path / "samples.pt"
     code = (
         SAVE_SAMPLES
@@ -187,7 +187,8 @@ def test_without_the_extension_or_triton(hidden, tmp_path):
     @torch.compile(fullgraph=True, backend="aot_eager")
     def compiled(x, logits, labels, teacher):
         x_adv = pgd_step(pgd_init(x, 0.1), x, x, 0.1, 0.2, out=torch.empty_like(x))
-        return balanced_softmax_kl(logits, labels, [1.0] * 4, teacher) + igdm_loss(*[logits] * 2, *[teacher] * 2), x_adv
+        loss = balanced_softmax_kl(logits, labels, [1.0] * 4, teacher)
+        return loss + igdm_loss(logits, logits, teacher, teacher), x_adv
 
     loss, x_adv = compiled(torch.rand(2, 3), torch.randn(3, 4), torch.tensor([0, 3, 1]), torch.randn(3, 4))
     assert loss.isfinite() and ((x_adv >= 0) & (x_adv <= 1)).all()
@@ -197,7 +198,7 @@ def test_without_the_extension_or_triton(hidden, tmp_path):
         except ValueError as error:
             assert f"label {label}" in str(error)
         else:
-            raise AssertionError("a wrong label went unnoticed")
+            raise AssertionError(f"label {label} raised no error")
     """
     )
     ran = run_python(code, saved)
@@ -267,5 +268,5 @@ def test_importing_the_package_is_light():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: this GPU test did not run")
 @pytest.mark.parametrize("op", backend_info())
 def test_a_gpu_runs_the_fused_kernel(op):
-    """Or the other GPU tests compare the reference with itself."""
+    """Without this the other GPU tests could compare the reference with itself."""
     assert backend_info()[op]["cuda"] in ("triton", "c++/cuda")

@@ -1,4 +1,4 @@
-"""Which kernel each op runs on each device, and why it is not the fused one where it is not."""
+"""Which kernel each op runs on each device, and the reason where it runs plain torch."""
 
 import importlib
 

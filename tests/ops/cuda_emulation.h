@@ -1,5 +1,5 @@
-// The part of CUDA that csrc/cuda/igdm.cu needs, emulated on a CPU. The threads of a block take turns; each runs up to its
-// next barrier. All threads of a block that still run must reach barriers and shuffles in the same order.
+// The part of CUDA that csrc/cuda/igdm.cu needs, emulated on a CPU. The threads of a block take turns; each runs up to
+// its next barrier. All threads of a block that still run must reach barriers and shuffles in the same order.
 #pragma once
 
 #include <ucontext.h>

@@ -3,6 +3,9 @@
 python -m ltat_fast.analyse RUN... [--teacher PATH] [--parts alignment,linearity]     # docs/analysis.md
 """
 
+import ltat_fast.entry_point  # noqa: F401  (before torch)
+
+# isort: split
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal

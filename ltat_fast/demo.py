@@ -7,6 +7,9 @@ python -m ltat_fast.demo [--seeds 0 1 2] [--out runs/demo]
 Runs that are already there are kept, interrupted ones go on.
 """
 
+import ltat_fast.entry_point  # noqa: F401  (before torch)
+
+# isort: split
 import time
 from dataclasses import dataclass
 from pathlib import Path

@@ -5,6 +5,9 @@
 Exit status: 0 done; 2 a flag, a path or the data is at fault; 75 interrupted, what is finished is kept.
 """
 
+import ltat_fast.entry_point  # noqa: F401  (before torch)
+
+# isort: split
 import dataclasses
 import shlex
 import sys

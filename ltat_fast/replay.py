@@ -9,6 +9,9 @@ used.
 Exit status: 0 the step gave numbers that are not finite again; 1 it did not; 2 the file, the run or the data is wrong.
 """
 
+import ltat_fast.entry_point  # noqa: F401  (before torch)
+
+# isort: split
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal

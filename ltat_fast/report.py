@@ -3,6 +3,9 @@
 python -m ltat_fast.report RUN... [--html FILE] [--markdown FILE] [--csv FILE]
 """
 
+import ltat_fast.entry_point  # noqa: F401  (before torch)
+
+# isort: split
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal

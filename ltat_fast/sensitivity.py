@@ -9,6 +9,9 @@ are kept, interrupted ones go on; a run of other settings in the place of one is
 sensitivity.csv and sensitivity.png beside the runs; deviations are those over the seeds.
 """
 
+import ltat_fast.entry_point  # noqa: F401  (before torch)
+
+# isort: split
 import csv
 import io
 from collections.abc import Sequence

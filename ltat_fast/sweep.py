@@ -9,6 +9,9 @@ holds a run of other settings, which is left as it is and not in the table. ``--
 job instead (needs submitit); call the sweep again later for the table.
 """
 
+import ltat_fast.entry_point  # noqa: F401  (before torch)
+
+# isort: split
 import json
 import shutil
 import subprocess

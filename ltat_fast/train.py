@@ -10,6 +10,9 @@ of the run died; 75 interrupted, state saved; 76 the CUDA graph could not be cap
 itself in a new process with --compile step). See docs/reliability.md.
 """
 
+import ltat_fast.entry_point  # noqa: F401  (before torch)
+
+# isort: split
 import contextlib
 import os
 import shlex

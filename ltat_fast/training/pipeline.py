@@ -74,6 +74,7 @@ def teacher_or_stage(config: Config, kind: str, splits: Splits, hardware: Hardwa
         with distributed.main_first():  # the main process may download it
             return teachers.load(config.teacher, config.arch, splits, hardware)
     method = METHODS["natural" if kind == "natural" else "pgd-at"]()
+    setup_method(method, splits, None, hardware)
     indices = balanced_indices(config, splits) if kind == "balanced" else None
     return _stage(config, "teacher", method, splits, hardware, indices)
 

@@ -114,7 +114,7 @@ def test_the_module_of_every_network(arch, method, tmp_path):
         assert torch.equal(exporting.import_file(tmp_path / "model.py").load_model()(x), model(x))
 
 
-@pytest.mark.filterwarnings("error:batch norm is not folded")
+@pytest.mark.filterwarnings("error:nothing is folded")
 def test_as_a_teacher(exported, tmp_path, monkeypatch):
     """The folder serves as ``--teacher module:model:load_model``, as fast as a network of ours."""
     monkeypatch.syspath_prepend(str(exported))

@@ -19,7 +19,7 @@ from ltat_fast.attacks.by_name import CHOICES, parse_attacks
 from ltat_fast.errors import exit_on_user_error
 from ltat_fast.files import refuse_read_only
 from ltat_fast.runs import log, tables
-from ltat_fast.runs.results import read_results
+from ltat_fast.runs.results import EvalFile
 from ltat_fast.runs.splits import load_splits
 from ltat_fast.runs.weights import weights_file
 from ltat_fast.train import EXIT_INTERRUPTED
@@ -87,8 +87,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def attacks_in(file: Path, checkpoints: list[str]) -> set[str]:
     """The attacks that eval.json has results of at all ``checkpoints``, be they of these weights and images or not."""
-    results = read_results(file) if file.exists() else {}
-    return set.intersection(*(set(results.get(which, {})) for which in checkpoints))
+    evaluated = EvalFile.load_or_empty(file)
+    return set.intersection(*(set(evaluated.of(which).results) for which in checkpoints))
 
 
 if __name__ == "__main__":

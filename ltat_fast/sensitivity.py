@@ -24,8 +24,10 @@ from matplotlib.ticker import NullLocator
 from ltat_fast import files
 from ltat_fast.config import PRESETS, choose
 from ltat_fast.errors import UserError, exit_on_user_error
-from ltat_fast.runs import log, tables
+from ltat_fast.runs import log
+from ltat_fast.runs.finished import FinishedRun
 from ltat_fast.runs.jobs import Job, outstanding, repetitions, split_flags, train_all
+from ltat_fast.runs.results import CHECKPOINTS, CheckpointResults, EvalFile, Result, percentages
 
 CURVES = {"clean": ("clean", "tab:blue"), "pgd20": ("PGD-20", "tab:red")}
 GROUPS = {"all": "all classes", "tail": "tail class"}
@@ -98,33 +100,34 @@ def collect(option: str, jobs: dict[float, Sequence[Job]], images: str) -> list[
     entries = []
     for value, runs in jobs.items():
         results = [read(job.run_dir) for job in runs if (job.run_dir / "eval.json").exists()]
-        for checkpoint in tables.CHECKPOINTS:
+        for checkpoint in CHECKPOINTS:
             for attack in CURVES:
                 for group in GROUPS:
-                    if scores := tables.scores(results, checkpoint, attack, group):
+                    if scores := percentages(results, checkpoint, attack, group):
                         spread = stdev(scores) if len(scores) > 1 else 0.0
                         line = (option, value, checkpoint, attack, group, mean(scores), spread, len(scores))
                         entries.append(dict(zip(COLUMNS, line, strict=True)))
     return entries
 
 
-def on_test_images(run_dir: Path) -> dict:
-    """Percent by checkpoint, attack and group."""
-    return tables.load_results(run_dir)[1]
+def on_test_images(run_dir: Path) -> EvalFile:
+    """The results of a finished run."""
+    return FinishedRun.load(run_dir).evaluation
 
 
-def on_heldout_images(run_dir: Path) -> dict:
+def on_heldout_images(run_dir: Path) -> EvalFile:
     """:func:`on_test_images`, of the images that picked the best epoch. They are in metrics.jsonl, epoch by epoch."""
     records = [record for record in log.read_metrics(run_dir / "metrics.jsonl") if "heldout_pgd20" in record]
     if not records:
-        return {}
+        return EvalFile()
     chosen = {"best": max(records, key=lambda record: record["heldout_pgd20"]), "last": records[-1]}
+    return EvalFile({checkpoint: CheckpointResults(_heldout(record)) for checkpoint, record in chosen.items()})
+
+
+def _heldout(record: dict) -> dict[str, Result]:
+    """The results of an epoch on the images held out."""
     return {
-        checkpoint: {
-            attack: {"all": record[f"heldout_{attack}"], "tail": record.get(f"heldout_tail_{attack}")}
-            for attack in CURVES
-        }
-        for checkpoint, record in chosen.items()
+        attack: Result(record[f"heldout_{attack}"], {"tail": record.get(f"heldout_tail_{attack}")}) for attack in CURVES
     }
 
 

@@ -24,7 +24,7 @@ from ltat_fast.config import PRESETS, Config, choose
 from ltat_fast.errors import UserError, exit_on_user_error
 from ltat_fast.runs import log, tables
 from ltat_fast.runs.jobs import Job, outstanding, repetitions, split_flags, train_all
-from ltat_fast.runs.results import read_results
+from ltat_fast.runs.results import CHECKPOINTS, EvalFile, percentages
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,9 @@ class Row:
     scores: str = "eval.json"
     """where in the folder of a run its numbers are: table 6 has those of the self-teacher"""
 
-    def results(self) -> list[dict]:
-        """What is there of its runs so far."""
-        return [read_results(path) for job in self.jobs if (path := job.run_dir / self.scores).exists()]
+    def results(self) -> list[EvalFile]:
+        """The results of those of its runs that have some."""
+        return [EvalFile.load(path) for job in self.jobs if (path := job.run_dir / self.scores).exists()]
 
 
 @exit_on_user_error
@@ -146,10 +146,10 @@ def render(rows: list[Row], notes: list[str]) -> str:
     ]
     for row in rows:
         results = row.results()
-        for which in tables.CHECKPOINTS if row.scores == "eval.json" else ("last",):
+        for which in CHECKPOINTS if row.scores == "eval.json" else ("last",):
             cells = []
             for heading, attack, group in tables.COLUMNS:
-                ours = tables.cell(tables.scores(results, which, attack, group), len(results))
+                ours = tables.cell(percentages(results, which, attack, group), len(results))
                 theirs = row.paper.get(which, {}).get(heading)
                 cells.append(f"{ours} ({theirs:g})" if row.comparable and theirs is not None else ours)
             lines.append(f"| {row.title} | {which} | {len(results)} | " + " | ".join(cells) + " |")

@@ -18,7 +18,8 @@ from ltat_fast.attacks import AttackConfig, pgd
 from ltat_fast.attacks.objectives import cross_entropy
 from ltat_fast.models.frozen import FrozenTwin
 from ltat_fast.pixels import to_unit
-from ltat_fast.runs.metrics import spread, unpack
+from ltat_fast.runs.metrics import spread
+from ltat_fast.runs.results import Result
 
 Values = dict[str, "Values"] | Tensor  # of one value an image
 Stream = Callable[[str], torch.Generator]
@@ -159,18 +160,18 @@ def corruption(subject: Subject, common: Tensor) -> dict:
     return subject.averages(values, common) | {"common_images": int(common.sum()), "constants": table}
 
 
-def by_frequency(scores: dict[str, dict], test_labels: np.ndarray, counts: list[int]) -> dict:
+def by_frequency(scores: dict[str, Result], test_labels: np.ndarray, counts: list[int]) -> dict:
     """Accuracy in percent by attack, in up to ten groups of classes from the most to the least frequent.
 
     scores: as in RUN/eval.json, of images of the test set with these labels. counts: training images a class.
     """
     accuracies = {"classes": frequency_groups(counts)}
     for attack, result in scores.items():
-        if "per_class" in result:
+        if result.per_class and result.images is not None:
             # Results of versions before "chosen" were of evenly spread images.
-            known = "chosen" in result
-            seen = unpack(result["chosen"], len(test_labels)) if known else spread(test_labels, result["images"])
+            known = result.chosen is not None
+            seen = result.attacked(len(test_labels)) if known else spread(test_labels, result.images)
             images = np.bincount(test_labels[seen], minlength=len(counts))
-            means = classwise(result["per_class"], images.tolist(), counts)
-            accuracies[attack] = {"accuracy": means, "images": result["images"]}
+            means = classwise(result.per_class, images.tolist(), counts)
+            accuracies[attack] = {"accuracy": means, "images": result.images}
     return accuracies

@@ -12,12 +12,13 @@ from ltat_fast import config as configuration
 from ltat_fast.analysis import parts as measures
 from ltat_fast.analysis import table
 from ltat_fast.analysis.parts import Subject
+from ltat_fast.analysis.results import AnalysisFile, Part
 from ltat_fast.config import Config, ratio
 from ltat_fast.errors import UserError
-from ltat_fast.files import refuse_read_only, write_json
+from ltat_fast.files import refuse_read_only
 from ltat_fast.runs import log
 from ltat_fast.runs.metrics import spread
-from ltat_fast.runs.results import read_json, read_results
+from ltat_fast.runs.results import EvalFile, Identity, Result
 from ltat_fast.runs.scores import fingerprint
 from ltat_fast.runs.splits import DeviceImages, load_splits
 from ltat_fast.runs.weights import load_model, weights_digest, weights_file
@@ -62,26 +63,26 @@ class Analysed:
         return self.run / "analysis.json"
 
     @property
-    def results(self) -> dict:
-        return read(self.file) if self.file.exists() else {}
+    def results(self) -> AnalysisFile:
+        return AnalysisFile.load_or_empty(self.file)
 
     def is_known(self, part: str) -> bool:
         """Whether the numbers are there, for these weights, this test set and at least as many images."""
-        known = self.results.get(self.which, {}).get(part)
-        return bool(known and self.asked[part].items() <= known.items() and known["images"] >= len(self.subject.labels))
+        known = self.results.of(self.which).get(part)
+        return known is not None and known.is_of(self.asked[part], len(self.subject.labels))
 
     def keep(self, part: str, numbers: dict) -> None:
         results = self.results
-        entry = numbers | {"images": len(self.subject.labels)} | self.asked[part]
-        results.setdefault(self.which, {})[part] = entry
-        write_json(self.file, results)
+        measured = Part(numbers, len(self.subject.labels), self.asked[part])
+        results.checkpoints.setdefault(self.which, {})[part] = measured
+        results.save(self.file)
 
-    def scores(self) -> dict:
-        """What eval.json has for these weights; clean and PGD-20 are measured where it has fewer images."""
+    def scores(self) -> dict[str, Result]:
+        """The results for these weights in eval.json; clean and PGD-20 are measured if it has them on fewer images."""
         file, weights, images = self.run / "eval.json", self.asked["classwise"]["weights"], len(self.subject.labels)
-        found = read_results(file).get(self.which, {}) if file.exists() else {}
-        found = {name: s for name, s in found.items() if isinstance(s, dict) and s.get("weights") == weights}
-        missing = [a for a in ("clean", "pgd20") if found.get(a, {}).get("images", 0) < images]
+        found = EvalFile.load_or_empty(file).of(self.which).results
+        found = {attack: result for attack, result in found.items() if result.weights == weights}
+        missing = [a for a in ("clean", "pgd20") if a not in found or (found[a].images or 0) < images]
         s, test = self.subject, self.test
         options = {"batch_size": s.batch_size, "limits": {"default": images}}
         return found | evaluate(s.model, test.images, test.labels, missing, s.groups, len(s.counts), s.eps, **options)
@@ -98,23 +99,7 @@ def analyse(folders: list[Path], parts: list[str], options: Options, hardware: H
                 refuse_read_only(a.run)
         for part in parts:
             measure(part, analysed, options.again)
-    return table.render(options.checkpoint, [(a.run.name, a.results.get(a.which, {})) for a in analysed])
-
-
-def read(file: Path) -> dict:
-    """The content of an analysis.json, by checkpoint and part. Raises UserError if it is damaged."""
-    results = read_json(file)
-    for which, parts in results.items():
-        if not isinstance(parts, dict):
-            raise UserError(f"{file} is damaged: {which} is not a JSON object")
-        for part, numbers in parts.items():
-            if not (isinstance(numbers, dict) and type(numbers.get("images")) is int):
-                raise UserError(f"{file} is damaged: {which}, {part} is not a JSON object with a number of images")
-        try:
-            table.render(which, [(file.parent.name, parts)])
-        except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
-            raise UserError(f"{file} is damaged: {which} has something else where numbers are expected") from None
-    return results
+    return table.render(options.checkpoint, [(a.run.name, a.results.numbers(a.which)) for a in analysed])
 
 
 def parse_parts(names: str) -> list[str]:
@@ -146,8 +131,8 @@ def load(folder: Path, parts: list[str], options: Options, hardware: Hardware) -
         options.batch_size,
         teacher,
     )
-    identity = {"weights": weights_digest(weights), "eps": config.eps, "test_set": fingerprint(data.test)}
-    asked = {part: dict(identity) for part in PARTS}
+    identity = Identity(weights_digest(weights), config.eps, fingerprint(data.test))
+    asked = {part: dataclasses.asdict(identity) for part in PARTS}
     for part in OF_TEACHER:
         asked[part]["teacher"] = name and (weights_digest(weights_file(Path(name))) if is_ours(name) else name)
     return Analysed(folder, options.checkpoint, subject, asked, data.test)
@@ -198,7 +183,7 @@ def corruptions_on_common(analysed: list[Analysed]) -> Callable[[Analysed], dict
 def by_frequency(a: Analysed) -> dict:
     try:
         return measures.by_frequency(a.scores(), a.test.labels.cpu().numpy(), a.subject.counts)
-    except (ValueError, IndexError, KeyError) as error:
+    except (ValueError, IndexError) as error:
         raise UserError(f"{a.run / 'eval.json'} is damaged ({error}): remove it to measure afresh") from None
 
 

@@ -28,8 +28,11 @@ ROWS = [
 ]
 
 
-def render(checkpoint: str, runs: list[tuple[str, dict]]) -> str:
-    """A column a run, given as its name and the numbers of ``checkpoint``; rows that no run has are left out."""
+def render(checkpoint: str, runs: list[tuple[str, dict[str, dict]]]) -> str:
+    """The table with one column per run. Rows that no run has are left out.
+
+    runs: the name of each run, and its numbers for ``checkpoint`` by part.
+    """
     table = Table()
     table.add_column(checkpoint, no_wrap=True)
     for name, _ in runs:

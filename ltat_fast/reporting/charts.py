@@ -16,7 +16,9 @@ from ltat_fast.reporting.figure import INK, PAPER, Style, axes, to_svg
 from ltat_fast.reporting.headline import names
 from ltat_fast.reporting.study import Study, attack_name, summary
 from ltat_fast.runs import log
-from ltat_fast.runs.tables import CHECKPOINTS, Experiment
+from ltat_fast.runs.experiments import Experiment
+from ltat_fast.runs.json_object import is_number
+from ltat_fast.runs.results import CHECKPOINTS, percentages
 
 PANEL = (340, 220)
 SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -85,7 +87,7 @@ def _curve(runs: list[list[dict]], wanted: list[str]) -> dict[int, list[float]]:
     for records in runs:
         for record in records:
             value = next((record[name] for name in wanted if record.get(name) is not None), None)
-            if value is not None and isfinite(value):
+            if is_number(value) and isfinite(value):
                 curve.setdefault(record["epoch"], []).append(value)
     return curve
 
@@ -127,8 +129,8 @@ def class_bars(study: Study, styles: Sequence[Style]) -> list[Chart]:
 
 def _per_class(experiment: Experiment, which: str, attack: str | None, order: list[int]) -> list[list[float]] | None:
     """Values over the seeds for each class in ``order``; None if the attack was not run."""
-    tables = [run.results.get(which, {}).get(attack or "", {}).get("per_class") for run in experiment.runs]
-    tables = [table for table in tables if table]
+    results = [run.evaluation.result(which, attack or "") for run in experiment.runs]
+    tables = [result.per_class for result in results if result and result.per_class]
     return [[t[c] for t in tables if t[c] is not None] for c in order] if tables else None
 
 
@@ -175,8 +177,8 @@ def scatter(study: Study, styles: Sequence[Style]) -> list[Chart]:
             for experiment, style in zip(study.experiments, styles, strict=True)
             for run in experiment.runs
             for which in CHECKPOINTS
-            if (x := run.results.get(which, {}).get("clean", {}).get(group)) is not None
-            and (y := run.results.get(which, {}).get(study.attack or "", {}).get(group)) is not None
+            for x in percentages([run.evaluation], which, "clean", group)
+            for y in percentages([run.evaluation], which, study.attack or "", group)
         ]
         if not points:
             continue

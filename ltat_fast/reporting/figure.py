@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ltat_fast.methods import METHODS
-from ltat_fast.runs.tables import Experiment
+from ltat_fast.runs.experiments import Experiment
 
 INK, MUTED, GRID, PAPER = "#010100", "#010101", "#010102", "#010103"
 SERIES = [f"#0101{0x10 + i:02x}" for i in range(8)]
@@ -81,7 +81,7 @@ def styles(experiments: tuple[Experiment, ...]) -> list[Style]:
     order = [*ORDER, *(name for name in METHODS if name not in ORDER)]
     chosen: list[Style] = []
     for experiment in experiments:
-        method = experiment.config["method"]
+        method = experiment.config.method
         place = order.index(method) if method in order else len(order)
         colour = SERIES[place % len(SERIES)]
         taken = sum(style.colour == colour for style in chosen)

@@ -5,7 +5,7 @@ from math import hypot
 from statistics import mean, stdev
 
 from ltat_fast.reporting.study import Study, attack_name, method_name
-from ltat_fast.runs.tables import Experiment
+from ltat_fast.runs.experiments import Experiment
 
 ENOUGH_SEEDS = 3  # of two, the standard deviation says next to nothing
 

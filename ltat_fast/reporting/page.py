@@ -10,13 +10,15 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from ltat_fast import __version__
+from ltat_fast.config import ratio
 from ltat_fast.reporting import charts, findings, protocol
 from ltat_fast.reporting.figure import Style, styles
 from ltat_fast.reporting.headline import headline, names
 from ltat_fast.reporting.pictures import Gallery, gallery
-from ltat_fast.reporting.study import Study, attack_name, attacks_of, groups_of, studies, summary
+from ltat_fast.reporting.study import Study, attack_name, studies, summary
 from ltat_fast.runs import tables
-from ltat_fast.runs.tables import CHECKPOINTS, Experiment
+from ltat_fast.runs.experiments import Experiment
+from ltat_fast.runs.results import CHECKPOINTS
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Line:
     method: Method
     cells: list[str]
     best: list[bool]
-    checks: list[findings.Check]
+    checks: list[findings.ShownCheck]
 
 
 def render(found: list[Experiment], device: torch.device, data_dir: Path | None = None) -> str:
@@ -87,7 +89,7 @@ def _view(study: Study, shown: Gallery) -> dict:
         "gallery": shown,
         "pictured": pictured,
         "zeros": list(zip(pictured, shown.zeros, strict=True)),
-        "amplified": float(1 / (2 * protocol.fraction(study.config["eps"]))),
+        "amplified": 1 / (2 * ratio(study.config.eps)),
         "gradients": charts.gradient_histograms(
             shown.gradients, [m.name for m in pictured], [m.style for m in pictured]
         ),
@@ -131,11 +133,8 @@ def _classes(study: Study) -> list[tuple[str, int | None, str]]:
 
 def _numbers(study: Study, methods: list[Method]) -> tuple[list[str], list[tuple]]:
     """Headings of the groups, and a line an experiment, checkpoint and attack: method, which, attack, cells, images."""
-    groups: dict[str, None] = {}
-    for run in study.runs:
-        for results in run.results.values():
-            for entry in attacks_of(results).values():
-                groups |= dict.fromkeys(groups_of(entry))
+    results = [result for run in study.runs for result in run.evaluation.every_result()]
+    groups = dict.fromkeys(group for result in results for group in ("all", *result.groups))
     lines = []
     for method in methods:
         e = method.experiment

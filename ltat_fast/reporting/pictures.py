@@ -26,9 +26,9 @@ from ltat_fast.pixels import to_unit
 from ltat_fast.reporting.headline import names
 from ltat_fast.reporting.study import Study
 from ltat_fast.runs import log
+from ltat_fast.runs.experiments import Experiment
 from ltat_fast.runs.metrics import spread
 from ltat_fast.runs.splits import DeviceImages, Splits
-from ltat_fast.runs.tables import Experiment
 from ltat_fast.runs.weights import load_model, weights_file
 from ltat_fast.training.device import without_tf32
 
@@ -103,17 +103,20 @@ def gallery(study: Study, device: torch.device, data_dir: Path | None = None) ->
 
 def _data(study: Study, device: torch.device, data_dir: Path | None) -> Splits:
     """The test images. Unlike :func:`ltat_fast.runs.weights.load_data` it downloads nothing."""
-    config, _ = configuration.from_json(study.config)
+    config, _ = configuration.load(study.runs[0].path)
     where = data_dir or config.data_dir
     dataset = load_dataset(config.dataset, where, image_size=config.image_size, download=False, report=log.say)
     tailed = longtail.make_long_tailed(dataset, config.imbalance_ratio)
+    counts = study.counts or tailed.counts
+    if len(counts) != len(tailed.counts):
+        raise UserError(f"the runs have {len(counts)} classes, the images {len(tailed.counts)}")
     # The pixels stay on the CPU. Nothing looks at the training images, which may be many and on disk.
     test = DeviceImages(resident(dataset.test.images, "cpu"), resident(dataset.test.labels, device))
     return Splits(
         test,
         test,
         test,
-        study.counts or tailed.counts,
+        counts,
         study.groups or tailed.groups,
         tailed.class_names,
         tailed.index_hash,
@@ -124,7 +127,7 @@ def _data(study: Study, device: torch.device, data_dir: Path | None) -> Splits:
 
 def _model(experiment: Experiment, study: Study, data: Splits, device: torch.device) -> nn.Module:
     weights = weights_file(experiment.runs[0].path, study.checkpoint)
-    return FrozenTwin(load_model(weights, device, experiment.config["arch"], data), fold_bn=True)
+    return FrozenTwin(load_model(weights, device, experiment.config.arch, data), fold_bn=True)
 
 
 def _without_paths(error: Exception, study: Study, data_dir: Path | None) -> str:
@@ -132,7 +135,7 @@ def _without_paths(error: Exception, study: Study, data_dir: Path | None) -> str
     text = str(error)
     for run_ in study.runs:
         text = text.replace(str(run_.path), run_.name)
-    for folder in (data_dir, study.config.get("data_dir"), Path.cwd(), Path.home()):
+    for folder in (data_dir, study.config.data_dir, Path.cwd(), Path.home()):
         if folder is not None:
             text = text.replace(str(folder), Path(folder).name)
     return text
@@ -146,7 +149,7 @@ def _examples(shown: Gallery, study: Study, data: Splits, models: list[nn.Module
     firsts = [int((labels == order[p]).nonzero()[0]) for p in places if (labels == order[p]).any()]
     x = to_unit(data.test.images[firsts].to(data.test.labels.device))
     y = data.test.labels[firsts]
-    eps = ratio(study.config["eps"])
+    eps = ratio(study.config.eps)
     attack = AttackConfig(eps, eps / 4, STEPS)
     predictions, attacked, maps = [], [], []
     for model in models:

@@ -8,20 +8,15 @@ from importlib import metadata
 
 from ltat_fast.attacks.by_name import AUTOATTACK
 from ltat_fast.reporting.study import Study, attack_name
-from ltat_fast.runs.tables import CHECKPOINTS, Run
+from ltat_fast.runs.finished import FinishedRun, fraction
+from ltat_fast.runs.results import CHECKPOINTS
 
 OBJECTIVES = {
     "pgd": "cross-entropy",
     "scaled-pgd": "cross-entropy of rescaled logits",
     "cw": "margin of the logits (Carlini-Wagner)",
 }
-NOT_SHOWN = {"out", "data_dir", "seed", "resume", "method_options", "teacher"}
-
-
-def fraction(text: str) -> Fraction:
-    """The number a user wrote, "8/255" or "0.1", exactly."""
-    numerator, _, denominator = text.partition("/")
-    return Fraction(numerator) / Fraction(denominator or 1)
+NOT_SHOWN = {"out", "data_dir", "seed", "resume", "teacher"}
 
 
 def exactly(value: Fraction) -> str:
@@ -31,7 +26,7 @@ def exactly(value: Fraction) -> str:
 
 def attacks(study: Study) -> list[dict[str, str]]:
     """One line an attack: what it ascends, its steps, their size, its start, and how many images it was run on."""
-    eps = fraction(study.config["eps"])
+    eps = fraction(study.config.eps)
     return [
         _attack(name, eps) | {"name": attack_name(name), "images": _images(study, name)} for name in study.attacks()
     ]
@@ -76,8 +71,7 @@ def images_and_selection(study: Study) -> str:
 
 def facts(study: Study, test_counts: dict[str, int]) -> list[tuple[str, str]]:
     """Name and statement of all that is not a property of one attack. test_counts: images by group, where known."""
-    c = study.config
-    eps = fraction(c["eps"])
+    eps = fraction(study.config.eps)
     told = [
         ("Threat model", f"L∞ ball of radius ε = {exactly(eps)} around the image, pixels in [0, 1], clipped to [0, 1]"),
         ("Test images", _test_images(test_counts)),
@@ -100,8 +94,8 @@ def _test_images(counts: dict[str, int]) -> str:
     return f"the test set has {counts['all']} ({of}); {subset}"
 
 
-def _autoattack_version(runs: Iterable[Run]) -> str:
-    recorded = {run.environment.get("packages", {}).get("pyautoattack") for run in runs} - {None}
+def _autoattack_version(runs: Iterable[FinishedRun]) -> str:
+    recorded = {run.environment.packages.get("pyautoattack") for run in runs} - {None}
     if recorded:
         return f"version {', '.join(sorted(recorded))}"
     try:
@@ -111,7 +105,7 @@ def _autoattack_version(runs: Iterable[Run]) -> str:
 
 
 def _selection(study: Study) -> str:
-    kinds = {e.config["select_on"] for e in study.experiments}
+    kinds = {e.config.select_on for e in study.experiments}
     said = {
         "test": "highest PGD-20 accuracy on the test set, as in the published tables: optimistic, so compare last too",
         "heldout": "highest PGD-20 accuracy on held-out training images",
@@ -120,7 +114,7 @@ def _selection(study: Study) -> str:
 
 
 def _training_attack(study: Study) -> str:
-    seen = {(e.config.get("step_size"), e.config.get("attack_steps")) for e in study.experiments}
+    seen = {(e.config.step_size, e.config.attack_steps) for e in study.experiments}
     return "; or ".join(
         f"{steps} steps of {exactly(fraction(size))}" for size, steps in sorted(seen, key=str) if size and steps
     )
@@ -137,11 +131,11 @@ def _tail(study: Study) -> str:
 def settings(study: Study) -> list[tuple[str, list[str]]]:
     """Every setting with its value in each experiment; those of methods last."""
     configs = [e.config for e in study.experiments]
-    keys = dict.fromkeys(key for c in configs for key in c if key not in NOT_SHOWN)
-    table = [(key, [_plain(c.get(key)) for c in configs]) for key in keys]
-    table.append(("teacher", [_plain(c.get("teacher") and without_folders(c["teacher"])) for c in configs]))
-    options = dict.fromkeys(key for c in configs for key in c.get("method_options", {}))
-    return table + [(key, [_plain(c.get("method_options", {}).get(key)) for c in configs]) for key in options]
+    keys = dict.fromkeys(key for c in configs for key in c.settings if key not in NOT_SHOWN)
+    table = [(key, [_plain(c.settings.get(key)) for c in configs]) for key in keys]
+    table.append(("teacher", [_plain(c.teacher and without_folders(c.teacher)) for c in configs]))
+    options = dict.fromkeys(key for c in configs for key in c.method_options)
+    return table + [(key, [_plain(c.method_options.get(key)) for c in configs]) for key in options]
 
 
 def _plain(value: object) -> str:
@@ -153,17 +147,17 @@ def environments(study: Study) -> list[dict[str, str]]:
     told = []
     for run in study.runs:
         env = run.environment
-        packages = ", ".join(f"{name} {version}" for name, version in env.get("packages", {}).items() if version)
-        where = ", ".join(str(part) for part in (env.get("gpu") or env.get("machine"), env.get("precision")) if part)
+        packages = ", ".join(f"{name} {version}" for name, version in env.packages.items() if version)
+        where = ", ".join(part for part in (env.gpu or env.machine, env.precision) if part)
         told.append(
             {
                 "run": run.name,
-                "seed": str(run.config["seed"]),
-                "images": env.get("index_hash", "-"),
-                "packages": f"Python {env['python']}, {packages}" if "python" in env else "-",
+                "seed": str(run.config.seed),
+                "images": env.index_hash or "-",
+                "packages": f"Python {env.python}, {packages}" if env.python else "-",
                 "hardware": where or "-",
-                "git": env.get("git") or "-",
-                "command": command(env.get("command", "")) or "-",
+                "git": env.git or "-",
+                "command": command(env.command or "") or "-",
             }
         )
     return told

@@ -4,9 +4,9 @@ import csv
 import io
 from collections.abc import Iterator
 
-from ltat_fast.reporting.study import attacks_of, groups_of
 from ltat_fast.runs import tables
-from ltat_fast.runs.tables import Experiment
+from ltat_fast.runs.experiments import Experiment, comparable_worst
+from ltat_fast.runs.results import CHECKPOINTS
 
 HEADER = ("run", "method", "dataset", "imbalance_ratio", "arch", "seed", "checkpoint", "attack", "group", "class")
 HEADER += ("train_images", "test_images", "accuracy")
@@ -30,17 +30,17 @@ def _lines(found: list[Experiment]) -> Iterator[tuple]:
     for experiment in found:
         for run in experiment.runs:
             c = run.config
-            of_run = (run.name, experiment.label, c["dataset"], c["imbalance_ratio"], c["arch"], c["seed"])
-            counts = run.environment.get("class_counts", [])
-            for which in tables.CHECKPOINTS:
-                for attack, entry in attacks_of(run.results.get(which, {})).items():
-                    if attack == "worst" and not tables.comparable_worst(experiment.runs, which):
+            of_run = (run.name, experiment.label, c.dataset, c.imbalance_ratio, c.arch, c.seed)
+            counts = run.environment.class_counts
+            for which in CHECKPOINTS:
+                for attack, result in run.evaluation.of(which).results.items():
+                    if attack == "worst" and not comparable_worst(experiment.runs, which):
                         continue
-                    start, images = (*of_run, which, attack), entry.get("images")
-                    for group, accuracy in groups_of(entry).items():
-                        yield (*start, group, None, None, images, accuracy)
-                    for c, accuracy in enumerate(entry.get("per_class", [])):
-                        yield (*start, "class", c, counts[c] if c < len(counts) else None, images, accuracy)
+                    start = (*of_run, which, attack)
+                    for group, accuracy in {"all": result.all, **result.groups}.items():
+                        yield (*start, group, None, None, result.images, accuracy)
+                    for c, accuracy in enumerate(result.per_class):
+                        yield (*start, "class", c, counts[c] if counts else None, result.images, accuracy)
 
 
 def as_markdown(found: list[Experiment]) -> str:

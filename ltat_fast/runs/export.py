@@ -27,7 +27,7 @@ from ltat_fast.errors import UserError
 from ltat_fast.files import write_json
 from ltat_fast.models import ARCHS, classifier, cosine, standalone
 from ltat_fast.runs import log
-from ltat_fast.runs.results import read_results
+from ltat_fast.runs.results import EvalFile, Result
 from ltat_fast.runs.weights import build_from_card, read_weights, weights_file
 
 FILES = (standalone.WEIGHTS, standalone.CARD, "model.py", "model.pt2", "model.onnx")
@@ -111,7 +111,7 @@ def card(run_dir: Path, which: str, model: nn.Module, origin: dict) -> dict:
     origin: what the weights file says of itself.
     """
     config, _ = configuration.load(run_dir)
-    scores = read_results(run_dir / "eval.json").get(which, {}) if (run_dir / "eval.json").exists() else {}
+    results = EvalFile.load_or_empty(run_dir / "eval.json").of(which).results
     height, width = origin["image_size"]
     training = ("dataset", "imbalance_ratio", "class_counts", "method", "method_options", "epoch")
     return {
@@ -123,13 +123,15 @@ def card(run_dir: Path, which: str, model: nn.Module, origin: dict) -> dict:
         "threat_model": {"norm": "Linf", "eps": config.eps},
         "training": {name: origin[name] for name in training} | {"seed": config.seed, "extra_data": False},
         "best_selected_on": config.select_on,
-        "accuracy": {
-            attack: {name: scores[attack][name] for name in ("all", "tail", "images") if name in scores[attack]}
-            for attack in scores
-            if isinstance(scores[attack], dict)
-        },
+        "accuracy": {attack: accuracy(result) for attack, result in results.items()},
         "ltat_fast": __version__,
     }
+
+
+def accuracy(result: Result) -> dict:
+    """What card.json tells of a result."""
+    content = result.to_json()
+    return {name: content[name] for name in ("all", "tail", "images") if name in content}
 
 
 def architecture(model: nn.Module, origin: dict) -> dict:

@@ -19,7 +19,9 @@ from ltat_fast import files
 from ltat_fast.attacks.by_name import parse_attacks
 from ltat_fast.config import Config
 from ltat_fast.errors import UserError
-from ltat_fast.runs import log, tables
+from ltat_fast.runs import log
+from ltat_fast.runs.finished import FinishedRun
+from ltat_fast.runs.results import CHECKPOINTS
 
 
 @dataclass(frozen=True)
@@ -97,11 +99,11 @@ def conflict(job: Job) -> str | None:
 def is_finished(job: Job) -> bool:
     """Whether the run of ``job`` has been trained and evaluated under all the attacks it is to be evaluated under."""
     try:
-        config, results = tables.load_results(job.run_dir)
+        run = FinishedRun.load(job.run_dir)
     except UserError:
         return False
-    attacks = parse_attacks(config.get("eval_attacks", Config.eval_attacks))
-    return all(attack in results.get(which, {}) for which in ("best", "last") for attack in attacks)
+    attacks = parse_attacks(run.config.eval_attacks or Config.eval_attacks)
+    return all(run.evaluation.result(which, attack) for which in CHECKPOINTS for attack in attacks)
 
 
 def train_all(jobs: Sequence[Job], show: Callable[[str], bool] = lambda line: False) -> dict[Job, int]:

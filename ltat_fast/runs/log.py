@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ltat_fast import files
+from ltat_fast.errors import UserError
+from ltat_fast.runs.json_object import JsonObject, is_integer
 
 console = Console(highlight=False, soft_wrap=True, emoji=False)
 
@@ -15,12 +17,6 @@ console = Console(highlight=False, soft_wrap=True, emoji=False)
 def say(text: str) -> None:
     """One line to the user. Square brackets are text here, not markup."""
     console.print(text, markup=False)
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write ``content`` so that ``path`` holds the old file or the new one, never half of it."""
-    with files.atomic_write(path) as file:
-        file.write((json.dumps(content, indent=1) + "\n").encode())
 
 
 class StageLog:
@@ -69,15 +65,24 @@ def quiet() -> None:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The records of a metrics.jsonl; a last line cut short by a crash is left out."""
+    """Return the records of a metrics.jsonl, without a last line that a crash cut short.
+
+    Raises UserError if the file cannot be read or a line is not an object with an epoch.
+    """
     if not path.exists():
         return []
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged and cannot be read ({error})") from None
     records = []
-    for line in path.read_text().splitlines():
+    for number, line in enumerate(lines, 1):
         try:
-            records.append(json.loads(line))
+            record = JsonObject(path, json.loads(line), (f"line {number}",))
         except json.JSONDecodeError:
             break
+        record.take("epoch", is_integer)
+        records.append(record.content)
     return records
 
 

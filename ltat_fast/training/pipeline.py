@@ -16,6 +16,7 @@ from ltat_fast.files import write_json
 from ltat_fast.methods import METHODS, Method, MethodContext
 from ltat_fast.runs import log, tables
 from ltat_fast.runs.environment import describe_environment
+from ltat_fast.runs.results import CheckpointResults, EvalFile
 from ltat_fast.runs.splits import Splits, balanced_indices, counts_tensor, load_splits
 from ltat_fast.runs.weights import new_model, weights_card
 from ltat_fast.schedule import first_drop
@@ -79,7 +80,7 @@ def train_teacher(config: Config, stage: Stage, data: Splits, hardware: Hardware
         log.say("teacher on the test set:")
         result = evaluate_model(config, data, data.test, stage.model, ["clean", "pgd20"], log.say)
         if distributed.current().is_main:
-            write_json(scores, {"last": result})
+            EvalFile({"last": CheckpointResults(result)}).save(scores)
     distributed.wait()
     return stage.model
 
@@ -90,8 +91,8 @@ def student_stage(config: Config, method: Method, data: Splits, hardware: Hardwa
 
     def scores(model: nn.Module) -> dict[str, float]:
         result = evaluate_model(config, data, data.select, model, ["clean", "pgd20"])
-        flat = {"clean": result["clean"]["all"], "pgd20": result["pgd20"]["all"]}
-        flat |= {"tail_clean": result["clean"]["tail"], "tail_pgd20": result["pgd20"]["tail"]}
+        flat = {"clean": result["clean"].all, "pgd20": result["pgd20"].all}
+        flat |= {"tail_clean": result["clean"].percent("tail"), "tail_pgd20": result["pgd20"].percent("tail")}
         return {f"{name}_{key}": value for key, value in flat.items() if value is not None}
 
     dropped = first_drop(config.lr_schedule, config.epochs)

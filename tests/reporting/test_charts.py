@@ -11,7 +11,7 @@ import pytest
 from helpers import made_runs
 from ltat_fast.reporting import charts, figure
 from ltat_fast.reporting.study import studies
-from ltat_fast.runs import tables
+from ltat_fast.runs.experiments import experiments
 
 COUNTS = (20, 90, 5, 40)  # not in the order of frequency
 BY_FREQUENCY = [1, 3, 0, 2]
@@ -26,7 +26,7 @@ def drawn(monkeypatch):
 
 
 def study_of(*runs):
-    (study,) = studies(tables.experiments(list(runs)))
+    (study,) = studies(experiments(list(runs)))
     return study, figure.styles(study.experiments)
 
 

@@ -5,7 +5,7 @@ import pytest
 from helpers import made_runs
 from ltat_fast.reporting.headline import headline
 from ltat_fast.reporting.study import studies
-from ltat_fast.runs import tables
+from ltat_fast.runs.experiments import experiments
 
 
 def write_run(folder, tail, *, images=None, drop=(), **config):
@@ -18,7 +18,7 @@ def write_run(folder, tail, *, images=None, drop=(), **config):
 
 
 def headline_of(*runs):
-    (study,) = studies(tables.experiments(list(runs)))
+    (study,) = studies(experiments(list(runs)))
     return headline(study)
 
 
@@ -44,7 +44,7 @@ def test_two_seeds_that_agree_by_chance_prove_nothing(tmp_path):
 
 
 def test_the_weight_of_an_image_where_all_were_attacked(tmp_path):
-    (study,) = studies(tables.experiments([write_run(tmp_path / "a", 59.4)]))
+    (study,) = studies(experiments([write_run(tmp_path / "a", 59.4)]))
     assert headline(study, {"all": 600, "tail": 60}).caveat.endswith(" One of the 60 tail-class images is 1.7 points.")
     assert headline(study, {"all": 900, "tail": 60}).caveat == "One seed each."  # 600 of them, who knows which
 
@@ -109,7 +109,7 @@ def test_the_worst_of_other_attacks_is_not_compared(tmp_path):
 
 def test_best_only_if_it_was_picked_on_other_images(tmp_path):
     def checkpoint_of(run):
-        return studies(tables.experiments([run]))[0].checkpoint
+        return studies(experiments([run]))[0].checkpoint
 
     assert checkpoint_of(write_run(tmp_path / "a", 1.0)) == "last"
     assert checkpoint_of(write_run(tmp_path / "b", 1.0, select_on="heldout")) == "best"

@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from helpers import made_runs
 from ltat_fast.reporting import charts, page
-from ltat_fast.runs import tables
+from ltat_fast.runs.experiments import experiments
 from ltat_fast.runs.weights import read_weights, write_weights
 
 CPU = torch.device("cpu")
@@ -28,7 +28,7 @@ numbers = pytest.mark.usefixtures("undrawn")
 
 
 def page_of(*runs):
-    text = page.render(tables.experiments(list(runs)), CPU)
+    text = page.render(experiments(list(runs)), CPU)
     return text, made_runs.parse(text)
 
 

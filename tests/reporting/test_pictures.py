@@ -17,7 +17,7 @@ from ltat_fast.attacks.objectives import cross_entropy
 from ltat_fast.config import load
 from ltat_fast.reporting.pictures import _signed, gallery
 from ltat_fast.reporting.study import studies
-from ltat_fast.runs import tables
+from ltat_fast.runs.experiments import experiments
 from ltat_fast.runs.splits import load_splits
 from ltat_fast.runs.weights import load_model
 
@@ -32,7 +32,7 @@ def pixels(picture):
 
 @pytest.fixture(scope="module")
 def shown(digits_run):
-    (study,) = studies(tables.experiments([digits_run]))
+    (study,) = studies(experiments([digits_run]))
     return gallery(study, CPU)
 
 
@@ -102,9 +102,9 @@ def test_saliency_is_red_for_and_blue_against_and_white_for_nothing():
 def test_images_of_a_folder_are_shown_without_a_warning(folder_run):
     """Decoded images are read from a file that nobody may write to; torch warns of that once a process."""
     script = (
-        "import sys, torch; from pathlib import Path; from ltat_fast.engine import tables;"
+        "import sys, torch; from pathlib import Path; from ltat_fast.runs.experiments import experiments;"
         "from ltat_fast.reporting.pictures import gallery; from ltat_fast.reporting.study import studies;"
-        "(study,) = studies(tables.experiments([Path(sys.argv[1])]));"
+        "(study,) = studies(experiments([Path(sys.argv[1])]));"
         "print(len(gallery(study, torch.device('cpu')).adversarial))"
     )
     command = [sys.executable, "-c", script, str(folder_run)]
@@ -115,11 +115,11 @@ def test_images_of_a_folder_are_shown_without_a_warning(folder_run):
 
 def test_a_network_that_is_missing_or_damaged_costs_only_its_own_pictures(digits_run, tmp_path):
     other = shutil.copytree(digits_run, tmp_path / "other", ignore=shutil.ignore_patterns("tb", "teacher"))
-    config = tables.read_json(other / "config.json") | {"lr": 0.3}
+    config = json.loads((other / "config.json").read_text()) | {"lr": 0.3}
     (other / "config.json").write_text(json.dumps(config))
     weights = other / "checkpoints/last.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    (study,) = studies(tables.experiments([other, digits_run]))
+    (study,) = studies(experiments([other, digits_run]))
     found = gallery(study, CPU)
     assert found.methods == [1]
     assert [len(row.cells) for row in found.adversarial] == [1] * 6

@@ -8,11 +8,11 @@ from helpers import made_runs
 from ltat_fast.attacks.by_name import parse_attacks
 from ltat_fast.reporting import protocol
 from ltat_fast.reporting.study import studies
-from ltat_fast.runs import tables
+from ltat_fast.runs.experiments import experiments
 
 
 def study_of(*runs):
-    (study,) = studies(tables.experiments(list(runs)))
+    (study,) = studies(experiments(list(runs)))
     return study
 
 

@@ -275,7 +275,7 @@ def test_an_interrupted_evaluation_goes_on(run, number):
     out, err = process.communicate(timeout=30)
     assert (process.returncode, err) == (75, "")
     name = signal.Signals(number).name
-    expected = f"stopped by {name}; what is finished is kept; go on with: python -m ltat_fast.evaluate {run} "
+    expected = f"stopped by {name}; what is finished is kept; resume with: python -m ltat_fast.evaluate {run} "
     (said,) = [line for line in out.replace(f"'{run}'", str(run)).splitlines() if "stopped" in line]
     assert said == expected + shlex.join([*flags, "--attacks", "clean,pgd5,pgd9999999"])
     assert not list(run.glob(".*partial"))

@@ -1,4 +1,4 @@
-"""What other programs found out about runs, as tables: RUN/analysis.json, and the checks of RUN/eval.json."""
+"""The analyses of runs (RUN/analysis.json) and the checks of their evaluation (RUN/eval.json) as tables of texts."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,16 +12,16 @@ from ltat_fast.runs.experiments import Experiment
 from ltat_fast.runs.json_object import is_number
 from ltat_fast.runs.results import CHECKPOINTS
 
-ORDER_OF_CLASSES = "classes"  # in the numbers of a part; a note tells the same
+ORDER_OF_CLASSES = "classes"  # the key that is explained by a note instead of shown
 NOTES = {"classwise": "Accuracy in groups of classes: 0 are the most frequent in training, the last the rarest."}
-SHOWN_ONE_BY_ONE = 12  # of a longer list of numbers, mean and range are shown
+SHOWN_ONE_BY_ONE = 12  # a longer list of numbers is shown as mean, min and max
 
 Value = dict[str, object]  # by "all" and the groups of classes
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A quantity of an experiment: over all classes, and of groups of classes where it has them."""
+    """A quantity of an experiment: over all classes, and for groups of classes if it has them."""
 
     all: str
     groups: list[tuple[str, str]]
@@ -29,7 +29,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the analyses of a study: for each quantity its name and a cell an experiment. note: how to read it."""
+    """One part of the analyses of a study. lines: the name of each quantity and one cell per experiment."""
 
     title: str
     checkpoint: str
@@ -38,7 +38,7 @@ class Section:
 
 
 def analyses(study: Study) -> tuple[list[Section], list[str]]:
-    """The sections of every analysis.json of the study, and sentences on those that cannot be read."""
+    """The sections of every analysis.json of the study, and a sentence for each one that is damaged."""
     damaged, found = [], []
     for experiment in study.experiments:
         found.append([])
@@ -70,9 +70,9 @@ def _quantities(part: Part) -> Iterator[tuple[str, Value]]:
 
 
 def leaves(value: object, name: str = "") -> Iterator[tuple[str, Value]]:
-    """The numbers and words in nested JSON, each with its place: ``{"gini": {"global": 0.7}}`` gives "gini, global".
+    """Yield the numbers and words in nested JSON with their places: ``{"gini": {"global": 0.7}}`` gives "gini, global".
 
-    A mean, that is a dict with "all" and groups of classes, stays together; anything else is yielded as "all".
+    A mean, which is a dict of "all" and groups of classes, is yielded as one value. Anything else is yielded as "all".
     """
     match value:
         case None:
@@ -99,7 +99,7 @@ def _is_number(value: object) -> bool:
 
 
 def _cell(values: list[Value], seeds: int) -> Cell:
-    """Mean and standard deviation over the runs that have it, and how many these are if not all."""
+    """Mean and standard deviation over the runs that have the quantity, with their number if some lack it."""
     groups = dict.fromkeys(group for value in values for group in value if group != "all")
     by_group = {g: _text([v[g] for v in values if v.get(g) is not None]) for g in ["all", *groups]}
     some = f" ({len(values)} of {seeds})" if 0 < len(values) < seeds else ""

@@ -1,4 +1,4 @@
-"""What may be compared with what: experiments on the same images, with the same network and the same radius."""
+"""Studies: experiments that may be compared, because they share dataset, images, network and eps."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from ltat_fast.runs.experiments import Experiment, comparable_worst
 from ltat_fast.runs.finished import FinishedRun, RunConfig
 from ltat_fast.runs.json_object import JsonObject, is_text, list_of
 
-# The spelling of names that are not plain capitals.
+# Method names that are not written in capitals.
 NAMES = {"natural": "Natural", "robal": "RoBal", "adaad": "AdaAD", "adaiad": "AdaIAD"}
 ATTACK_NAMES = {
     "clean": "no attack",
@@ -26,7 +26,7 @@ STRENGTH = ("clean", "fgsm", "pgd", "scaled-pgd", "cw", "autoattack", "worst")
 
 
 def attack_name(attack: str) -> str:
-    """ "pgd20" to "PGD-20", "pgd20x5" to "PGD-20 from 5 starts"."""
+    """The name of an attack in texts: "PGD-20" for "pgd20", "PGD-20 from 5 starts" for "pgd20x5"."""
     name, _, starts = attack.partition("x") if re.search(r"\dx\d", attack) else (attack, "", "")
     name = ATTACK_NAMES.get(name) or re.sub(r"([a-z])(\d)", r"\1-\2", name).upper()
     return f"{name} from {starts} starts" if starts else name
@@ -41,7 +41,8 @@ def method_name(experiment: Experiment) -> str:
 class Study:
     """Experiments that may be compared.
 
-    checkpoint and attack: what headline and plots are of; the attack is the strongest of those run on most images.
+    checkpoint and attack: those that the headline and the plots show. The attack is the strongest one of those that
+    every run was evaluated under on the most images; None if there is none.
     """
 
     experiments: tuple[Experiment, ...]
@@ -63,7 +64,7 @@ class Study:
 
     @property
     def counts(self) -> list[int] | None:
-        """Training images of each class, if a run says."""
+        """Training images of each class; None if no run recorded them."""
         return next((list(counts) for run in self.runs if (counts := run.environment.class_counts)), None)
 
     @property
@@ -75,12 +76,12 @@ class Study:
         return max(map(_num_classes, self.runs))
 
     def by_frequency(self) -> list[int]:
-        """The classes, the most frequent in training first; as they are numbered where the counts are not known."""
+        """The classes, the most frequent in training first; in the order of their numbers if the counts are unknown."""
         counts = self.counts or [0] * self.num_classes
         return sorted(range(self.num_classes), key=lambda c: (-counts[c], c))
 
     def class_names(self) -> list[str]:
-        """As a weights file of the study knows them, else their numbers."""
+        """The names in a weights file of the study; the numbers of the classes if there is none."""
         for run in self.runs:
             names = _class_names(run, self.checkpoint)
             if len(names) == self.num_classes:
@@ -88,13 +89,13 @@ class Study:
         return [str(c) for c in range(self.num_classes)]
 
     def attacks(self) -> list[str]:
-        """Every attack a run was evaluated under, "clean" first."""
+        """Every attack that a run was evaluated under, weak ones first ("clean" is the weakest)."""
         evaluated = [part for run in self.runs for part in run.evaluation.checkpoints.values()]
         return sorted(dict.fromkeys(name for part in evaluated for name in part.results), key=_strength)
 
 
 def studies(found: list[Experiment]) -> list[Study]:
-    """The experiments, those that may be compared together, in the order given."""
+    """Group the experiments into studies, in the order given."""
     alike: dict[str, list[Experiment]] = {}
     for experiment in found:
         c = experiment.config
@@ -105,7 +106,10 @@ def studies(found: list[Experiment]) -> list[Study]:
 
 
 def _study(group: tuple[Experiment, ...]) -> Study:
-    """Plots are of "best" only if it was picked on images of its own: picked on the test set it is optimistic."""
+    """Choose checkpoint and attack.
+
+    The checkpoint is "best" only if it was selected on held-out images; selected on the test set it is optimistic.
+    """
     held_out = all(e.config.select_on == "heldout" and "best" in e.checkpoints() for e in group)
     have_last = all("last" in e.checkpoints() for e in group)
     checkpoint = "best" if held_out or not have_last else "last"
@@ -121,7 +125,7 @@ def _study(group: tuple[Experiment, ...]) -> Study:
 
 
 def _strength(attack: str) -> tuple[int, list[int]]:
-    """The kind of attack, then its steps and starts; an unknown one is taken for a PGD."""
+    """A key to sort attacks by kind, then by steps and starts. Unknown attacks are sorted like PGD."""
     kind = next((i for i, stem in enumerate(STRENGTH) if attack.startswith(stem)), STRENGTH.index("pgd"))
     return kind, [int(number) for number in re.findall(r"\d+", attack)]
 
@@ -133,7 +137,7 @@ def _num_classes(run: FinishedRun) -> int:
 
 
 def _class_names(run: FinishedRun, which: str) -> list[str]:
-    """The names of the classes in a weights file; none if the file is not there or does not have them."""
+    """The class names in a weights file; an empty list if the file is missing or does not have them."""
     path = run.path / "checkpoints" / f"{which}.safetensors"
     try:
         with safe_open(path, framework="pt") as file:
@@ -144,7 +148,7 @@ def _class_names(run: FinishedRun, which: str) -> list[str]:
 
 
 def summary(values: list[float], digits: int = 1) -> str:
-    """ "59.4", over several seeds "59.4 ± 1.0"; "-" of none."""
+    """Format "59.4"; over several seeds "59.4 ± 1.0"; without values "-"."""
     if not values:
         return "-"
     return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")

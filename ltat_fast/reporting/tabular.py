@@ -1,4 +1,4 @@
-"""The numbers of the runs as files: CSV, one accuracy a line, and the table in Markdown."""
+"""The numbers of the runs as CSV, with one accuracy per line, and the table as Markdown."""
 
 import csv
 import io
@@ -13,11 +13,11 @@ HEADER += ("train_images", "test_images", "accuracy")
 
 
 def as_csv(found: list[Experiment]) -> str:
-    """One line a run, checkpoint, attack and group of classes, and one a class (group "class").
+    """One line per run, checkpoint, attack and group of classes, and one per class (group "class").
 
-    accuracy: percent, every digit of eval.json; empty where there was no image. train_images: of the class, if known.
-    test_images: of the whole evaluation, not of the group. The worst case is left out of the runs of an experiment that
-    have it over different attacks.
+    accuracy: percent, with every digit of eval.json; empty if there was no image. train_images: of the class, if known.
+    test_images: of the whole evaluation, not of the group. The worst case is left out if the runs of an experiment
+    combined different attacks.
     """
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
@@ -44,7 +44,7 @@ def _lines(found: list[Experiment]) -> Iterator[tuple]:
 
 
 def as_markdown(found: list[Experiment]) -> str:
-    """The terminal's table."""
+    """The table that the terminal shows, as Markdown."""
     headings, lines = tables.cells(found)
     rule = ["---"] * tables.NUMBERS_FROM + ["---:"] * (len(headings) - tables.NUMBERS_FROM)
     table = [headings, rule, *([text.replace("|", "\\|") for text in line] for line in lines)]

@@ -23,18 +23,18 @@ from ltat_fast.runs.json_object import (
 )
 
 CHECKPOINTS = ("best", "last")
-CHECKS = "checks"  # the key beside the attacks
-ALWAYS_GROUPS = ("head", "medium", "tail")  # a data set may have more; their names are known by their numbers
+CHECKS = "checks"  # the one key beside the attacks
+ALWAYS_GROUPS = ("head", "medium", "tail")  # groups of classes in every dataset; any other number is a group too
 FIELDS = ("all", "per_class", "images", "correct", "chosen", "weights", "eps", "test_set", "attacks")
 
 
 def pack(bits: np.ndarray) -> str:
-    """Bools ``(N,)`` as a hexadecimal number, 4 to a digit, the first in the highest bit."""
+    """Write bools ``(N,)`` as hexadecimal digits, 4 bools per digit, the first one in the highest bit."""
     return np.packbits(bits).tobytes().hex()
 
 
 def unpack(text: str, count: int) -> np.ndarray:
-    """The ``count`` bools that :func:`pack` wrote as ``text``. Raises ValueError if their number is another."""
+    """Return the ``count`` bools that :func:`pack` wrote as ``text``. Raises ValueError if the length does not fit."""
     packed = np.frombuffer(bytes.fromhex(text), np.uint8)
     if len(packed) != (count + 7) // 8:
         raise ValueError(f"{len(packed)} bytes do not hold {count} bits")
@@ -62,18 +62,18 @@ class Result:
     groups: dict[str, float | None] = field(default_factory=dict)
     per_class: tuple[float | None, ...] = ()
     images: int | None = None
-    """number of test images that were attacked"""
+    """number of attacked images"""
     correct: str | None = None
-    """which of these were classified correctly, as :func:`pack` writes it"""
+    """which attacked images were classified correctly, written by :func:`pack`"""
     chosen: str | None = None
-    """which images of the test set these are, as :func:`pack` writes it; None for all of them"""
+    """which images of the test set were attacked, written by :func:`pack`; None for all of them"""
     weights: str | None = None
     eps: str | None = None
     test_set: str | None = None
     attacks: tuple[str, ...] = ()
-    """of a worst case: the attacks that it combines"""
+    """the attacks that a worst case combines"""
     other: dict[str, Any] = field(default_factory=dict)
-    """fields that this version does not know; they are kept when the file is written again"""
+    """fields that this version does not know, kept when the file is written again"""
 
     @classmethod
     def from_correct(
@@ -84,10 +84,10 @@ class Result:
         num_classes: int,
         chosen: np.ndarray | None = None,
     ) -> "Result":
-        """The result of an attack.
+        """Compute the result of an attack.
 
         correct: bool ``(N,)`` and labels: int64 ``(N,)``, of the attacked images. chosen: which images of the test set
-        these are, bool; None for all of them.
+        were attacked, bool; None for all of them.
         """
         correct, labels = correct.cpu().numpy(), labels.cpu().numpy()
 
@@ -139,7 +139,7 @@ class Result:
         return self.all if group == "all" else self.groups.get(group)
 
     def of(self, identity: Identity) -> "Result":
-        """This result as one of ``identity``."""
+        """Return this result with the weights, eps and test set of ``identity``."""
         return dataclasses.replace(self, **dataclasses.asdict(identity))
 
     def is_of(self, identity: Identity) -> bool:
@@ -237,7 +237,7 @@ class EvalFile:
         write_json(path, self.to_json())
 
     def of(self, which: str) -> CheckpointResults:
-        """What was measured on the checkpoint ``which``, empty if nothing was."""
+        """What was measured on the checkpoint ``which``; empty if it was not evaluated."""
         return self.checkpoints.get(which, CheckpointResults())
 
     def result(self, which: str, attack: str) -> Result | None:
@@ -249,14 +249,14 @@ class EvalFile:
 
 
 def percentages(files: Iterable[EvalFile], which: str, attack: str, group: str) -> list[float]:
-    """Accuracy of one checkpoint in one group of classes under one attack, from each of ``files`` that has it."""
+    """Accuracy on one group of classes of one checkpoint under one attack, from each of the files that has it."""
     found = [file.result(which, attack) for file in files]
     percents = [result.percent(group) for result in found if result is not None]
     return [percent for percent in percents if percent is not None]
 
 
 def _holds(bits: Any, images: int | None) -> bool:
-    """Whether ``bits`` are those of so many images."""
+    """Whether ``bits`` is a text of :func:`pack` for this number of images."""
     try:
         return images is not None and len(unpack(bits, images)) == images
     except (TypeError, ValueError):
@@ -264,7 +264,7 @@ def _holds(bits: Any, images: int | None) -> bool:
 
 
 def _selects(bits: Any, images: int | None) -> bool:
-    """Whether ``bits`` pick so many images out of a test set."""
+    """Whether ``bits`` is a text of :func:`pack` that selects this number of images."""
     try:
         return unpack(bits, 4 * len(bits)).sum() == images
     except (TypeError, ValueError):

@@ -96,7 +96,7 @@ class Scores:
             try:
                 for which in self.checkpoints:
                     change(content.checkpoints.setdefault(which, CheckpointResults()))
-            except ValueError as error:  # bits of another number of images
+            except ValueError as error:  # "chosen" does not fit the size of the test set
                 raise UserError(f"{self.file} is damaged ({error}): remove it to evaluate afresh") from None
             if content.to_json() != before:
                 content.save(self.file)

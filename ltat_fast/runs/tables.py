@@ -1,4 +1,4 @@
-"""The paper's table of finished runs: Clean, PGD, AA, T-Clean, T-PGD for best and last, mean and std over seeds."""
+"""The paper's table of finished runs: Clean, PGD, AA, T-Clean and T-PGD of best and last, mean and std over seeds."""
 
 import io
 from collections.abc import Sequence
@@ -22,9 +22,9 @@ COLUMNS = [
     ("T-Clean", "clean", "tail"),
     ("T-PGD", "pgd20", "tail"),
 ]
-# Shown where a run has them: the images that stay right under every attack that was tried.
+# Shown if a run has them: images that are classified correctly under every attack.
 WORST_COLUMNS = [("Worst", "worst", "all"), ("T-Worst", "worst", "tail")]
-NUMBERS_FROM = 6  # the columns before it say which experiment a line is of
+NUMBERS_FROM = 6  # the columns before this one name the experiment
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,10 @@ class Row:
 
 
 def columns(found: Sequence[Experiment]) -> list[tuple[str, str, str]]:
-    """The paper's columns, and those of the worst case if a run has it of as many images as the rest.
+    """The paper's columns, and those of the worst case if it is comparable.
 
-    At each checkpoint the worst case must be over the same attacks in all runs that have it.
+    It is comparable if some run has it on as many images as the other attacks, and all runs that have it combined the
+    same attacks at each checkpoint.
     """
     runs = [run for experiment in found for run in experiment.runs]
     evaluated = [run.evaluation.of(which) for run in runs for which in CHECKPOINTS]
@@ -51,7 +52,7 @@ def columns(found: Sequence[Experiment]) -> list[tuple[str, str, str]]:
 
 
 def _has_worst_of_all(evaluated: CheckpointResults) -> bool:
-    """Of fewer images, those AutoAttack was limited to, it would look better or worse beside the rest than it is."""
+    """Whether the worst case is on as many images as any attack; on fewer it could not be compared with the others."""
     images = {name: r.images for name, r in evaluated.results.items() if r.images is not None}
     return "worst" in images and images["worst"] == max(images.values())
 
@@ -74,7 +75,7 @@ def rows(found: Sequence[Experiment]) -> list[Row]:
 
 
 def cell(values: list[float], seeds: int) -> str:
-    """ "38.85", over several seeds "38.85 ± 0.21", measured on some of them "38.85 (1 of 3)", on none "-"."""
+    """Format "38.85"; over several seeds "38.85 ± 0.21"; if only some have a value "38.85 (1 of 3)"; if none "-"."""
     if not values:
         return "-"
     spread = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
@@ -82,7 +83,7 @@ def cell(values: list[float], seeds: int) -> str:
 
 
 def cells(found: Sequence[Experiment]) -> tuple[list[str], list[list[str]]]:
-    """The table as headings and lines of text; from column :data:`NUMBERS_FROM` on they are numbers."""
+    """Headings and lines of the table as text. The columns from :data:`NUMBERS_FROM` on hold numbers."""
     headings = [heading for heading, _, _ in columns(found)]
     lines = []
     for row in rows(found):
@@ -102,13 +103,13 @@ def render(run_dirs: Sequence[Path]) -> str:
     for line in lines:
         table.add_row(*map(escape, line))
     out = io.StringIO()
-    # More than it needs: a narrow console would cut the numbers short.
+    # Wider than necessary, because a narrow console would cut numbers off.
     Console(file=out, width=250 + max(len(experiment.label) for experiment in found)).print(table)
     return out.getvalue() + note(found)
 
 
 def note(found: Sequence[Experiment]) -> str:
-    """How many test images the numbers are of, and what picked the best checkpoint."""
+    """The number of test images, and how the best checkpoint was selected."""
     images = sorted(set().union(*(row.images for row in rows(found))))
     heldout = {experiment.config.select_on for experiment in found} == {"heldout"}
     return f"Percent of {' or '.join(map(str, images)) or 'the'} test images; tail: see eval.json. " + (

@@ -1,4 +1,8 @@
-"""The paper's metrics: accuracy under each attack and the worst of them, for all, groups of and single classes."""
+"""Measure networks and the checkpoints of a run under several attacks, and keep the results in RUN/eval.json.
+
+The attacks themselves are in :mod:`ltat_fast.attacks.by_name`, the content of the file in
+:mod:`ltat_fast.runs.results`.
+"""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -80,18 +84,18 @@ def check(model: nn.Module, images: Tensor, labels: Tensor, eps: float, say: Cal
 
 
 def evaluate_run(config: Config, data: Splits, hardware: Hardware) -> None:
-    """RUN/eval.json: the attacks of ``config`` on the best and the last weights. What is already there is kept."""
+    """Evaluate the best and the last checkpoint under the attacks of ``config``. Results in RUN/eval.json are kept."""
     evaluate_checkpoints(config, data, hardware, ["best", "last"], parse_attacks(config.eval_attacks))
 
 
 def evaluate_checkpoints(
     config: Config, data: Splits, hardware: Hardware, checkpoints: list[str], attacks: list[str], again: bool = False
 ) -> None:
-    """Evaluate ``checkpoints`` (of "best" and "last") and merge the results into RUN/eval.json, attack by attack.
+    """Evaluate ``checkpoints`` ("best", "last" or both) and add the result of each attack to RUN/eval.json.
 
-    An attack whose result is there for the same weights, eps, test set and at least as many images is not run again,
-    unless ``again``; "best" and "last" that are the same weights are attacked once. Before AutoAttack come the checks
-    of :mod:`ltat_fast.attacks.checks`.
+    An attack is skipped if the file has its result for the same weights, eps and test set on at least as many images;
+    ``again`` runs it anyway. If "best" and "last" are the same weights, they are attacked once. The checks of
+    :mod:`ltat_fast.attacks.checks` run before AutoAttack.
     """
     by_weights: dict[str, list[str]] = {}
     for which in checkpoints:
@@ -115,7 +119,7 @@ def _evaluate_weights(
         return load_model(file, hardware.device, config.arch, data)
 
     def missing(known: Result | tuple | None) -> bool:
-        """Whether to measure; all processes must go the same way, and a file may change while they read it."""
+        """Whether to measure. All processes must decide alike, but the file may change while they read it."""
         return distributed.any_process(again or known is None, hardware.device)
 
     is_main = distributed.current().is_main

@@ -1,4 +1,4 @@
-"""Analyse finished runs beyond accuracy: gradients, linearity, corruptions, classes by frequency.
+"""Command line of the analysis: gradients, linearity, corruptions and accuracy by class frequency of finished runs.
 
 python -m ltat_fast.analyse RUN... [--teacher PATH] [--parts alignment,linearity]     # docs/analysis.md
 """
@@ -17,15 +17,15 @@ from ltat_fast.training import device as devices
 
 @dataclass(frozen=True)
 class Arguments:
-    """Alignment with the teacher, local linearity, inequality, corruptions, accuracy by class frequency."""
+    """Measure alignment with the teacher, local linearity, inequality, corruptions, and accuracy by class frequency."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """run folders; corruptions are measured on the images that all of these runs classify correctly"""
     parts: str = ",".join(runner.PARTS)
-    """what to measure, comma-separated"""
+    """parts to measure, comma-separated"""
     options: tyro.conf.OmitArgPrefixes[runner.Options] = field(default_factory=runner.Options)
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: cuda if a GPU is present"""
+    """device to measure on; auto: cuda if a GPU is present"""
 
 
 @exit_on_user_error

@@ -1,4 +1,4 @@
-"""Export a trained network as a folder of standard files that need no part of this package.
+"""Command line of the export: write a trained network as standard files that do not need this package.
 
 python -m ltat_fast.export RUN [--checkpoint best|last] [--out DIR]
 """
@@ -21,9 +21,9 @@ class Arguments:
     run: tyro.conf.Positional[Path]
     """run folder"""
     checkpoint: Literal["best", "last"] = "last"
-    """which weights to export"""
+    """weights to export"""
     out: Path | None = None
-    """folder to write; RUN/export-<checkpoint> if not given"""
+    """folder to write; default: RUN/export-<checkpoint>"""
     image_size: int | None = None
     """height and width of the images, if the run did not record them"""
 

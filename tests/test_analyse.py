@@ -289,7 +289,7 @@ def test_runs_that_cannot_be_analysed(run, folder_run, tmp_path, capfd):
     assert "has no finished weights" in capfd.readouterr().err
     folder = shutil.copytree(folder_run, tmp_path / "folder")
     assert train_runs.status_of("analyse", str(run), str(folder), "--parts", "corruptions") == 2
-    assert "corruptions compare runs on the same images" in capfd.readouterr().err
+    assert "corruptions compare runs on the same images, but" in capfd.readouterr().err
     (run / "analysis.json").write_text("[")
     assert train_runs.status_of("analyse", str(run), "--parts", "inequality") == 2
     assert "analysis.json is damaged" in capfd.readouterr().err

@@ -26,7 +26,7 @@ class Part:
 
     @classmethod
     def from_json(cls, name: str, content: JsonObject) -> "Part":
-        """Raises UserError if something else stands where :mod:`ltat_fast.analysis.table` shows a number."""
+        """Raises UserError if there is no number in a place where :mod:`ltat_fast.analysis.table` shows one."""
         images = content.take("images", is_count, None)
         for _, place in ROWS:
             part, *names = place.split("/")
@@ -43,7 +43,7 @@ class Part:
         return self.numbers | ({} if self.images is None else {"images": self.images}) | self.identity
 
     def is_of(self, identity: dict[str, Any], images: int) -> bool:
-        """Whether the numbers are those of ``identity``, on at least so many images."""
+        """Whether the numbers belong to ``identity`` and were measured on at least this number of images."""
         return identity.items() <= self.identity.items() and self.images is not None and self.images >= images
 
 
@@ -79,7 +79,7 @@ class AnalysisFile:
 
 
 def _check_shown(part: JsonObject, names: list[str]) -> None:
-    """Raise UserError unless the value at the place ``names`` is a mean or a list of numbers, or is not there."""
+    """Raise UserError unless the value at the place ``names`` is missing, a mean, or a list of numbers."""
     *parents, last = names
     for name in parents:
         part = part.object(name)

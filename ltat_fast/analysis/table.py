@@ -1,11 +1,11 @@
-"""The numbers of RUN/analysis.json that fit on a screen."""
+"""The most important numbers of RUN/analysis.json as a table for the terminal."""
 
 import io
 
 from rich.console import Console
 from rich.table import Table
 
-# heading, and where the number is
+# heading, and the place of the number in the analysis
 ROWS = [
     ("GD, cross-entropy", "alignment/clean/gd/ce"),
     ("GC, cross-entropy", "alignment/clean/gc/ce"),
@@ -49,7 +49,7 @@ def render(checkpoint: str, runs: list[tuple[str, dict[str, dict]]]) -> str:
 
 
 def cell(numbers: dict, path: str) -> str:
-    """ "0.812 (0.774)", all and tail; the groups of classes one after the other; "-" where there is no number."""
+    """Format "0.812 (0.774)" for all and tail, or the numbers of a list in a row; "-" if there is no number."""
     for name in path.split("/"):
         numbers = numbers.get(name, {})
     if isinstance(numbers, list):

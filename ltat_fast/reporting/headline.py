@@ -52,7 +52,7 @@ def headline(study: Study, test_counts: dict[str, int] | None = None) -> Headlin
     whole = number is not None and all(
         rank.experiment.images(study.checkpoint, attack) == {test_counts["all"]} for rank in ranking
     )
-    weight = f" One of the {number} {images} is {100 / number:.2g} points." if whole else ""
+    weight = f" One of the {number} {images} makes {100 / number:.2g} points." if whole else ""
     first, *others = ranking
     top, *rest = [f"{mean(rank.robust):.1f} %" for rank in ranking]
     sentence = f"{first.name} classifies {top} of {images} correctly{under}"
@@ -70,7 +70,8 @@ def _doubt(ranking: list[Rank]) -> str:
     first, second = ranking[:2]
     gap = mean(first.robust) - mean(second.robust)
     if min(len(first.robust), len(second.robust)) < ENOUGH_SEEDS:
-        return f"{_seeds(ranking)} How far {first.name} leads {second.name} beyond chance cannot be told from so few."
+        told = f"So few seeds cannot show whether {first.name} leads {second.name} by more than chance."
+        return f"{_seeds(ranking)} {told}"
     spread = hypot(stdev(first.robust), stdev(second.robust))
     verdict = "are within" if gap <= spread else "exceed"
     between = f"The {gap:.1f} points between {first.name} and {second.name}"

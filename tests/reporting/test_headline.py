@@ -33,19 +33,21 @@ def test_two_methods_with_one_seed(tmp_path):
     assert told.sentence.endswith(
         "LTAT classifies 60.0 % of tail-class images correctly under PGD-20, against 50.0 % for AT-BSL."
     )
-    assert told.caveat == "One seed each. How far LTAT leads AT-BSL beyond chance cannot be told from so few."
+    assert told.caveat == "One seed each. So few seeds cannot show whether LTAT leads AT-BSL by more than chance."
 
 
 def test_two_seeds_that_agree_by_chance_prove_nothing(tmp_path):
     for s in (0, 1):
         write_run(tmp_path / f"a{s}", 60.0, seed=s)
         write_run(tmp_path / f"b{s}", 50.0, seed=s, method="robal")
-    assert "cannot be told" in headline_of(*sorted(tmp_path.iterdir())).caveat
+    assert "So few seeds cannot show" in headline_of(*sorted(tmp_path.iterdir())).caveat
 
 
 def test_the_weight_of_an_image_where_all_were_attacked(tmp_path):
     (study,) = studies(experiments([write_run(tmp_path / "a", 59.4)]))
-    assert headline(study, {"all": 600, "tail": 60}).caveat.endswith(" One of the 60 tail-class images is 1.7 points.")
+    assert headline(study, {"all": 600, "tail": 60}).caveat.endswith(
+        " One of the 60 tail-class images makes 1.7 points."
+    )
     assert headline(study, {"all": 900, "tail": 60}).caveat == "One seed each."  # 600 of them, who knows which
 
 

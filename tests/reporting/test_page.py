@@ -241,7 +241,7 @@ def test_what_is_missing_is_said_and_the_rest_is_there(tmp_path):
 def test_missing_images_are_said(tmp_path):
     run = made_runs.write_run(tmp_path / "a", dataset="imagefolder-lt", data_dir=tmp_path / "gone", counts=(9, 4, 2))
     text, tree = page_of(run)
-    assert "The images are not here" in " ".join(p.text for p in tree.find("p"))
+    assert "The images could not be loaded" in " ".join(p.text for p in tree.find("p"))
     assert not tree.find("img")
     assert str(tmp_path) not in text
 

@@ -72,4 +72,4 @@ def test_the_demo_does_not_show_runs_of_other_settings(command, tmp_path, capsys
     said = capsys.readouterr()
     assert "ltat-seed0 was started with other settings: " in said.out
     assert "alpha (20.0 -> 5.0)" in said.out
-    assert "holds runs that are not this demo's: choose another --out" in said.err
+    assert "holds runs with other settings than the demo: choose another --out" in said.err

@@ -1,4 +1,4 @@
-"""A sweep over an option of LTAT: the right runs, kept when finished, and their means and deviations."""
+"""A sweep over one option of LTAT: the runs, which are kept when finished, and their means and deviations."""
 
 import csv
 import json
@@ -35,7 +35,7 @@ def test_the_runs():
 
 
 def written(folder, scores):
-    """A finished run as far as a table reads it; ``scores``: clean, its tail, PGD-20, its tail."""
+    """Write the files of a finished run. scores: clean, clean tail, PGD-20, PGD-20 tail."""
     folder.mkdir(parents=True)
     clean, tail_clean, pgd, tail_pgd = scores
     result = {"clean": {"all": clean, "tail": tail_clean}, "pgd20": {"all": pgd, "tail": tail_pgd}}
@@ -74,7 +74,7 @@ def test_means_and_deviations(tmp_path):
     assert curves["clean, last"] == [[1, 1], [3, 1]]
 
 
-def test_run_and_keep(tmp_path, capsys):
+def test_finished_runs_are_kept(tmp_path, capsys):
     out = tmp_path / "over alpha"
     sweep = ("--option", "alpha", "--values", "0", "10", "--out", str(out))
     assert status_of("sensitivity", *sweep, "--", *QUICK) == 0
@@ -84,7 +84,7 @@ def test_run_and_keep(tmp_path, capsys):
     assert "2 runs, 0 to do" in capsys.readouterr().out
     assert (out / "sensitivity.csv").read_text() == first
 
-    # What is asked for now is not what is there, be a flag changed, left out or unknown; how it runs does not matter.
+    # Runs with a flag that is changed, left out or unknown are refused; flags that do not change results are not.
     others = {
         "epochs (1 -> 2)": (*QUICK, "--epochs", "2"),
         "limit_eval (50 -> None)": QUICK[:-2],
@@ -139,8 +139,8 @@ def test_a_full_disk(tmp_path, monkeypatch, capsys):
         assert (disk / "sensitivity.png").read_text() == "the old one"
 
 
-def test_chosen_on_images_held_out(tmp_path):
-    """A run's own scores of them, of the epoch they picked and of the last one; its test images stay out of it."""
+def test_accuracy_on_held_out_images(tmp_path):
+    """Uses the accuracies on the held-out images of the best and the last epoch, and never the test images."""
     flags = ("--option", "kl_weight", "--values", "0.5", "--images", "heldout", "--out", str(tmp_path))
     assert status_of("sensitivity", *flags, "--", *QUICK, "--epochs", "3", "--eval-every", "1") == 0
     folder = tmp_path / "kl_weight0.5-seed0"

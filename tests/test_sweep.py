@@ -1,4 +1,4 @@
-"""A table of the paper as runs: the right rows with the right flags, finished ones skipped, ours beside the paper's."""
+"""A table of the paper as runs: rows and flags, finished runs are skipped, our numbers beside those of the paper."""
 
 import json
 import os
@@ -84,7 +84,7 @@ def test_a_failed_row_does_not_stop_the_others(tmp_path, capsys):
     assert f"ours-seed0 ltat_fast: error: --out {tmp_path / 'ours-seed0'} is a file, not a folder" in said
 
 
-def test_the_papers_numbers_stand_beside_ours():
+def test_the_papers_numbers_are_shown_beside_ours():
     rows = list(plan(TABLES["1"], Path("nowhere")))
     text = render(rows, TABLES["1"]["notes"])
     assert "| Ours | last | 0 | - (71.74) | - (37.8) | - (33.74) | - (74.7) | - (36.2) |" in text
@@ -100,7 +100,7 @@ def test_longer_baselines_have_the_epochs_of_teacher_and_student():
 
 
 def test_the_self_teacher_is_a_row_of_its_own(tmp_path):
-    """Table 6 compares it with students: its scores are not those of the run it belongs to."""
+    """Table 6 compares it with students, so the row uses the results of the teacher, not of its run."""
     rows = list(plan(TABLES["6"], tmp_path, seeds=(0, 1)))
     for row, score in ((rows[0], 50.0), (rows[-1], 70.0)):
         for i, job in enumerate(row.jobs):
@@ -121,7 +121,7 @@ echo Submitted batch job 4711
 
 
 def test_rows_as_slurm_jobs(tmp_path, monkeypatch, capsys):
-    """submitit itself, with an sbatch that keeps what it is given."""
+    """Uses the real submitit, with an sbatch that records its input."""
     pytest.importorskip("submitit")
     scripts = tmp_path / "scripts"
     (tmp_path / "bin").mkdir()
@@ -145,7 +145,7 @@ def test_rows_as_slurm_jobs(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("flag", ["--seed", "--out=here", "--resume"])
-def test_what_each_run_has_of_its_own_is_not_forwarded(flag, tmp_path, capsys):
+def test_flags_that_differ_between_runs_are_not_forwarded(flag, tmp_path, capsys):
     assert status_of("sweep", "--table", "10", "--out", str(tmp_path / "table"), "--", flag, "7") == 2
     assert f"{flag.partition('=')[0]} cannot stand after --, because each run gets its own" in capsys.readouterr().err
     assert not (tmp_path / "table").exists()

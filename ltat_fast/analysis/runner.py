@@ -187,7 +187,7 @@ def by_frequency(a: Analysed) -> dict:
     try:
         return measures.by_frequency(a.scores(), a.test.labels.cpu().numpy(), a.subject.counts)
     except (ValueError, IndexError) as error:
-        raise UserError(f"{a.run / 'eval.json'} is damaged ({error}): remove it to measure afresh") from None
+        raise UserError(f"{a.run / 'eval.json'} is damaged ({error}): remove it to measure again") from None
 
 
 FUNCTIONS: dict[str, Callable[[Analysed], dict]] = {

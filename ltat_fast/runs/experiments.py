@@ -1,4 +1,4 @@
-"""Group finished runs into experiments: runs that differ in nothing but the seed and in where they ran."""
+"""Group finished runs into experiments. The runs of one experiment differ only in the seed and in where they ran."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ from ltat_fast.methods import METHODS
 from ltat_fast.runs.finished import FinishedRun, RunConfig, load_runs
 from ltat_fast.runs.results import CHECKPOINTS, percentages
 
-# Runs that differ in nothing but these are repetitions of one experiment, if all trained their own teacher or none did.
+# Runs that differ only in these settings repeat one experiment, if all of them or none trained their own teacher.
 NOT_THE_EXPERIMENT = {"seed", "out", "data_dir", "teacher", "device", "resume", "eval_batch_size", "save_minutes"}
 
 
@@ -74,14 +74,14 @@ def experiments(run_dirs: Sequence[Path]) -> list[Experiment]:
         for teacher, repetitions in teachers.items():
             if (seed := _repeated_seed(repetitions)) is not None:
                 names = " and ".join(run.name for run in repetitions if run.config.seed == seed)
-                raise UserError(f"{names} are one experiment with one seed, {seed}, and would count as two: name one")
+                raise UserError(f"{names} are the same experiment with the same seed, {seed}: name only one of them")
             of_teacher = f" teacher={Path(teacher).name}" if teacher is not None else ""
             found.append(Experiment(label(repetitions[0].config) + of_teacher, tuple(repetitions)))
     return _told_apart(found)
 
 
 def label(config: RunConfig) -> str:
-    """The method, and those of its options that are not its defaults: "ard igdm_alpha=20.0"."""
+    """The method and those of its options that are not defaults: "ard igdm_alpha=20.0"."""
     known = METHODS.get(config.method)
     defaults = dataclasses.asdict(known()) if known else {}
     changed = [f"{name}={value}" for name, value in config.method_options.items() if defaults.get(name) != value]

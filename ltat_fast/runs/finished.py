@@ -1,4 +1,4 @@
-"""Finished runs as their folders describe them: config.json, env.json and eval.json, with typed and checked fields."""
+"""Finished runs with typed, checked fields, read from config.json, env.json and eval.json of their folders."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -49,7 +49,7 @@ class RunConfig:
         """Raises UserError if the file is missing, damaged or lacks one of :data:`NEEDED`."""
         content = JsonObject.load(path)
         if missing := NEEDED - content.content.keys():
-            raise content.damaged(f"it does not say {', '.join(sorted(missing))}")
+            raise content.damaged(f"it lacks {', '.join(sorted(missing))}")
         return cls(
             dataset=content.take("dataset", is_text),
             method=content.take("method", is_text),
@@ -114,7 +114,7 @@ class Environment:
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run with results. name: the end of its path, as short as tells it from the other runs."""
+    """A run with results. name: the shortest end of its path that no other run has."""
 
     name: str
     path: Path
@@ -130,13 +130,13 @@ class FinishedRun:
         for result in evaluation.every_result():
             counts, accuracies = len(environment.class_counts), len(result.per_class)
             if counts and accuracies and counts != accuracies:
-                said = f"class_counts is of {counts} classes, eval.json of {accuracies}"
+                said = f"class_counts has {counts} classes, eval.json has {accuracies}"
                 raise UserError(f"{path / 'env.json'} is damaged: {said}")
         return cls(name or path.name, path, config, evaluation, environment)
 
 
 def load_runs(run_dirs: Sequence[Path]) -> list[FinishedRun]:
-    """Each run once, however often it is named. Raises UserError for one without results."""
+    """Load each run once, even if it is named several times. Raises UserError for a run without results."""
     paths = list(dict.fromkeys(path.resolve() for path in run_dirs))
     return [FinishedRun.load(path, _shortest_name(path, paths)) for path in paths]
 

@@ -31,18 +31,18 @@ class JsonObject:
 
     @classmethod
     def load(cls, file: Path) -> "JsonObject":
-        """The object in ``file``. Raises UserError if the file is missing, damaged or holds something else."""
+        """Read the object in ``file``. Raises UserError if the file is missing, damaged or not a JSON object."""
         try:
             content = json.loads(file.read_text())
-            json.dumps(content, ensure_ascii=False).encode()  # half a surrogate pair could not be printed later
+            json.dumps(content, ensure_ascii=False).encode()  # raises for lone surrogates, which cannot be printed
         except (FileNotFoundError, NotADirectoryError):
-            raise UserError(f"{file.parent} has no results: {file.name} is not there") from None
+            raise UserError(f"{file.parent} has no results: {file.name} does not exist") from None
         except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{file} is damaged and cannot be read ({error})") from None
         return cls(file, content)
 
     def take(self, name: str, valid: Predicate, default: Any = REQUIRED) -> Any:
-        """The value of ``name``, or ``default`` if it is not there. Raises UserError if it is not ``valid``."""
+        """Return the value of ``name``, or ``default`` if there is none. Raises UserError if it is not ``valid``."""
         value = self.content.get(name, default)
         if value is REQUIRED:
             raise self.damaged(f"{name} is missing")
@@ -51,11 +51,11 @@ class JsonObject:
         return value
 
     def object(self, name: str) -> "JsonObject":
-        """The object called ``name``; an empty one if it is not there."""
+        """The object called ``name``; an empty object if there is none."""
         return JsonObject(self.file, self.content.get(name, {}), (*self.place, name))
 
     def objects(self) -> Iterator[tuple[str, "JsonObject"]]:
-        """Every name with its value, all of which must be objects."""
+        """Yield every name with its value. Raises UserError for a value that is not an object."""
         for name in self.content:
             yield name, self.object(name)
 
@@ -92,7 +92,7 @@ def is_count(value: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """A float, NaN and infinity included, or an int that a float can hold."""
+    """Whether ``value`` is a float (NaN and infinity included) or an int in the range of floats."""
     return isinstance(value, float) or (is_integer(value) and abs(value) <= sys.float_info.max)
 
 

@@ -97,6 +97,6 @@ class Scores:
                 for which in self.checkpoints:
                     change(content.checkpoints.setdefault(which, CheckpointResults()))
             except ValueError as error:  # "chosen" does not fit the size of the test set
-                raise UserError(f"{self.file} is damaged ({error}): remove it to evaluate afresh") from None
+                raise UserError(f"{self.file} is damaged ({error}): remove it to evaluate again") from None
             if content.to_json() != before:
                 content.save(self.file)

@@ -1,4 +1,4 @@
-"""The files of a run with random values in random places: the report is written or refused in one sentence."""
+"""Runs with random values in random places of their files: the report is written, or refused in one sentence."""
 
 import contextlib
 import copy
@@ -33,7 +33,7 @@ def examples(number: int) -> settings:
 
 
 def write_run(folder: Path) -> dict[str, Any]:
-    """A run with every file that a report reads; the contents of these."""
+    """Write a run with every file that a report reads, and return the contents of the files."""
     check = {"name": "steps", "passed": True, "value": 0.5, "detail": "fine", "weights": "ab"}
     worst = made_runs.accuracies(np.random.default_rng(0), [9, 5, 2]) | {"attacks": ["clean", "pgd20"]}
     attacks = ("clean", "pgd20x5", "autoattack")
@@ -46,7 +46,7 @@ def write_run(folder: Path) -> dict[str, Any]:
 
 
 def damage(content: Any, data: st.DataObject) -> Any:
-    """``content`` with another value, or none, in one random place of it."""
+    """Return ``content`` with one random place changed or removed."""
     content = copy.deepcopy(content)
     inner = content
     while True:

@@ -1,4 +1,4 @@
-"""The protocol: exact numbers, and no folder of the machine a run was made on."""
+"""The protocol has exact numbers and no paths of the machine that a run was made on."""
 
 from fractions import Fraction
 
@@ -75,5 +75,5 @@ def test_facts_name_version_selection_and_tail(tmp_path):
         ("", ""),
     ],
 )
-def test_commands_are_told_without_folders(line, told):
+def test_commands_are_shown_without_absolute_paths(line, told):
     assert protocol.command(line) == told

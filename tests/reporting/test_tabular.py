@@ -1,4 +1,4 @@
-"""The files of numbers: each number of eval.json once, to its last digit."""
+"""CSV and Markdown: each number of eval.json once, with all digits."""
 
 import csv
 import io
@@ -9,7 +9,7 @@ from ltat_fast.runs import tables
 from ltat_fast.runs.experiments import experiments
 
 
-def test_csv_is_eval_json(tmp_path):
+def test_csv_has_every_number_of_eval_json(tmp_path):
     runs = [made_runs.write_run(tmp_path / f"s{s}", seed=s, counts=(9, 4, 2)) for s in range(2)]
     runs.append(
         made_runs.write_run(tmp_path / "other", method="trades", attacks=("clean", "cw20"), counts=range(50, 30, -1))
@@ -34,7 +34,7 @@ def test_csv_is_eval_json(tmp_path):
     assert (last["method"], last["seed"], last["imbalance_ratio"]) == ("trades", "0", "10.0")
 
 
-def test_the_worst_of_other_attacks_is_in_no_file(tmp_path):
+def test_worst_cases_over_different_attacks_are_in_no_file(tmp_path):
     runs = []
     for seed, attacks in enumerate((["clean", "autoattack"], ["clean", "pgd20", "autoattack"])):
         extra = {"worst": {"all": 12.25, "tail": 3.5, "images": 600, "attacks": attacks}}
@@ -58,7 +58,7 @@ def test_csv_of_a_group_without_images_and_of_names_with_commas(tmp_path):
     }
 
 
-def test_markdown_is_the_terminals_table(tmp_path):
+def test_markdown_is_the_table_of_the_terminal(tmp_path):
     runs = [made_runs.write_run(tmp_path / f"s{s}", seed=s) for s in range(3)]
     head, rule, *lines, blank, note = tabular.as_markdown(experiments(runs)).rstrip("\n").split("\n")
     assert (blank, rule.count("---:")) == ("", 5)

@@ -30,7 +30,7 @@ def labels(*runs):
     return [experiment.label for experiment in experiments(list(runs))]
 
 
-def test_settings_tell_experiments_apart_where_their_labels_coincide(tmp_path):
+def test_equal_labels_get_the_settings_that_differ(tmp_path):
     two = write_known_run(tmp_path / "2", epochs=2, gamma=2.5)
     four = write_known_run(tmp_path / "4", epochs=4, data_dir="x", device="cpu", seed=3)
     assert labels(two) == labels(four) == ["ltat"]
@@ -47,7 +47,7 @@ def test_settings_tell_experiments_apart_where_their_labels_coincide(tmp_path):
     assert labels(four, older) == ["ltat augment=none tau=1.0", "ltat"]
 
 
-def test_where_and_how_a_run_ran_is_not_another_experiment(tmp_path):
+def test_where_and_how_a_run_was_executed_makes_no_difference(tmp_path):
     runs = [
         write_known_run(tmp_path / "a", data_dir="x", device="cpu", save_minutes=1.0, teacher="runs/t0"),
         write_known_run(tmp_path / "b", seed=4, resume=True, teacher="runs/t1"),
@@ -55,19 +55,19 @@ def test_where_and_how_a_run_ran_is_not_another_experiment(tmp_path):
     assert seeds(runs) == [2]
 
 
-def test_one_seed_does_not_count_as_two(tmp_path):
+def test_the_same_seed_twice_is_refused(tmp_path):
     runs = [write_known_run(tmp_path / name / "run", seed=seed) for name, seed in (("a", 0), ("b", 1), ("c", 1))]
-    with pytest.raises(UserError, match="b/run and c/run are one experiment with one seed, 1, and would count as two"):
+    with pytest.raises(UserError, match="b/run and c/run are the same experiment with the same seed, 1: name only one"):
         experiments(runs)
     assert seeds(runs[:2]) == [2]
 
 
-def test_given_teachers_are_told_apart_where_a_seed_comes_twice(tmp_path):
+def test_given_teachers_make_experiments_if_a_seed_occurs_twice(tmp_path):
     runs = [write_known_run(tmp_path / f"{t}{s}", seed=s, teacher=f"runs/[{t}]") for t in "ab" for s in (0, 1)]
     assert labels(*runs) == ["ltat teacher=[a]", "ltat teacher=[b]"]
     assert seeds(runs) == [2, 2]
     assert "teacher=[b]" in tables.render(runs)  # square brackets are markup to rich
-    with pytest.raises(UserError, match="c0 are one experiment"):
+    with pytest.raises(UserError, match="c0 are the same experiment"):
         experiments([*runs, write_known_run(tmp_path / "c0", teacher="runs/[a]")])
 
 

@@ -21,7 +21,7 @@ def test_names_are_as_short_as_they_can_be(tmp_path):
 
 
 def test_a_run_of_another_version_is_read(tmp_path):
-    """Its settings may be fewer or more than those of this version, and its names unknown."""
+    """It may have fewer or more settings than this version, and names that this version does not know."""
     run = write_known_run(tmp_path / "a")
     needed = ("dataset", "method", "arch", "imbalance_ratio", "select_on", "seed", "eps")
     settings = {name: read(run / "config.json")[name] for name in needed} | {"method": "new", "novelty": [1, {"a": 2}]}
@@ -89,21 +89,21 @@ def test_an_environment_of_another_type_is_named(tmp_path, field, said):
         FinishedRun.load(run)
 
 
-def test_as_many_classes_in_both_files(tmp_path):
+def test_both_files_must_have_the_same_number_of_classes(tmp_path):
     run = write_known_run(tmp_path / "a")
     damage(run, "env.json", class_counts=[5, 4, 3])
     FinishedRun.load(run)  # these results have no accuracies by class
     results = read(run / "eval.json")
     results["last"]["clean"]["per_class"] = [50.0, None]
     write(run / "eval.json", results)
-    with pytest.raises(UserError, match=r"a/env\.json is damaged: class_counts is of 3 classes, eval\.json of 2"):
+    with pytest.raises(UserError, match=r"a/env\.json is damaged: class_counts has 3 classes, eval\.json has 2"):
         FinishedRun.load(run)
 
 
 @pytest.mark.parametrize(
     ("file", "content", "said"),
     [
-        ("config.json", {"method": "ltat"}, "it does not say arch, dataset, eps"),
+        ("config.json", {"method": "ltat"}, "it lacks arch, dataset, eps"),
         ("config.json", [], "it is not a JSON object"),
         ("env.json", 3, "it is not a JSON object"),
         ("eval.json", {"best": [1]}, "best is not a JSON object"),
@@ -128,7 +128,7 @@ def test_a_damaged_file_is_named(tmp_path, file, content):
 def test_a_run_without_results_is_named(tmp_path):
     run = write_known_run(tmp_path / "a")
     (run / "eval.json").unlink()
-    with pytest.raises(UserError, match=r"a has no results: eval\.json is not there"):
+    with pytest.raises(UserError, match=r"a has no results: eval\.json does not exist"):
         FinishedRun.load(run)
-    with pytest.raises(UserError, match=r"config\.json is not there"):
+    with pytest.raises(UserError, match=r"config\.json does not exist"):
         FinishedRun.load(tmp_path / "nowhere")

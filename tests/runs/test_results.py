@@ -14,7 +14,7 @@ GROUPS = {"head": [0, 1], "medium": [2], "tail": [3], "nobody": [4]}
 
 
 def result(images: int, chosen=None) -> tuple[Result, np.ndarray, np.ndarray]:
-    """A random result, and the correct ones and the labels that it is made of."""
+    """A random result, with the correctness and the labels that it was computed from."""
     rng = np.random.RandomState(0)
     labels = rng.randint(0, 4, images)
     correct = rng.rand(images) < 0.6
@@ -52,7 +52,7 @@ def test_which_images_were_correct_fits_in_hexadecimal(count):
 
 
 def test_the_names_in_the_file_stand_in_their_order():
-    """Other people's scripts read the file."""
+    """Scripts of other people read the file."""
     names = ["all", "head", "medium", "tail", "nobody", "per_class", "images", "correct"]
     made, *_ = result(20)
     assert list(made.to_json()) == names

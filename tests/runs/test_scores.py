@@ -40,7 +40,7 @@ def worst(folder) -> dict:
     return content(folder)["best"]["worst"]
 
 
-def test_the_worst_case_follows_the_attacks(tmp_path):
+def test_the_worst_case_is_updated_after_each_attack(tmp_path):
     mine = scores(tmp_path)
     mine.add("clean", result(0.9))
     assert list(content(tmp_path)["best"]) == ["clean"]
@@ -59,7 +59,7 @@ def test_the_worst_case_follows_the_attacks(tmp_path):
     assert worst(tmp_path)["attacks"] == ["clean", "pgd20", "cw20"]
 
 
-def test_an_attack_on_a_few_images_leaves_the_worst_case_of_many(tmp_path):
+def test_an_attack_on_a_few_images_keeps_the_worst_case_of_many(tmp_path):
     mine = scores(tmp_path)
     for attack, images in (("clean", 40), ("pgd20", 40)):
         mine.add(attack, result(0.7, seed=images, images=images))
@@ -73,14 +73,14 @@ def test_an_attack_on_a_few_images_leaves_the_worst_case_of_many(tmp_path):
     assert worst(tmp_path)["all"] == 0
 
 
-def test_one_attack_on_most_images_leaves_the_worst_case_of_the_others(tmp_path):
+def test_a_single_attack_on_more_images_does_not_change_the_worst_case(tmp_path):
     mine = scores(tmp_path)
     for attack, images in (("clean", 40), ("pgd20", 12), ("cw20", 12), ("fgsm", 5)):
         mine.add(attack, result(0.7, images=images))
     assert (worst(tmp_path)["attacks"], worst(tmp_path)["images"]) == (["clean", "pgd20", "cw20"], 12)
 
 
-def test_as_many_images_are_not_the_same_images(tmp_path):
+def test_equal_numbers_of_images_do_not_make_results_comparable(tmp_path):
     others = dataclasses.replace(result(0.7, images=20), chosen=pack(np.arange(40) >= 20))
     mine = scores(tmp_path)
     mine.add("pgd20", result(0.7, images=20))
@@ -90,7 +90,7 @@ def test_as_many_images_are_not_the_same_images(tmp_path):
     assert worst(tmp_path)["attacks"] == ["cw20", "fgsm"]
 
 
-def test_what_belongs_to_other_weights_or_images_is_not_mixed_in(tmp_path):
+def test_results_for_other_weights_or_images_are_not_combined(tmp_path):
     scores(tmp_path, weights="older").add("clean", result(0.5))
     scores(tmp_path, weights="older").add_checks([dataclasses.replace(CHECK, passed=False)])
     scores(tmp_path, test_set="other").add("fgsm", result(0.1))
@@ -102,7 +102,7 @@ def test_what_belongs_to_other_weights_or_images_is_not_mixed_in(tmp_path):
     assert "worst" not in content(tmp_path)["best"]
 
 
-def test_results_of_an_earlier_version_stay_and_are_unknown(tmp_path):
+def test_results_of_an_earlier_version_are_kept_but_not_known(tmp_path):
     old = {"best": {"pgd20": {"all": 50.0, "images": 40, "weights": "w", "eps": "0.1"}}}
     (tmp_path / "eval.json").write_text(json.dumps(old))
     mine = scores(tmp_path)
@@ -124,7 +124,7 @@ def test_what_counts_as_known(tmp_path):
         assert scores(tmp_path, **other).known("pgd20", 5) is None, other
 
 
-def test_what_could_not_be_kept_is_refused_before_it_is_measured(tmp_path, monkeypatch):
+def test_a_read_only_folder_is_refused_before_measuring(tmp_path, monkeypatch):
     mine = scores(tmp_path)
     mine.add("pgd20", result(0.7, images=12))
     mine.add_checks([CHECK])
@@ -153,7 +153,7 @@ def test_checks_belong_to_weights(tmp_path):
     assert scores(tmp_path, weights="v").known_checks() is None
 
 
-def test_two_at_once_lose_nothing(tmp_path):
+def test_two_writers_at_once_lose_nothing(tmp_path):
     def work(which: str) -> None:
         for k in range(1, 13):
             scores(tmp_path, [which]).add(f"pgd{k}", result(0.9, seed=k))
@@ -175,7 +175,7 @@ def test_without_a_change_nothing_is_written(tmp_path):
 
 
 @pytest.mark.parametrize("broken", [{"correct": "zz"}, {"correct": "ff"}, {"images": None}, {"chosen": 3}])
-def test_a_damaged_result_is_told(tmp_path, broken):
+def test_a_damaged_result_is_refused(tmp_path, broken):
     scores(tmp_path).add("clean", result(0.9))
     entries = content(tmp_path)
     entries["best"]["clean"] |= broken
@@ -185,7 +185,7 @@ def test_a_damaged_result_is_told(tmp_path, broken):
     assert content(tmp_path) == entries
 
 
-def test_a_fingerprint_tells_images_and_labels():
+def test_a_fingerprint_depends_on_images_and_labels():
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (9, 1, 4, 4), generator=generator, dtype=torch.uint8)
     y = torch.arange(9)

@@ -15,7 +15,7 @@ def values(row):
     return {name: [round(v, 6) for v in cells] for name, cells in row.values.items()}
 
 
-def test_columns_are_the_papers(tmp_path):
+def test_columns_are_those_of_the_paper(tmp_path):
     best, last = rows([write_known_run(tmp_path / "a")])
     assert values(best) == {"Clean": [50], "PGD": [30], "AA": [25], "T-Clean": [45], "T-PGD": [25]}
     assert values(last) == {"Clean": [49], "PGD": [29], "AA": [24], "T-Clean": [45], "T-PGD": [25]}
@@ -42,8 +42,8 @@ def test_a_mean_over_some_of_the_seeds_says_so(tmp_path):
     assert tables.cell(last.values["Clean"], last.seeds) == "59.00 ± 10.00"
 
 
-def test_no_number_is_cut_short(tmp_path):
-    """The widest table there is: longest names, mean and deviation in every cell."""
+def test_no_number_is_cut_off(tmp_path):
+    """The widest possible table: the longest names, and mean and deviation in every cell."""
     runs = [
         write_known_run(tmp_path / str(s), clean, seed=s, dataset="tinyimagenet-lt", arch="preactresnet18")
         for s, clean in enumerate((38.44, 39.12, 37.9))
@@ -66,7 +66,7 @@ def test_no_number_is_cut_short(tmp_path):
     assert "on the test set" in text
 
 
-def test_the_note_tells_how_best_was_picked(tmp_path):
+def test_the_note_says_how_best_was_selected(tmp_path):
     held = write_known_run(tmp_path / "a", select_on="heldout")
     assert "held-out" in tables.render([held])
     assert "optimistic" in tables.render([held, write_known_run(tmp_path / "b")])
@@ -78,7 +78,7 @@ def test_an_attack_that_was_not_run_is_a_dash(tmp_path):
     assert " - " in text
 
 
-def test_the_worst_case_has_columns_where_it_is_of_all_images(tmp_path):
+def test_the_worst_case_has_columns_only_if_it_covers_all_images(tmp_path):
     runs = [write_known_run(tmp_path / "a"), write_known_run(tmp_path / "b", method="at-bsl")]
     assert "Worst" not in tables.render(runs)
     results = json.loads((runs[1] / "eval.json").read_text())
@@ -110,7 +110,7 @@ def add_worst(run, attacks, which=("best", "last"), **entry):
     return run
 
 
-def test_the_worst_of_other_attacks_is_not_compared(tmp_path):
+def test_worst_cases_over_different_attacks_are_not_compared(tmp_path):
     weak, strong = ["clean", "autoattack"], ["clean", "fgsm", "autoattack"]
     runs = [add_worst(write_known_run(tmp_path / str(s), seed=s), attacks) for s, attacks in enumerate((weak, strong))]
     other = add_worst(write_known_run(tmp_path / "other", method="trades"), strong[::-1])

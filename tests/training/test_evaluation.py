@@ -57,7 +57,7 @@ def tf32_restored():
 
 @pytest.mark.usefixtures("tf32_restored")
 @pytest.mark.parametrize("allowed", [[True, True], [True, False], [False, False]])
-def test_no_tf32_inside_and_as_before_outside(allowed):
+def test_tf32_is_off_during_the_evaluation_and_restored_after_it(allowed):
     net, seen = Linear(torch.randn(3, 27)), []
     net.register_forward_hook(lambda *_: seen.append(tf32()))
     pixels, y = torch.randint(0, 256, (8, 3, 3, 3), dtype=torch.uint8), torch.arange(8) % 3
@@ -71,7 +71,7 @@ def test_no_tf32_inside_and_as_before_outside(allowed):
 
 
 def test_the_worst_case_counts_an_image_once_it_falls_to_any_attack():
-    """Against plain loops, with limits that kept other images from each attack."""
+    """Compared with plain loops. Each attack is limited to different images."""
     torch.manual_seed(0)
     net = Linear(torch.randn(3, 27))
     pixels = torch.randint(90, 166, (90, 3, 3, 3), dtype=torch.uint8)
@@ -105,8 +105,8 @@ def test_the_worst_case_counts_an_image_once_it_falls_to_any_attack():
     assert worst.percent("tail") == worst.per_class[2]
 
 
-def test_a_limit_of_one_attack_is_within_that_of_all():
-    """Or the worst case would have hardly an image."""
+def test_the_limit_of_one_attack_picks_from_the_images_of_all():
+    """Otherwise the worst case would combine very few images."""
     torch.manual_seed(0)
     net, pixels = Linear(torch.randn(3, 27)), torch.randint(0, 256, (200, 3, 3, 3), dtype=torch.uint8)
     y = torch.arange(200) % 3
@@ -116,7 +116,7 @@ def test_a_limit_of_one_attack_is_within_that_of_all():
     assert worst_case(results, y, GROUPS, 3).images == 31
 
 
-def test_a_flag_is_said_and_kept():
+def test_a_failed_check_is_printed_and_returned():
     torch.manual_seed(0)
     pixels = torch.randint(90, 166, (100, 3, 3, 3), dtype=torch.uint8)
     weight, said = torch.randn(3, 27), []

@@ -1,7 +1,7 @@
 """Choose precision and number of threads on a CPU by measuring one attack step of the run itself.
 
-The flags of a CPU do not tell which is faster. On a CPU with AVX512-bf16 but without AMX, a small network trained at 705
-images/s in bf16 and 490 in fp32 on one thread; with two threads beside one busy process it was 269 and 626.
+The flags of a CPU do not tell which is faster. On a CPU with AVX512-bf16 but without AMX, a small network trained at
+705 images/s in bf16 and 490 in fp32 on one thread; with two threads beside one busy process it was 269 and 626.
 """
 
 import os
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ltat_fast.attacks import AttackConfig, cross_entropy, pgd
 from ltat_fast.config import Config
-from ltat_fast.runs.environment import read_environment
+from ltat_fast.runs.finished import Environment
 from ltat_fast.training import distributed
 from ltat_fast.training.device import Hardware, cpu_has_bf16
 from ltat_fast.training.step import frozen_twin
@@ -72,8 +72,9 @@ def _candidates(config: Config, default: Choice) -> list[Choice]:
 
 def _earlier_choice(run_dir: Path, candidates: list[Choice]) -> Choice | None:
     """The choice that env.json of the run holds, if it is one of ``candidates``."""
-    environment = read_environment(run_dir)
-    return next((c for c in candidates if (_dtype_name(c[0]), c[1]) == environment), None)
+    environment = Environment.load_or_empty(run_dir / "env.json")
+    earlier = (environment.precision, environment.threads)
+    return next((choice for choice in candidates if (_dtype_name(choice[0]), choice[1]) == earlier), None)
 
 
 def _measure(candidates: list[Choice], model: nn.Module, x: Tensor, y: Tensor) -> dict[Choice, float]:

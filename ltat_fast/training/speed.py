@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from ltat_fast.training.device import tf32
+from ltat_fast.training.device import tf32, without_cudnn_search
 from ltat_fast.training.step import TrainStep
 
 # Large enough to reach the highest rate, small enough to measure at every start: milliseconds on a GPU, less than a
@@ -37,10 +37,11 @@ def flops_per_image(eager: TrainStep, x: Tensor, y: Tensor) -> float:
     eager: a step on the eager backend, because a compiled step hides its operators. x, y: a batch.
     """
     x, y = x[:COUNTED_IMAGES], y[:COUNTED_IMAGES]
-    with FlopCounter() as counter:
-        eager.trial(x, y)
-    with FlopCounter() as extra:  # a trial runs the attack a second time, to return its result
-        eager.perturb(x, y)
+    with without_cudnn_search():  # no later batch has this size
+        with FlopCounter() as counter:
+            eager.trial(x, y)
+        with FlopCounter() as extra:  # a trial runs the attack a second time, to return its result
+            eager.perturb(x, y)
     return (counter.total - extra.total) / len(x)
 
 

@@ -58,13 +58,13 @@ def test_best_is_the_first_of_the_highest(uninterrupted):
 def test_best_goes_by_the_number_that_selects(tmp_path):
     """Clean accuracy peaks in epoch 1, robust accuracy in epoch 3."""
     by_epoch = iter([{"pgd20": 10.0, "clean": 90.0}, {"pgd20": 20.0, "clean": 80.0}, {"pgd20": 30.0, "clean": 70.0}])
-    fit(stage(tmp_path, selection=Selection(lambda model: next(by_epoch), lambda epoch: True, "pgd20")), HARDWARE)
+    fit(stage(tmp_path, selection=Selection(lambda: next(by_epoch), lambda epoch: True, "pgd20")), HARDWARE)
     assert read_weights(tmp_path / "checkpoints" / "best.safetensors")[1]["epoch"] == 3
     assert saved(tmp_path)["best"] == {"epoch": 3, "pgd20": 30.0, "clean": 70.0}
 
 
 def test_the_last_epoch_is_evaluated_even_if_no_other_is(tmp_path):
-    never = stage(tmp_path, selection=Selection(lambda model: {"pgd20": 0.0}, lambda epoch: False, "pgd20"))
+    never = stage(tmp_path, selection=Selection(lambda: {"pgd20": 0.0}, lambda epoch: False, "pgd20"))
     fit(never, HARDWARE)
     assert ["pgd20" in r for r in log.read_metrics(tmp_path / "metrics.jsonl")] == [False, False, True]
     assert read_weights(tmp_path / "checkpoints" / "best.safetensors")[1]["epoch"] == 3
@@ -127,10 +127,10 @@ def test_a_signal_during_an_evaluation_is_not_lost(tmp_path, uninterrupted, epoc
     first = stage(tmp_path)
     evaluate = first.selection.evaluate
 
-    def evaluate_and_signal(model):
+    def evaluate_and_signal():
         if len(log.read_metrics(tmp_path / "metrics.jsonl")) == epoch - 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return evaluate(model)
+        return evaluate()
 
     first.selection = replace(first.selection, evaluate=evaluate_and_signal)
     with pytest.raises(Interrupted):

@@ -45,8 +45,9 @@ def test_the_student(method, data, tmp_path):
     assert (student.epochs, student.loader.batch_size, student.folder) == (7, 48, tmp_path)
     assert student.loader.indices.tolist() == list(range(461))
     assert type(student.method) is METHODS[method]
-    assert [epoch for epoch in range(7) if student.selection.after(epoch)] == [4, 5, 6], "from the first drop on"
-    assert student.selection.by == "test_pgd20"
+    selection = pipeline.selection_by_pgd20(student, data, HARDWARE)
+    assert [epoch for epoch in range(7) if selection.after(epoch)] == [4, 5, 6], "from the first drop on"
+    assert selection.by == "test_pgd20"
 
 
 @pytest.mark.parametrize(

@@ -178,7 +178,7 @@ def test_best_weights_of_an_epoch_that_is_taken_again_keep_their_score(tmp_path,
         with pytest.raises(Killed):
             fit(stage(tmp_path), HARDWARE)
     assert saved(tmp_path)["best"]["epoch"] == 1
-    selection = Selection(lambda model: {"test_pgd20": 40.0}, lambda epoch: True, "test_pgd20")
+    selection = Selection(lambda: {"test_pgd20": 40.0}, lambda epoch: True, "test_pgd20")
     again = stage(tmp_path, selection=selection)
     assert fit(again, HARDWARE).best == {"epoch": 2, "test_pgd20": 50.0, "test_clean": 60.0}
     assert read_weights(tmp_path / "checkpoints" / "best.safetensors")[1]["epoch"] == 2

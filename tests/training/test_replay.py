@@ -68,9 +68,8 @@ def test_the_teacher():
     teacher = small_net(seed=7)
     teacher[6].bias.data[1] = float("inf")
     method = METHODS["ltat"]()
-    step = step_of(method)
     method.setup(MethodContext(torch.ones(3, dtype=torch.int64), frozen_twin(teacher, HARDWARE)))
-    assert examine(step)[0].startswith("teacher: output of net.6 (")
+    assert examine(step_of(method))[0].startswith("teacher: output of net.6 (")
 
 
 def test_a_part_of_the_loss():
@@ -98,10 +97,9 @@ def test_loss_and_gradient(replacement, first):
 def test_a_step_within_a_step_is_seen_too():
     """AWP takes a gradient before the one it descends."""
     method = METHODS["awp"](awp_gamma=3e38)
-    step = step_of(method)
     method.setup(MethodContext(torch.ones(3, dtype=torch.int64)))
     method.on_epoch_start(100)
-    assert examine(step)[0].startswith("student: output of ")
+    assert examine(step_of(method))[0].startswith("student: output of ")
 
 
 def test_a_checkpoint_is_no_dump(tmp_path, digits_run, capsys):

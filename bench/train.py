@@ -31,7 +31,8 @@ PHASES: list[tuple[object, str, Callable[..., str]]] = [
     (pipeline, "load_splits", lambda *_: "data"),
     (fit, "choose_backend", lambda *_: "compilation and check of the step"),
     (pipeline, "fit", lambda stage, *_: f"{stage.name} epochs"),
-    (checkpoint, "write", lambda *_: "checkpoints"),
+    (checkpoint, "write_weights", lambda *_: "checkpoints"),
+    (fit, "write_weights", lambda *_: "checkpoints"),
     (evaluation, "correct_under", lambda name, *_: f"evaluation, {name}"),
 ]
 

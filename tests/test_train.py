@@ -1,16 +1,16 @@
-"""``python -m ltat_fast.train``: a whole run, killed and resumed, and everything it must refuse."""
+"""``python -m ltat_fast.train``: a whole run, interrupted and resumed, and everything it must refuse."""
 
 import json
 import os
 import shutil
 import signal
-import time
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from helpers import train_runs
+from helpers.train_runs import assert_same
 from ltat_fast.models import build_model
 from ltat_fast.runs import log
 from ltat_fast.runs.weights import read_weights, write_weights
@@ -94,69 +94,26 @@ def test_a_given_teacher_is_used_and_none_is_trained(tmp_path, image_tree, folde
     assert all(torch.equal(ours[k], theirs[k]) for k in ours)
 
 
-# -- killed and resumed ---------------------------------------------------------------------------------------------
-
-
-def wait_for(condition, process, what: str) -> None:
-    deadline = time.monotonic() + 90
-    while not condition():
-        assert process.poll() is None, f"ended before {what}: {process.communicate()}"
-        assert time.monotonic() < deadline, f"no {what}"
-        time.sleep(0.002)
-
-
-def kill(process) -> None:
-    process.kill()
-    process.communicate()
-
-
-def lines(path) -> int:
-    return path.read_text().count("\n") if path.exists() else 0
-
-
-def test_killed_at_many_moments_and_resumed(tmp_path, digits_run):
-    """In the teacher, between saves after every step of the student, and during the final evaluation."""
-    out = tmp_path / "run"
-    process = train_runs.start("--out", str(out), *train_runs.QUICK)
-    wait_for(lambda: lines(out / "teacher" / "metrics.jsonl") == 1, process, "first epoch of the teacher")
-    kill(process)
-
-    process = train_runs.start("--out", str(out), "--resume", "--save-minutes", "0.0001")
-    wait_for(lambda: lines(out / "metrics.jsonl") == 1, process, "first epoch of the student")
-    kill(process)
-    assert not (out / "eval.json").exists()
-
-    process = train_runs.start("--out", str(out), "--resume")
-    wait_for((out / "eval.json").exists, process, "first attack of the evaluation")
-    kill(process)
-
-    train_runs.finish(train_runs.start("--out", str(out), "--resume"))
-    assert_same(out, digits_run)
-
-
-def assert_same(run_dir, expected):
-    assert train_runs.outcome(run_dir) == train_runs.outcome(expected)
-    ours, theirs = train_runs.weights(run_dir), train_runs.weights(expected)
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+# -- interrupted and resumed ----------------------------------------------------------------------------------------
 
 
 def test_sigterm_saves_exits_75_and_resumes(tmp_path, digits_run):
     out = tmp_path / "run"
-    process = train_runs.start("--out", str(out), *train_runs.QUICK)
-    wait_for(lambda: lines(out / "metrics.jsonl") == 1, process, "first epoch of the student")
-    os.kill(process.pid, signal.SIGSTOP)  # holds still, its run folder in hand, while another wants it
-    other = train_runs.train("--out", str(out), "--resume")
-    os.kill(process.pid, signal.SIGTERM)
-    os.kill(process.pid, signal.SIGCONT)
-    said, _ = train_runs.finish(process, status=75)
-    assert other == 2
+    stop = {"LTAT_SIGNAL": "SIGSTOP 2 write metrics.jsonl"}  # at the end of the second epoch of the student
+    process = train_runs.start_signalled("--out", str(out), *train_runs.QUICK, **stop)
+    with train_runs.killed_at_the_end(process):
+        train_runs.wait_until_stopped(process)
+        other = train_runs.train("--out", str(out), "--resume")
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGCONT)
+        said, _ = train_runs.finish(process, status=75)
+    assert other == 2, "the folder is in use"
     assert f"python -m ltat_fast.train --out {out} --resume" in said
     assert (out / "interrupted").exists()
     state = read_weights(out / "checkpoints" / "resume.safetensors")[1]
-    assert not state["finished"]
-    assert state["epoch"] >= 1
-    train_runs.finish(train_runs.start("--out", str(out), "--resume"))
+    assert (state["epoch"], state["step"], state["finished"]) == (2, 0, False)
+    # Other settings for the saves are allowed: this resumed run saves after each step.
+    assert train_runs.train("--out", str(out), "--resume", "--save-minutes", "1e-9") == 0
     assert not (out / "interrupted").exists()
     assert_same(out, digits_run)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from distributed_worker import main as train_and_evaluate
 
 from helpers import train_runs
+from ltat_fast.runs import log
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
 TRAIN = ("--epochs", "1", "--teacher-epochs", "1", "--max-steps", "4", "--batch-size", "32")
@@ -60,10 +62,22 @@ def test_two_processes_evaluate_all_images_once(outcomes):
         assert two[attack]["all"] == pytest.approx(one[attack]["all"], abs=100 / 48 + 1e-6), attack
 
 
-def test_a_whole_run(tmp_path):
+def test_two_processes_resume_a_run_train_and_evaluate_it(tmp_path, monkeypatch):
+    """A single process trained the teacher before."""
     run = tmp_path / "run"
-    done = torchrun("-m", "ltat_fast.train", "--out", str(run), *TRAIN)
+
+    record = log.StageLog.epoch
+
+    def record_and_signal(*args):
+        record(*args)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(log.StageLog, "epoch", record_and_signal)
+        assert train_runs.train("--out", str(run), *TRAIN) == 75
+    done = torchrun("-m", "ltat_fast.train", "--out", str(run), "--resume")
     assert done.returncode == 0, done.stderr
+    assert "teacher: already trained" in done.stdout
     assert done.stdout.count("training images in 10 classes") == 1, "only the main process prints"
     scores = json.loads((run / "eval.json").read_text())
     assert scores["last"]["clean"]["images"] == 60
@@ -73,10 +87,6 @@ def test_a_whole_run(tmp_path):
     again = ("--attacks", "clean,pgd20", "--again", "--limit-eval", "60")
     assert train_runs.status_of("evaluate", str(run), *again) == 0
     assert json.loads((run / "eval.json").read_text())["last"]["pgd20"]["all"] == scores["last"]["pgd20"]["all"]
-
-    resumed = torchrun("-m", "ltat_fast.train", "--out", str(run), "--resume")
-    assert resumed.returncode == 0, resumed.stderr
-    assert "already trained" in resumed.stdout
 
 
 def test_a_refused_start_ends_all_processes(tmp_path):

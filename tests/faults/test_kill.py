@@ -68,7 +68,7 @@ def kill_at_random(out: Path, chance: random.Random, seconds: float, flags: tupl
     seconds: length of the run.
     """
     moment, in_save = chance.uniform(0, seconds), chance.random() < 0.4
-    # In the first half the other could wait for its peer for distributed.JOIN_WITHIN.
+    # In the first half the other process could wait minutes for a peer that died before it joined.
     victims = chance.choice([[0], [1]]) if processes > 1 and moment > seconds / 2 else range(processes)
     with launching.running(out, *flags, processes=processes) as started:
         wait(moment, started)

@@ -23,7 +23,7 @@ class Arguments:
     """run folders; corruptions are measured on the images that all of these runs classify correctly"""
     parts: str = ",".join(runner.PARTS)
     """parts to measure, comma-separated"""
-    options: tyro.conf.OmitArgPrefixes[runner.Options] = field(default_factory=runner.Options)
+    measurement: tyro.conf.OmitArgPrefixes[runner.Options] = field(default_factory=runner.Options)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """device to measure on; auto: cuda if a GPU is present"""
 
@@ -35,10 +35,10 @@ def main(argv: list[str] | None = None) -> None:
     if not arguments.runs:
         raise UserError("name at least one run folder")
     for name in ("limit", "batch_size"):
-        if (value := getattr(arguments.options, name)) is not None and value < 1:
+        if (value := getattr(arguments.measurement, name)) is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} must be 1 or more, not {value}")
     hardware = devices.choose(arguments.device, "fp32")
-    log.say(runner.analyse(list(dict.fromkeys(arguments.runs)), parts, arguments.options, hardware))
+    log.say(runner.analyse(list(dict.fromkeys(arguments.runs)), parts, arguments.measurement, hardware))
 
 
 if __name__ == "__main__":

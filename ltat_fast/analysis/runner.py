@@ -32,7 +32,7 @@ WITH_TEACHER = ("alignment", "linearity")  # parts whose numbers also depend on 
 
 @dataclass(frozen=True)
 class Options:
-    """How to analyse a run; the fields are flags of ``python -m ltat_fast.analyse``."""
+    """How the runs are analysed."""
 
     teacher: str | None = None
     """compare with this teacher, named as in training, instead of the teacher of the run"""

@@ -1,4 +1,4 @@
-"""Run one evaluation attack, given by its name, and return which images are still classified correctly.
+"""The attacks of an evaluation, by name, each answering one question per image: is it still classified correctly?
 
 Names: ``clean``; ``fgsm``; ``pgd<k>``, ``cw<k>`` and ``scaled-pgd<k>``, k steps of eps / 4 up the cross-entropy, the CW
 margin and the rescaled cross-entropy, with ``x<r>`` behind them the worst of r random starts (``pgd20x5``);

@@ -1,4 +1,4 @@
-# make demo | test | test-all | lint | clean      (each sets up .venv by itself, once)
+# make demo | test | test-all | lint | clean      (each creates .venv if it does not exist)
 PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python
@@ -23,7 +23,7 @@ $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "ltat-fast needs Python 3.10 or newer"'
 	$(PYTHON) -m venv $(VENV)
 
-# The pins first, then the package against exactly that torch. --no-deps: nothing but the pins is installed.
+# Install the pinned packages first, then build this package against that torch. --no-deps adds nothing to the pins.
 $(VENV)/.requirements: requirements.txt | $(VENV)/bin/python
 	$(PIP) -r requirements.txt
 	@touch $@

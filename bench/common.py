@@ -1,10 +1,13 @@
-"""What every benchmark shares: timing, copy bandwidth, peak memory, launch counts, provenance, CSV.
+"""What all benchmarks share: timing, copy bandwidth, peak memory, launch counts, provenance, CSV.
 
-Rules the numbers follow. Variants are timed in interleaved rounds, so drift of clocks or of a shared machine hits all
-of them. On the CPU a sample is a batch of calls of about 2 ms on the wall clock, which means something on an idle
-machine only; with one thread (OMP_NUM_THREADS=1) it is processor time, which other load leaves nearly alone. On CUDA a
-sample is one call between two events, after a write of 256 MB that evicts L2 and gives the host time to run ahead:
-device time, with launch gaps where the host cannot keep up. Reported: median, 20th and 80th percentile.
+How the times are measured:
+
+- Variants are timed in interleaved rounds, so that a drift of the clock or of a shared machine affects all of them.
+- CPU: a sample is a batch of calls of about 2 ms, in wall-clock time, which is meaningful only on an idle machine. With
+  one thread (OMP_NUM_THREADS=1) it is processor time, which hardly depends on other load.
+- CUDA: a sample is one call between two events. A write of 256 MB before it evicts L2 and lets the host run ahead. The
+  sample is device time, with gaps between launches if the host is too slow.
+- Reported are the median, the 20th and the 80th percentile.
 """
 
 import csv
@@ -27,7 +30,7 @@ BUDGET_SECONDS = 30
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds a call."""
+    """Milliseconds per call."""
 
     median: float
     p20: float
@@ -42,7 +45,7 @@ class Timing:
 def time_interleaved(
     calls: dict[str, Callable[[], object]], device: torch.device, rounds: int = 30
 ) -> dict[str, Timing]:
-    """One sample of every call a round, starting with another one each round; fewer rounds, not under 5, after 30 s."""
+    """Time every call once per round; each round starts with another call. After 30 s stop, but not before 5 rounds."""
     sample = _cuda_sampler(device) if device.type == "cuda" else _cpu_sampler(calls)
     names = list(calls)
     samples = {name: [] for name in names}
@@ -74,7 +77,7 @@ def _cpu_sampler(calls):
 
 
 def cpu_clock() -> str:
-    """What a CPU sample counts: "process" time on one thread, else the "wall" clock."""
+    """Return the clock of CPU samples: "process" with one thread, else "wall"."""
     return "process" if torch.get_num_threads() == 1 else "wall"
 
 
@@ -94,7 +97,7 @@ def _cuda_sampler(device):
 
 
 def captured(call: Callable[[], object]) -> Callable[[], None]:
-    """The call as a replayed CUDA graph: what it costs inside a captured training step."""
+    """Return a function that replays the call as a CUDA graph, as in a captured training step."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -105,14 +108,14 @@ def captured(call: Callable[[], object]) -> Callable[[], None]:
     with torch.cuda.graph(graph, stream=side):
         call()
 
-    def replay(owner=call) -> None:  # of the memory that the graph reads
+    def replay(keep_alive=call) -> None:  # `call` owns the memory that the graph reads
         graph.replay()
 
     return replay
 
 
 def copy_bandwidth(device: torch.device, rounds: int = 30) -> float:
-    """GB/s of a large device copy, read plus write: the roof for anything bound by memory."""
+    """Return the GB/s (read plus write) of a large copy on the device, the limit of every memory-bound op."""
     source = torch.ones((1 << 30 if device.type == "cuda" else 1 << 27) // 4, device=device)
     target = torch.empty_like(source)
     timing = time_interleaved({"copy": lambda: target.copy_(source)}, device, rounds)["copy"]
@@ -120,7 +123,7 @@ def copy_bandwidth(device: torch.device, rounds: int = 30) -> float:
 
 
 def peak_megabytes(call: Callable[[], object], device: torch.device) -> float:
-    """Most memory that a call holds beyond what it found, temporaries and result included, in MB (10^6 bytes)."""
+    """Return the peak of the memory that a call allocates, with temporaries and result, in MB (10^6 bytes)."""
     call()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -141,7 +144,7 @@ def peak_megabytes(call: Callable[[], object], device: torch.device) -> float:
 
 
 def launches(call: Callable[[], object], device: torch.device) -> int | None:
-    """Kernels, copies and fills that a call puts on the GPU; None on the CPU."""
+    """Return the number of kernels, copies and fills that a call launches on the GPU, or None on the CPU."""
     if device.type != "cuda":
         return None
     call()
@@ -153,7 +156,7 @@ def launches(call: Callable[[], object], device: torch.device) -> int | None:
 
 
 def provenance(device: torch.device) -> dict[str, object]:
-    """The columns that say where and from what a number comes."""
+    """Return the columns that describe the machine, the software and the time of a measurement."""
     try:
         import triton
 
@@ -166,7 +169,7 @@ def provenance(device: torch.device) -> dict[str, object]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "threads": torch.get_num_threads(),
         "clock": "events" if device.type == "cuda" else cpu_clock(),
-        "load": round(os.getloadavg()[0], 1),  # of the minute before; near 0 on a machine fit to be timed
+        "load": round(os.getloadavg()[0], 1),  # mean of the last minute; near 0 on an idle machine
         "torch": torch.__version__,
         "triton": triton_version,
         "python": platform.python_version(),
@@ -174,7 +177,7 @@ def provenance(device: torch.device) -> dict[str, object]:
 
 
 def git_hash() -> str:
-    """Commit of the working tree, with + where tracked files differ from it."""
+    """Return the commit of the working tree, with a + if tracked files differ from it."""
     root = Path(__file__).parent
     try:
         command = ["git", "describe", "--always", "--abbrev=10", "--dirty=+", "--exclude=*"]
@@ -192,7 +195,7 @@ def cpu_name() -> str:
 
 
 def append_csv(path: Path, rows: list[dict[str, object]]) -> None:
-    """Append rows of equal keys; a file with other columns is an error, not a mess."""
+    """Append rows, which all have the same keys. Raise ValueError if the file has other columns."""
     path.parent.mkdir(parents=True, exist_ok=True)
     columns = list(rows[0])
     if path.exists():

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one call of at most nine minutes and without a network: build, GPU tests, benchmarks,
-# a memory check.
+# Run everything that needs a GPU in one call: build, GPU tests, benchmarks and a memory check. It takes at most nine
+# minutes and needs no network.
 #
 #   bench/gpu.sh OUTDIR [cuda|cpu]      cpu: a dry run of this script on small problems
 #
-# The machine brings python3 with torch and triton, and nvcc. What else of requirements.txt it lacks goes to
-# carry/wheels beforehand (pip download --no-deps -d carry/wheels ...). OUTDIR gets summary.md, log.txt, and a CSV with
-# its plot from each benchmark. Each part has a time limit of its own; the next one runs whatever became of the last.
+# The machine must have python3 with torch and triton, and nvcc. Other missing packages of requirements.txt must be in
+# carry/wheels (pip download --no-deps -d carry/wheels ...). OUTDIR receives summary.md, log.txt, and a CSV and a plot of
+# each benchmark. Each part has its own time limit, and the next part runs even if a part fails.
 # Exit status: 0 if every part succeeded or was skipped.
 set -uo pipefail
 : "${1:?usage: bench/gpu.sh OUTDIR [cuda|cpu]}"
@@ -34,7 +34,7 @@ part() { # part NAME SECONDS COMMAND...
         return 1
     fi
     printf '\n===== %s: %s\n' "$name" "$*" >>"$log"
-    # Interrupted, pytest says what it has found so far and bench.step times what it has built so far.
+    # After SIGINT pytest reports its results so far, and bench.step times the rows that it has built so far.
     timeout --signal=INT --kill-after=40 $((limit < left ? limit : left)) "$@" >>"$log" 2>&1
     status=$?
     case $status in
@@ -47,12 +47,12 @@ part() { # part NAME SECONDS COMMAND...
     return $status
 }
 
-# Where nvcc on the PATH is a link or a wrapper, torch guesses a folder without the headers.
+# If nvcc on the PATH is a link or a wrapper, torch guesses a CUDA folder without headers.
 if [[ -z ${CUDA_HOME:-} && -e /usr/local/cuda/include/cuda_runtime.h ]]; then
     export CUDA_HOME=/usr/local/cuda
 fi
 
-# A scratch virtual environment on top of the machine's own packages, which stay as they are.
+# A temporary virtual environment that can import the packages of the machine, but does not change them.
 python=$scratch/venv/bin/python
 python3 -m venv --without-pip "$scratch/venv" || exit
 python3 - "$("$python" -c 'import site; print(site.getsitepackages()[0])')/machine.pth" <<'EOF'
@@ -75,8 +75,8 @@ else
     small=(--arch smallresnet --image-size 8 --batch-size 8 --attack-steps 1 --rounds 2)
     large=("${small[@]}" --method at-bsl)
 fi
-# The operators first: everything else stands on them. In four processes where there is pytest-xdist: compiling takes
-# most of the time.
+# Test the operators first, because everything else uses them. Use four processes if pytest-xdist is installed, because
+# most of the time goes into compilation.
 tests=("$python" -m pytest -q -m gpu -p no:cacheprovider)
 "$python" -c 'import xdist' 2>/dev/null && [[ $device == cuda ]] && tests+=(-n 4)
 part "GPU tests of the operators" 130 "${tests[@]}" tests/ops tests/kernels
@@ -88,8 +88,8 @@ part "bench.step, PreActResNet-18 at 64" 130 "$python" -m bench.step --device "$
     --out "$out/step-preactresnet18-$device.csv"
 sanitizer=$(PATH=$PATH:/usr/local/cuda/bin type -P compute-sanitizer)
 if [[ $device == cuda && -n $sanitizer ]]; then
-    # Without torch's caching allocator every tensor is an allocation of its own, whose end the tool can see. Captures
-    # need that allocator.
+    # Without torch's caching allocator every tensor is a separate allocation with an end that the tool can check.
+    # Graph captures need that allocator and are excluded.
     part "compute-sanitizer memcheck of the ops" 100 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
         "$sanitizer" --tool memcheck --error-exitcode 99 \
         "$python" -m pytest -q -x -m gpu -k "not graph and not captur" -p no:cacheprovider tests/ops

@@ -1,19 +1,22 @@
-"""The four fused ops against their plain-torch references, eager and compiled: time, bandwidth, launches, memory.
+"""The fused ops against their plain-torch references, eager and compiled: time, bandwidth, launches, memory.
 
     python -m bench.ops --device cpu [--quick] [--out bench/results/ops-cpu.csv]
 
-Values are checked against the reference before anything is timed. Directions of a differentiable op: forward (saving
-for the backward), backward alone, both. On CUDA every row exists twice: called from Python, and replayed as a CUDA
-graph. Rows are appended to the CSV; a plot of this run's speed-ups over eager lies beside it as PNG.
+Values are checked against the reference before anything is timed. A differentiable op is timed in three directions:
+forward (which saves tensors for the backward), backward alone, and both. On CUDA every row exists twice: called from
+Python, and replayed as a CUDA graph. Rows are appended to the CSV. A plot of the speed-ups of this run over eager is
+written next to it as PNG.
 
-Predicted before any tuning, as eager time / our time (what was reached is in the CSV):
+Predictions before any tuning, as eager time / our time (the CSV holds the measured values):
     pgd_step, images out of cache   4.7x: 19 tensor passes (sign 2, mul 2, add 3, sub 2, max 3, add 2, min 3, clamp 2)
-                                    against 4; torch.compile at 1.0 to 1.1 of our time, the same 4 passes
-    pgd_step, 128x3x32x32           3x to 5x on the CPU, in cache; 4x on a GPU, 8 launches against 1; compiled pays more
-                                    in guards than the kernel takes
+                                    against 4; torch.compile takes 1.0 to 1.1 of our time, with the same 4 passes
+    pgd_step, 128x3x32x32           3x to 5x on the CPU, in cache; 4x on a GPU, 8 launches against 1; the guards of
+                                    torch.compile take longer than the kernel
     pgd_init                        1.5x on the CPU, where drawing the noise dominates; 3x on a GPU
-    losses, 128x10 to 128x200       3x: dispatch of some 25 operations both ways against 2; compiled 1.5 times our time
-    losses, 256x10000               3x on the CPU (exponentials, threads), 4x on a GPU (bytes); compiled 1.2 times ours
+    losses, 128x10 to 128x200       3x: dispatch of about 25 operations in both directions against 2; torch.compile
+                                    takes 1.5 of our time
+    losses, 256x10000               3x on the CPU (exponentials, threads), 4x on a GPU (bytes); torch.compile takes 1.2
+                                    of our time
 """
 
 import argparse
@@ -42,7 +45,7 @@ TOLERANCE = {torch.float32: {"rtol": 1e-4, "atol": 1e-6}, torch.bfloat16: {"rtol
 
 @dataclass
 class Case:
-    """One op at one shape and dtype."""
+    """An op at one shape and dtype."""
 
     op: str
     shape: tuple[int, ...]
@@ -50,8 +53,8 @@ class Case:
     reference: Callable[..., Tensor]
     fused: dict[str, Callable[..., Tensor]]  # by provider name
     inputs: tuple[Tensor, ...]  # those that require gradients are differentiated
-    traffic: dict[str, int]  # least bytes to move, by direction
-    check: Callable[[Tensor], None] | None = None  # in place of equality with the reference, for a random op
+    traffic: dict[str, int]  # least number of bytes to move, by direction
+    check: Callable[[Tensor], None] | None = None  # for a random op: replaces the comparison with the reference
 
 
 def pgd_init_case(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Case:
@@ -63,7 +66,7 @@ def pgd_init_case(shape: tuple[int, ...], dtype: torch.dtype, device: torch.devi
         assert noise.abs().max() <= EPS + ulp
         assert start.min() >= 0
         assert start.max() <= 1
-        assert abs(noise.std().item() / (EPS / 3**0.5) - 1) < 0.05  # the clamp to [0, 1] takes 2 % off
+        assert abs(noise.std().item() / (EPS / 3**0.5) - 1) < 0.05  # the clamp to [0, 1] reduces it by 2 %
 
     return Case(
         op="pgd_init",
@@ -106,7 +109,7 @@ def balanced_softmax_kl_case(shape: tuple[int, ...], dtype: torch.dtype, device:
         reference=balanced_softmax_kl_ref,
         fused={"ours": balanced_softmax_kl},
         inputs=(student, labels, counts, teacher),
-        # forward: read two (B, C); backward: read two, write one; labels, counts and row statistics are small change
+        # forward: read two (B, C); backward: read two, write one; labels, counts and row statistics are negligible
         traffic={"forward": 2 * student.nbytes, "backward": 3 * student.nbytes, "both": 5 * student.nbytes},
     )
 
@@ -127,7 +130,7 @@ def igdm_loss_case(shape: tuple[int, ...], dtype: torch.dtype, device: torch.dev
 
 
 def cases(device: torch.device, quick: bool) -> Iterator[Case]:
-    """One at a time, since the largest hold gigabytes."""
+    """Yield the cases one at a time, because the largest hold gigabytes."""
     for make, shapes in (
         (pgd_init_case, IMAGES[:1] if quick else IMAGES),
         (pgd_step_case, IMAGES[:1] if quick else IMAGES),
@@ -141,10 +144,10 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
 
 
 def directions(case: Case, function: Callable[..., Tensor]) -> dict[str, Callable[[], object]]:
-    """Calls without arguments, by direction, on leaves of their own.
+    """Return a call without arguments for each direction, on new leaf tensors.
 
-    Of their own, because a leaf remembers the stream of the first forward that is still alive: the one that "backward"
-    keeps would tie a capture of "both" to the default stream, which a capture does not survive.
+    The leaves must be new: a leaf remembers the stream of its first forward that is still alive. "backward" keeps such
+    a forward, which would tie a capture of "both" to the default stream and make it fail.
     """
     inputs = [t.detach().clone().requires_grad_() if t.requires_grad else t for t in case.inputs]
     leaves = [t for t in inputs if t.requires_grad]
@@ -165,7 +168,7 @@ def directions(case: Case, function: Callable[..., Tensor]) -> dict[str, Callabl
 
 
 def providers(case: Case) -> dict[str, Callable[..., Tensor]]:
-    """eager, compile (left out, and said, where Inductor cannot build) and ours, all checked against eager."""
+    """Return eager, compile and ours, all checked against eager. Compile is skipped if Inductor cannot build it."""
     torch.compiler.reset()
     result = {
         "eager": case.reference,
@@ -180,20 +183,20 @@ def providers(case: Case) -> dict[str, Callable[..., Tensor]]:
                 else:
                     torch.testing.assert_close(call(), expected[direction], **TOLERANCE[case.dtype])
         except InductorError as error:
-            print(f"{case.op}: no {name}, {str(error).splitlines()[0]}")
+            print(f"{case.op}: skipped {name}: {str(error).splitlines()[0]}")
             del result[name]
     return result
 
 
 def measure(case: Case, device: torch.device, roof: float) -> list[dict[str, object]]:
-    """One row a direction, way of launching and provider."""
+    """Return one row per direction, launch mode and provider."""
     functions = providers(case)
     calls = {name: directions(case, function) for name, function in functions.items()}
     rows = []
     for direction, traffic in case.traffic.items():
         launchers = {"eager": {name: by_direction[direction] for name, by_direction in calls.items()}}
         for call in launchers["eager"].values():
-            call()  # what is made at the first call is not timed
+            call()  # so that one-time work is not timed
         if device.type == "cuda" and direction != "backward":  # a graph cannot start at a saved autograd node
             launchers["graph"] = {
                 name: common.captured(directions(case, function)[direction]) for name, function in functions.items()
@@ -236,14 +239,15 @@ def show(rows: list[dict[str, object]]) -> None:
 
 
 def plot(rows: list[dict[str, object]], path: Path) -> None:
-    """Speed-up over eager of forward and backward together (forward alone where there is no backward)."""
+    """Plot the speed-up over eager, of forward and backward together if the op has a backward, else of the forward."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [row for row in rows if row["direction"] == ("both" if row["op"].endswith(("kl", "loss")) else "forward")]
-    launch = rows[-1]["launch"]  # graph where there is one
+    differentiable = {row["op"] for row in rows if row["direction"] == "both"}
+    rows = [row for row in rows if row["direction"] == ("both" if row["op"] in differentiable else "forward")]
+    launch = rows[-1]["launch"]  # "graph" on CUDA
     rows = [row for row in rows if row["launch"] == launch]
     ops, dtypes = (list(dict.fromkeys(row[key] for row in rows)) for key in ("op", "dtype"))
     figure, axes = plt.subplots(len(dtypes), len(ops), figsize=(4.5 * len(ops), 3.5 * len(dtypes)), squeeze=False)
@@ -270,12 +274,12 @@ def plot(rows: list[dict[str, object]], path: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--quick", action="store_true", help="one shape an op, float32")
+    parser.add_argument("--quick", action="store_true", help="one shape per op, float32")
     parser.add_argument("--out", type=Path, help="CSV to append to, default bench/results/ops-DEVICE.csv")
     args = parser.parse_args(argv)
     device = torch.device(args.device)
     out = args.out or Path(__file__).parent / "results" / f"ops-{args.device}.csv"
-    # The backward alone is timed on a retained graph, which a compiled function forbids once it donates its buffers.
+    # The backward alone is timed on a retained graph. A compiled function that donates its buffers does not allow that.
     functorch_config.donated_buffer = False
     source = common.provenance(device)
     roof = common.copy_bandwidth(device)

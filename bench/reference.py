@@ -1,10 +1,10 @@
-"""The training step as public repositories write it, for everything here to be measured against.
+"""The training step as public repositories write it: the reference of all benchmarks.
 
-Plain PyTorch in float32 with torch's own defaults (on CUDA these allow TF32 in convolutions): the live network is
-switched to eval() and attacked directly, each ascent step is sign, addition, minimum, maximum and clamp, the class
-prior is a list made a tensor in every step, the losses come from torch.nn.functional, the optimizer is
-SGD(model.parameters(), lr, momentum, weight_decay). Written from the papers' formulas; nothing is made slow on
-purpose. What waits for the device is the copy of that class prior to it, once a step, as in the published code.
+Plain PyTorch in float32 with torch's own defaults (on CUDA these allow TF32 in convolutions). The attack switches the
+network itself to eval(). Each attack step is a sign, an addition, a minimum, a maximum and a clamp. The class prior is
+a list that every step converts to a tensor. The losses come from torch.nn.functional, and the optimizer is
+SGD(model.parameters(), lr, momentum, weight_decay). The code follows the formulas of the papers and is not slow on
+purpose. Once per step it waits for the device, to copy the class prior, as the published code does.
 """
 
 import torch
@@ -15,7 +15,11 @@ from ltat_fast.attacks import AttackConfig
 
 
 def perturb(net: nn.Module, x: Tensor, y: Tensor, attack: AttackConfig, start: Tensor | None = None) -> Tensor:
-    """PGD on the cross-entropy (Madry et al. 2018). start: where to begin, if not at the noise that is drawn here."""
+    """Return adversarial examples of PGD on the cross-entropy (Madry et al. 2018).
+
+    x: float32 images ``(B, C, H, W)`` in [0, 1]. y: int64 labels ``(B,)``. start: start images; noise around ``x`` is
+    drawn if None.
+    """
     if start is not None:
         x_adv = start
     elif attack.noise == "gaussian":
@@ -33,22 +37,23 @@ def perturb(net: nn.Module, x: Tensor, y: Tensor, attack: AttackConfig, start: T
 
 
 def balanced_softmax(logits: Tensor, y: Tensor, class_counts: list[int]) -> Tensor:
-    """Cross-entropy of logits + log n (Ren et al. 2020, eq. 3)."""
+    """Return the cross-entropy of logits + log n, n the class counts (Ren et al. 2020, eq. 3)."""
     prior = torch.tensor(class_counts, dtype=logits.dtype, device=logits.device).log()
     return F.cross_entropy(logits + prior.unsqueeze(0).expand(len(logits), -1), y)
 
 
 def gradient_matching(plus: Tensor, minus: Tensor, teacher_plus: Tensor, teacher_minus: Tensor) -> Tensor:
-    """KL between the softmaxed logit differences of teacher and student (Lee, Cho and Kim 2025, eq. 8)."""
+    """Return the KL divergence between softmaxed logit differences of teacher and student (Lee et al. 2025, eq. 8)."""
     target = F.softmax(teacher_plus - teacher_minus, dim=1)
     return F.kl_div(F.log_softmax(plus - minus, dim=1), target, reduction="batchmean")
 
 
 class ReferenceStep:
-    """One training step of LTAT, balanced softmax + alpha * progress * gradient matching; without a teacher, AT-BSL.
+    """One training step of LTAT, balanced softmax + alpha * progress * gradient matching; without a teacher, of AT-BSL.
 
-    compiled: as a user would, the networks and the two losses each through torch.compile.
-    attacked: what the attack runs on, if not the live network. Not in the published code; to measure that alone.
+    compiled: apply torch.compile to each network and to both losses, as a user would.
+    attacked: network under attack; ``model`` if None. The published code has no such option; bench.step uses it to
+        measure a frozen twin alone.
     """
 
     def __init__(
@@ -75,7 +80,11 @@ class ReferenceStep:
         self.optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)
 
     def __call__(self, x: Tensor, y: Tensor, progress: float = 1.0, start: Tensor | None = None) -> Tensor:
-        """x: float32 images in [0, 1]. y: int64 labels. progress: epoch / epochs. Returns the loss."""
+        """Train on one batch and return the loss.
+
+        x: float32 images ``(B, C, H, W)`` in [0, 1]. y: int64 labels ``(B,)``. progress: epoch / epochs. start: start
+        images of the attack; noise if None.
+        """
         self.model.eval()
         x_adv = perturb(self.attacked, x, y, self.attack, start)
         self.model.train()

@@ -1,31 +1,32 @@
-"""One training step: the plain reference, torch.compile of it, and ours with one lever more in every row.
+"""Measure one training step: the plain reference, torch.compile of it, and our step, one optimisation per row.
 
     python -m bench.step --device cpu --arch resnet18 --batch-size 16 [--method ltat] [--out FILE.csv]
 
-All rows start from the same weights, see the same batch and are timed in interleaved rounds in one process. Before
-that, each takes LOSS_STEPS steps from the same start noise: ``loss`` is the loss of the last of them, so that a row
-that computes something else shows. Rows are appended to the CSV; a plot of this run lies beside it as PNG. Interrupted
-(SIGINT) while it builds a row, it times those before it.
+All rows start from the same weights, use the same batch and are timed in interleaved rounds in one process. Before
+the timing each row takes LOSS_STEPS steps from the same start noise. Column ``loss`` is the loss of the last of these
+steps, so a row that computes something else is visible. The rows are appended to the CSV, and a plot of this run is
+written next to it as PNG. After SIGINT while it builds a row, it times the rows that are ready.
 
-``gflop`` is what the step needs, counted operator by operator in eager mode on a frozen twin, and the same in all
-rows: a row that does more (a compiled network also computes weight gradients in the attack) only looks slower.
-``gflop_formula`` checks it: 2 forward-equivalents an attack step (forward, input gradient), 3 for a student's forward
-and backward, 1 for a teacher's forward; 23 for AT-BSL and 28 for LTAT with ten attack steps. ``share_of_matmul``
-divides by the bf16 matrix product measured in the same run. ``peak_mb`` is the most a step holds on top of weights,
+``gflop`` is the number of operations that the step needs. It is counted operator by operator in eager mode on a frozen
+twin, and is the same in all rows. A row that computes more than needed (a compiled network also computes weight
+gradients in the attack) therefore only looks slower. ``gflop_formula`` checks the count: 2 forward-equivalents per
+attack step (forward, input gradient), 3 for the forward and backward pass of a student, 1 for the forward pass of a
+teacher; in all 23 for AT-BSL and 28 for LTAT with ten attack steps. ``share_of_matmul`` is the rate divided by the rate
+of a bf16 matrix product, measured in the same run. ``peak_mb`` is the peak memory of a step in addition to weights,
 momentum, twins and batch.
 
-Predicted before the first run, as reference time / time:
+Predictions made before the first run, as reference time / time:
     two CPU cores with AVX512-bf16, resnet18 at 32x32, batch 16
-        torch.compile(reference)  0.85: 38 units of convolution, not 28; a little back by fused batch norm and ReLU
-        frozen attack             1.00: eager autograd leaves weight gradients out by itself
-        fused ops and SGD         1.02: a percent of the bytes
-        BN folded                 1.15: two passes less a convolution, in 20 of the 28 units
+        torch.compile(reference)  0.85: 38 units of convolution instead of 28; fused batch norm and ReLU save a little
+        frozen attack             1.00: eager autograd already skips the weight gradients
+        fused ops and SGD         1.02: one percent of the bytes
+        BN folded                 1.15: two passes fewer per convolution, in 20 of the 28 units
         channels_last             1.3:  no reordering around each convolution
-        bf16                      2.6:  convolutions 4 times faster, the rest half the bytes
-        torch.compile             2.8:  ReLU and additions fused
-        Reached on one of the cores, in processor time: 0.68, 1.02, 1.03, 1.02, 0.97, 2.93, 2.83. Convolutions take 87 %
-        of the float32 step (batch norm 5 %) and 80 % of the bf16 step, so what saves bytes moves next to nothing.
-        The 38 units of the compiled reference account for 0.74. channels_last pays with bf16 only: that row without
+        bf16                      2.6:  convolutions 4 times faster, half the bytes in the rest
+        torch.compile             2.8:  fused ReLU and additions
+        Measured on one of the cores, in processor time: 0.68, 1.02, 1.03, 1.02, 0.97, 2.93, 2.83. Convolutions take
+        87 % of the float32 step (batch norm 5 %) and 80 % of the bf16 step, so saving bytes changes almost nothing.
+        The 38 units of the compiled reference explain 0.74. channels_last helps only with bf16: the bf16 row without
         it takes 1.4 times as long.
     one H100, batch 128: torch.compile(reference) 1.1, BN folded 1.1, channels_last 1.2, bf16 3, torch.compile 5,
         CUDA graph 8
@@ -54,13 +55,13 @@ from ltat_fast.training.device import Hardware
 from ltat_fast.training.speed import MATMUL_SIZE, FlopCounter
 from ltat_fast.training.step import TrainStep, make_optimizer
 
-LR = 0.01  # on one batch over and over, the paper's 0.1 would run away before the loss says anything
+LR = 0.01  # every step uses the same batch: with the paper's 0.1 the loss would diverge at once
 LOSS_STEPS = 3
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What every row computes."""
+    """The problem that every row solves."""
 
     device: torch.device
     arch: str = "resnet18"
@@ -71,7 +72,7 @@ class Problem:
 
     @property
     def class_counts(self) -> list[int]:
-        """CIFAR-10-LT at imbalance ratio 50 up to 32 pixels, Tiny-ImageNet-LT at 10 above."""
+        """Return those of CIFAR-10-LT, imbalance ratio 50, up to 32 pixels; else of Tiny-ImageNet-LT, ratio 10."""
         classes, largest, ratio = (10, 5000, 50) if self.image_size <= 32 else (200, 500, 10)
         return [int(largest * ratio ** (-c / (classes - 1))) for c in range(classes)]
 
@@ -85,7 +86,7 @@ class Problem:
 
     @property
     def units(self) -> int:
-        """Forward-equivalents of a step."""
+        """Return the operations of a step in forward passes of the network."""
         return 2 * self.attack_steps + (3 + 3 + 2 if self.has_teacher else 3)
 
     def network(self, seed: int) -> nn.Module:
@@ -94,7 +95,10 @@ class Problem:
             return build_model(self.arch, len(self.class_counts)).to(self.device)
 
     def batch(self) -> tuple[Tensor, Tensor]:
-        """Contiguous in all rows, though training feeds NHWC: start noise is drawn in memory order."""
+        """Return images and labels. The images are contiguous in all rows, because noise is drawn in memory order.
+
+        Training itself uses NHWC images.
+        """
         generator = torch.Generator().manual_seed(0)
         x = torch.rand(self.batch_size, 3, self.image_size, self.image_size, generator=generator)
         weights = torch.tensor(self.class_counts, dtype=torch.float32)
@@ -102,14 +106,14 @@ class Problem:
         return x.to(self.device), y.to(self.device)
 
     def forward_flops(self) -> int:
-        """Of one image through the network."""
+        """Return the operations of one image through the network."""
         with FlopCounter() as counter, torch.no_grad():
             self.network(seed=1).eval()(torch.zeros(1, 3, self.image_size, self.image_size, device=self.device))
         return counter.total
 
 
 class Reference:
-    """The reference step over a problem. frozen: with the attack alone on a frozen twin."""
+    """The reference step on a problem. frozen: attack a frozen twin instead of the network; nothing else changes."""
 
     def __init__(self, problem: Problem, *, compiled: bool = False, frozen: bool = False):
         self.model = problem.network(seed=1)
@@ -129,14 +133,14 @@ class Reference:
         self.step(self.x, self.y)
 
     def loss(self, seed: int) -> float:
-        """Take a step from the start noise of ``seed``; its loss."""
+        """Take a step with the start noise of ``seed`` and return its loss."""
         generator = torch.Generator(self.x.device).manual_seed(seed)
         start = pgd_init(self.x, self.attack.eps, self.attack.noise, generator)
         return self.step(self.x, self.y, start=start).item()
 
 
 class Ours:
-    """:class:`~ltat_fast.training.step.TrainStep` over a problem, with each lever on or off."""
+    """:class:`~ltat_fast.training.step.TrainStep` on a problem, with each optimisation on or off."""
 
     def __init__(
         self,
@@ -172,7 +176,7 @@ class Ours:
         self.step(self.x, self.y, lr=LR, progress=1.0, seed=seed)
 
     def loss(self, seed: int) -> float:
-        """Take a step from the start noise of ``seed``; its loss."""
+        """Take a step with the start noise of ``seed`` and return its loss."""
         self.step.restart()
         self(seed)
         return self.step.totals()["loss"]
@@ -182,7 +186,10 @@ Variant = Reference | Ours
 
 
 def ladder(problem: Problem) -> dict[str, Callable[[], Variant]]:
-    """Rows of the table in order. From the third on, each has what the one before it has and one thing more."""
+    """Return the rows of the table in order, by name, each as a function that builds it.
+
+    From the third row on, each row adds one optimisation to the row before it.
+    """
     ours = functools.partial(Ours, problem)
     bf16 = torch.bfloat16
     rows = {
@@ -201,7 +208,7 @@ def ladder(problem: Problem) -> dict[str, Callable[[], Variant]]:
 
 
 def count_flops(problem: Problem) -> int:
-    """Of one step, in convolutions and matrix products."""
+    """Return the operations of one step in convolutions and matrix products."""
     variant = Ours(problem, fold_bn=False, channels_last=False)
     with FlopCounter() as counter:
         variant()
@@ -209,7 +216,7 @@ def count_flops(problem: Problem) -> int:
 
 
 def matmul_ceiling(device: torch.device) -> float:
-    """TFLOP/s of a large bf16 matrix product, on the clock of the rows."""
+    """Return the TFLOP/s of a large bf16 matrix product, timed like the rows."""
     n = MATMUL_SIZE[device.type]
     a, b = (torch.randn(n, n, device=device).bfloat16() for _ in range(2))
     out = torch.empty_like(a)
@@ -217,7 +224,10 @@ def matmul_ceiling(device: torch.device) -> float:
 
 
 def warm_up(variant: Variant, device: torch.device) -> tuple[float, float]:
-    """LOSS_STEPS steps: the loss of the last, and on CUDA the peak memory of all, compilation and capture included."""
+    """Take LOSS_STEPS steps. Return the loss of the last one and the peak memory in MB.
+
+    On CUDA the peak covers these steps, with compilation and capture; on a CPU it covers one further step.
+    """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -233,7 +243,7 @@ def warm_up(variant: Variant, device: torch.device) -> tuple[float, float]:
 
 
 def measure(problem: Problem, rounds: int) -> list[dict[str, object]]:
-    """The rows of the table. A variant that cannot run here has a note in place of numbers."""
+    """Return the rows of the table. A variant that cannot run here has a note instead of numbers."""
     ceiling = matmul_ceiling(problem.device)
     gflop = count_flops(problem) / 1e9
     formula = problem.units * problem.forward_flops() * problem.batch_size / 1e9
@@ -244,11 +254,11 @@ def measure(problem: Problem, rounds: int) -> list[dict[str, object]]:
             variant = build()
             states[name] = warm_up(variant, problem.device)
             variants[name] = variant
-        except KeyboardInterrupt:  # the rows that are ready are timed
+        except KeyboardInterrupt:  # time the rows that are ready
             notes |= {later: "interrupted" for later in ladder(problem) if later not in variants | notes}
             break
-        except Exception as error:  # what a compiler or a capture raises; the other rows are still worth having
-            notes[name] = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+        except Exception as error:  # a compiler or a capture may raise anything; measure the other rows
+            notes[name] = f"{type(error).__name__}: " + str(error).strip().partition("\n")[0]
     timings = common.time_interleaved(variants, problem.device, rounds)
 
     rows = []
@@ -285,10 +295,11 @@ def measure(problem: Problem, rounds: int) -> list[dict[str, object]]:
 
 
 def show(rows: list[dict[str, object]]) -> None:
+    """Print the rows as a table."""
     first = rows[0]
     table = Table(
         title="{arch} at {image_size}x{image_size}, batch {batch_size}, {method}, {attack_steps} attack steps: "
-        "{gflop} GFLOP a step (formula {gflop_formula}), matmul ceiling {matmul_tflop_per_s} TFLOP/s".format(**first)
+        "{gflop} GFLOP per step (formula {gflop_formula}), matmul ceiling {matmul_tflop_per_s} TFLOP/s".format(**first)
     )
     columns = ("variant", "ms", "p20", "p80", "images/s", "x", "TFLOP/s", "of matmul", "peak MB", "loss", "")
     keys = ("variant", "median_ms", "p20_ms", "p80_ms", "images_per_s", "speedup", "tflop_per_s", "share_of_matmul")
@@ -300,7 +311,7 @@ def show(rows: list[dict[str, object]]) -> None:
 
 
 def plot(rows: list[dict[str, object]], path: Path) -> None:
-    """Milliseconds a step, a bar a row."""
+    """Draw a bar chart of the milliseconds per step, one bar per row."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -318,7 +329,7 @@ def plot(rows: list[dict[str, object]], path: Path) -> None:
     )
     axis.invert_yaxis()
     axis.margins(x=0.25)
-    axis.set_xlabel("milliseconds a training step")
+    axis.set_xlabel("milliseconds per training step")
     title = "{arch} at {image_size}x{image_size}, batch {batch_size}, {method}\n{device}, torch {torch}, {date}, {git}"
     axis.set_title(title.format(**rows[0]), fontsize=9)
     figure.tight_layout()
@@ -334,11 +345,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--method", choices=["ltat", "at-bsl"], default="ltat")
     parser.add_argument("--attack-steps", type=int, default=10)
-    parser.add_argument("--rounds", type=int, default=20, help="fewer, but not under 5, where they take over 30 s")
-    parser.add_argument("--out", type=Path, help="CSV to append to, default bench/results/step-DEVICE.csv")
+    parser.add_argument("--rounds", type=int, default=20, help="number of rounds; after 30 s it stops with at least 5")
+    parser.add_argument("--out", type=Path, help="CSV to append to; bench/results/step-DEVICE.csv if not given")
     args = parser.parse_args(argv)
     device = torch.device(args.device)
-    torch.backends.cudnn.benchmark = True  # for every row alike
+    torch.backends.cudnn.benchmark = True  # the same for every row
     source = common.provenance(device)
     print(", ".join(f"{key} {value}" for key, value in source.items()))
     problem = Problem(device, args.arch, args.image_size, args.batch_size, args.method, args.attack_steps)

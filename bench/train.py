@@ -1,11 +1,11 @@
-"""Where the wall time of a whole run goes: a phase a row.
+"""Split the wall time of a whole run into phases.
 
-    python -m bench.train RUN                                   # training time of a run that is there
-    python -m bench.train --dataset digits-lt --epochs 3 ...    # makes a run with these flags of ltat_fast.train
+    python -m bench.train RUN                                   # print the training time that a finished run recorded
+    python -m bench.train --dataset digits-lt --epochs 3 ...    # time a new run with these flags of ltat_fast.train
 
-A run that is there has only recorded its epochs. One made here is timed from outside: phases within others (a
-checkpoint in the midst of the student's epochs) are taken out of those. Rows are appended to
-bench/results/train-DEVICE.csv.
+A finished run has recorded only the time of its epochs. A new run is timed from outside, and the time of an inner phase
+(a checkpoint during the student's epochs) does not count for the outer one. The phases of a new run are appended as
+rows to bench/results/train-DEVICE.csv.
 """
 
 import contextlib
@@ -26,18 +26,19 @@ from ltat_fast import train
 from ltat_fast.runs import checkpoint, log
 from ltat_fast.training import evaluation, fit, pipeline
 
-# What is timed: where the function is looked up, its name, and its arguments to the name of the phase.
+# The timed functions: the module that calls them, their name, and a function from their arguments to the phase.
 PHASES: list[tuple[object, str, Callable[..., str]]] = [
     (pipeline, "load_splits", lambda *_: "data"),
     (fit, "choose_backend", lambda *_: "compilation and check of the step"),
     (pipeline, "fit", lambda stage, *_: f"{stage.name} epochs"),
-    (checkpoint, "write", lambda *_: "checkpoints"),
+    (checkpoint, "write_weights", lambda *_: "checkpoints"),
+    (fit, "write_weights", lambda *_: "checkpoints"),
     (evaluation, "correct_under", lambda name, *_: f"evaluation, {name}"),
 ]
 
 
 class Clock:
-    """Seconds spent in each phase, without the phases inside it."""
+    """Measure the seconds spent in each phase, without the phases inside it."""
 
     def __init__(self):
         self.seconds: Counter[str] = Counter()
@@ -45,12 +46,14 @@ class Clock:
         self._since = time.perf_counter()
 
     def lap(self) -> None:
-        """Give the time since the last call to the innermost open phase."""
+        """Add the time since the last call to the innermost open phase."""
         now = time.perf_counter()
         self.seconds[self._open[-1]] += now - self._since
         self._since = now
 
     def timing(self, function: Callable, phase: Callable[..., str]) -> Callable:
+        """Wrap ``function``: the time of a call counts for the phase ``phase(*args)``."""
+
         @functools.wraps(function)
         def timed(*args, **kwargs):
             self.lap()
@@ -65,7 +68,7 @@ class Clock:
 
 
 def timed_run(flags: list[str]) -> dict[str, float]:
-    """Seconds by phase of ``python -m ltat_fast.train`` with these flags."""
+    """Run ``python -m ltat_fast.train`` with ``flags`` and return the seconds by phase."""
     with contextlib.ExitStack() as patches:
         clock = Clock()
         for module, name, phase in PHASES:
@@ -78,7 +81,7 @@ def timed_run(flags: list[str]) -> dict[str, float]:
 
 
 def recorded(folder: Path) -> dict[str, float]:
-    """Seconds by phase that a run has written down."""
+    """Return the seconds by phase that the run in ``folder`` has recorded."""
     stages = {"teacher epochs": folder / "teacher", "student epochs": folder}
     metrics = {name: log.read_metrics(path / "metrics.jsonl") for name, path in stages.items()}
     if not any(metrics.values()):

@@ -1,15 +1,15 @@
-// balanced_softmax_kl: schemas, and the CPU kernels behind them.
-#include <vector>
+// balanced_softmax_kl: the CPU ops and the autograd node. Schemas and formulas: ltat_fast/ops/balanced_softmax_kl.py.
+#include "cpu/balanced_softmax_kl.h"
 
+#include "autograd.h"
 #include "common.h"
-#include "ops.h"
 
 namespace ltat {
 namespace {
 
 Tensor unit_columns(const Tensor& t) { return t.stride(1) == 1 || t.size(1) == 1 ? t : t.contiguous(); }
 
-// tau * log n_c, with 0 * log 0 = 0: tau = 0 is plain cross-entropy
+// tau * log n_c, with 0 * log 0 = 0: tau = 0 is plain cross-entropy.
 template <typename W>
 std::vector<W> log_prior(const Tensor& class_counts, double tau) {
   const Tensor counts = class_counts.to(at::kDouble).contiguous();
@@ -22,24 +22,28 @@ std::vector<W> log_prior(const Tensor& class_counts, double tau) {
   return prior;
 }
 
-// Checks the arguments and calls run(args), which may read what args points to.
+// Checks the arguments and calls run(args). The memory that args points to is valid only during that call.
 template <typename Run>
 void with_args(const Tensor& logits, const Tensor& labels, const Tensor& class_counts,
                const std::optional<Tensor>& teacher_logits, const Tensor& stats, double tau, double kl_weight,
                double temperature, const Run& run) {
   const int64_t rows = logits.size(0), classes = logits.size(1);
-  TORCH_CHECK_VALUE(labels.dim() == 1 && labels.size(0) == rows, "labels must have shape (", rows, ",)");
-  TORCH_CHECK_VALUE(class_counts.numel() == classes, "class_counts must have shape (", classes, ",)");
+  TORCH_CHECK_VALUE(labels.dim() == 1 && labels.size(0) == rows, "labels must have shape (", rows, ",), got ",
+                    labels.sizes());
+  TORCH_CHECK_VALUE(class_counts.numel() == classes, "class_counts must have shape (", classes, ",), got ",
+                    class_counts.sizes());
   TORCH_CHECK_VALUE(labels.is_cpu() && class_counts.is_cpu() && stats.is_cpu(), "all tensors must be on the CPU");
-  TORCH_CHECK_TYPE(labels.scalar_type() == at::kLong, "labels must be int64");
-  TORCH_CHECK_VALUE(temperature > 0, "temperature must be positive");
+  TORCH_CHECK_TYPE(labels.scalar_type() == at::kLong, "labels must be int64, got ", labels.scalar_type());
+  TORCH_CHECK_VALUE(temperature > 0, "temperature must be positive, got ", temperature);
   TORCH_CHECK_VALUE(stats.is_contiguous() && stats.dim() == 2 && stats.size(0) == (teacher_logits ? 6 : 2) &&
                         stats.size(1) == rows && stats.scalar_type() == work_type(logits),
-                    "stats must be what the forward returned");
+                    "stats must be the second result of the forward");
   const Tensor y = labels.contiguous(), z = unit_columns(logits);
   const Tensor t = teacher_logits ? unit_columns(*teacher_logits) : z;
-  TORCH_CHECK_VALUE(t.is_cpu() && t.sizes() == z.sizes(), "teacher_logits must have the shape of logits");
-  TORCH_CHECK_TYPE(t.scalar_type() == z.scalar_type(), "logits and teacher_logits must have one dtype");
+  TORCH_CHECK_VALUE(t.is_cpu() && t.sizes() == z.sizes(), "teacher_logits must be on the CPU and have shape ",
+                    z.sizes(), ", got ", t.sizes());
+  TORCH_CHECK_TYPE(t.scalar_type() == z.scalar_type(), "logits and teacher_logits must have the same dtype, got ",
+                   z.scalar_type(), " and ", t.scalar_type());
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t label = y.const_data_ptr<int64_t>()[i];
     TORCH_CHECK_VALUE(label >= 0 && label < classes, "label ", label, " of sample ", i, " is outside [0, ", classes,
@@ -65,8 +69,6 @@ void with_args(const Tensor& logits, const Tensor& labels, const Tensor& class_c
                            : with_prior(log_prior<float>(class_counts, tau));
 }
 
-}  // namespace
-
 std::tuple<Tensor, Tensor> balanced_softmax_kl_cpu(const Tensor& logits, const Tensor& labels,
                                                    const Tensor& class_counts,
                                                    const std::optional<Tensor>& teacher_logits, double tau,
@@ -75,11 +77,11 @@ std::tuple<Tensor, Tensor> balanced_softmax_kl_cpu(const Tensor& logits, const T
   const Reduction reduce_to = reduction_of(reduction);
   const auto options = logits.options().dtype(work_type(logits));
   const int64_t rows = logits.size(0);
+  const auto kernel = LTAT_KERNEL(balanced_softmax_kl_forward);
   const Tensor loss = at::empty({rows}, options), stats = at::empty({teacher_logits ? 6 : 2, rows}, options);
   with_args(logits, labels, class_counts, teacher_logits, stats, tau, kl_weight, temperature, [&](auto& args) {
     args.loss = loss.mutable_data_ptr();
-    parallel(rows, row_grain(args.classes),
-             [&](int64_t begin, int64_t end) { kernels().balanced_softmax_kl_forward(args, begin, end); });
+    parallel(rows, row_grain(args.classes), [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   });
   return {reduce(loss, reduce_to), stats};
 }
@@ -91,27 +93,63 @@ Tensor balanced_softmax_kl_backward_cpu(const Tensor& grad_loss, const Tensor& l
   TORCH_CHECK_VALUE(logits.dim() == 2, "logits must have shape (B, C), got ", logits.sizes());
   const Tensor grad = grad_loss.to(work_type(logits));
   const Tensor grad_logits = at::empty(logits.sizes(), logits.options());
+  const auto kernel = LTAT_KERNEL(balanced_softmax_kl_backward);
   with_args(logits, labels, class_counts, teacher_logits, stats, tau, kl_weight, temperature, [&](auto& args) {
     args.grad_loss = grad_of(grad, args.rows, reduction_of(reduction));
     args.grad_logits = grad_logits.mutable_data_ptr();
-    parallel(args.rows, row_grain(args.classes),
-             [&](int64_t begin, int64_t end) { kernels().balanced_softmax_kl_backward(args, begin, end); });
+    parallel(args.rows, row_grain(args.classes), [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   });
   return grad_logits;
 }
 
-TORCH_LIBRARY_FRAGMENT(ltat, m) {
-  m.def(
-      "balanced_softmax_kl(Tensor logits, Tensor labels, Tensor class_counts, Tensor? teacher_logits, float tau, "
-      "float kl_weight, float temperature, str reduction) -> (Tensor, Tensor)");
-  m.def(
-      "balanced_softmax_kl_backward(Tensor grad_loss, Tensor logits, Tensor labels, Tensor class_counts, "
-      "Tensor? teacher_logits, Tensor stats, float tau, float kl_weight, float temperature, str reduction) -> Tensor");
+struct BalancedSoftmaxKlNode : torch::autograd::Function<BalancedSoftmaxKlNode> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& logits, const Tensor& labels,
+                               const Tensor& class_counts, const std::optional<Tensor>& teacher_logits, double tau,
+                               double kl_weight, double temperature, std::string_view reduction) {
+    static const auto op = find_op("ltat::balanced_softmax_kl", &balanced_softmax_kl_cpu);
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    const auto [loss, stats] =
+        op.call(logits, labels, class_counts, teacher_logits, tau, kl_weight, temperature, reduction);
+    ctx->save_for_backward({logits, labels, class_counts, teacher_logits.value_or(Tensor()), stats});
+    ctx->saved_data["scalars"] = std::vector<double>{tau, kl_weight, temperature};
+    ctx->saved_data["reduction"] = std::string(reduction);
+    ctx->mark_non_differentiable({stats});
+    return {loss, stats};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    static const auto op = find_op("ltat::balanced_softmax_kl_backward", &balanced_softmax_kl_backward_cpu);
+    const variable_list saved = ctx->get_saved_variables();
+    const std::optional<Tensor> teacher = saved[3].defined() ? std::optional(saved[3]) : std::nullopt;
+    const std::vector<double> scalars = ctx->saved_data["scalars"].toDoubleVector();
+    variable_list result(8);
+    result[0] = call_backward(op, grads[0], saved[0], saved[1], saved[2], teacher, saved[4], scalars[0], scalars[1],
+                              scalars[2], ctx->saved_data["reduction"].toStringView());
+    return result;
+  }
+};
+
+std::tuple<Tensor, Tensor> balanced_softmax_kl_autograd(const Tensor& logits, const Tensor& labels,
+                                                        const Tensor& class_counts,
+                                                        const std::optional<Tensor>& teacher_logits, double tau,
+                                                        double kl_weight, double temperature,
+                                                        std::string_view reduction) {
+  const variable_list out = BalancedSoftmaxKlNode::apply(logits, labels, class_counts, teacher_logits, tau, kl_weight,
+                                                         temperature, reduction);
+  return {out[0], out[1]};
 }
+
+}  // namespace
 
 TORCH_LIBRARY_IMPL(ltat, CPU, m) {
   m.impl("balanced_softmax_kl", balanced_softmax_kl_cpu);
   m.impl("balanced_softmax_kl_backward", balanced_softmax_kl_backward_cpu);
+}
+
+LTAT_PYTHON(m) {
+  m.def("balanced_softmax_kl_cpu", balanced_softmax_kl_cpu, NoGil());
+  m.def("balanced_softmax_kl_backward_cpu", balanced_softmax_kl_backward_cpu, NoGil());
+  m.def("balanced_softmax_kl_autograd", balanced_softmax_kl_autograd, NoGil());
 }
 
 }  // namespace ltat

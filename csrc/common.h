@@ -1,4 +1,4 @@
-// What the glue between torch and the CPU kernels shares.
+// What every csrc/<op>.cpp uses: dtypes, threads, reductions, the CPU kernels and the binding to Python.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -7,20 +7,46 @@
 #include <ATen/ops/empty_strided.h>
 #include <ATen/ops/full.h>
 #include <torch/csrc/stable/c/shim.h>
+#include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 
 #include <algorithm>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <tuple>
+#include <vector>
 
-#include "cpu/kernels.h"
+#include "cpu/dispatch.h"
 
 namespace ltat {
 
 using at::Tensor;
 
-const Kernels& kernels();  // the widest build that this CPU (and torch's ATEN_CPU_CAPABILITY) allows; module.cpp
+// Adds functions of an op to the Python module ltat_fast._C. Use it like PYBIND11_MODULE, once per file:
+//
+//   LTAT_PYTHON(m) { m.def("igdm_cpu", igdm_cpu, NoGil()); }
+//
+// ltat_fast/ops/_operator.py finds them by name: <op>_cpu, <op>_cuda and <op>_autograd.
+#define LTAT_PYTHON(m)                                                                       \
+  static void bind_to_python(pybind11::module_& m);                                          \
+  [[maybe_unused]] static const bool bound = (bindings().push_back(bind_to_python), true);   \
+  static void bind_to_python(pybind11::module_& m)
+
+std::vector<void (*)(pybind11::module_&)>& bindings();  // module.cpp
+
+using NoGil = pybind11::call_guard<pybind11::gil_scoped_release>;
+
+enum class Isa { baseline, avx2, avx512 };
+Isa isa();  // the widest instruction set that this CPU and torch's ATEN_CPU_CAPABILITY allow; module.cpp
+
+// The build of a CPU kernel for isa().
+#if LTAT_MULTIVERSION
+#define LTAT_KERNEL(name) \
+  (isa() == Isa::avx512 ? avx512::name : isa() == Isa::avx2 ? avx2::name : baseline::name)
+#else
+#define LTAT_KERNEL(name) baseline::name
+#endif
 
 inline Dtype dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {
@@ -32,19 +58,19 @@ inline Dtype dtype_of(const Tensor& t) {
   }
 }
 
-// The type that losses and statistics have, and that arithmetic is done in.
+// The dtype of the arithmetic, the losses and the statistics.
 inline at::ScalarType work_type(const Tensor& t) { return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
 
-// f(begin, end) over [0, size), on torch's own threads: a copy of OpenMP linked here would keep a second pool.
+// Calls f(begin, end) over [0, size) on torch's own threads. OpenMP linked here would keep a second thread pool.
 template <typename F>
 void parallel(int64_t size, int64_t grain, const F& f) {
   if (size <= grain) return f(int64_t{0}, size);
   const auto call = [](int64_t begin, int64_t end, void* context) { (*static_cast<const F*>(context))(begin, end); };
-  TORCH_CHECK(torch_parallel_for(0, size, grain, call, const_cast<F*>(&f)) == 0, "parallel_for failed");
+  TORCH_CHECK(torch_parallel_for(0, size, grain, call, const_cast<F*>(&f)) == 0, "torch_parallel_for failed");
 }
 
-constexpr int64_t kElementGrain = 32768;  // elements a thread should have at least, pointwise
-constexpr int64_t kExpGrain = 16384;      // the same where each element costs several exponentials
+constexpr int64_t kElementGrain = 32768;  // least number of elements per thread, for pointwise kernels
+constexpr int64_t kExpGrain = 16384;      // the same for kernels with several exponentials per element
 inline int64_t row_grain(int64_t classes) { return std::max<int64_t>(1, kExpGrain / std::max<int64_t>(1, classes)); }
 
 enum class Reduction { none, mean, sum };
@@ -56,7 +82,7 @@ inline Reduction reduction_of(std::string_view name) {
   return Reduction::sum;
 }
 
-// Row losses to the result; in float64 and in order, so that it does not depend on the number of threads.
+// Sums in float64 and in order, so that the result does not depend on the number of threads.
 template <typename W>
 Tensor reduce_rows(const Tensor& rows, Reduction reduction) {
   const W* loss = rows.const_data_ptr<W>();
@@ -71,13 +97,14 @@ inline Tensor reduce(const Tensor& rows, Reduction reduction) {
   return rows.scalar_type() == at::kDouble ? reduce_rows<double>(rows, reduction) : reduce_rows<float>(rows, reduction);
 }
 
-// `grad_loss` must be in the working type and outlive the result.
+// `grad_loss` must have the dtype work_type(logits) and outlive the result.
 inline GradLoss grad_of(const Tensor& grad_loss, int64_t rows, Reduction reduction) {
   if (reduction == Reduction::none) {
-    TORCH_CHECK_VALUE(grad_loss.dim() == 1 && grad_loss.size(0) == rows, "grad_loss must have shape (", rows, ",)");
+    TORCH_CHECK_VALUE(grad_loss.dim() == 1 && grad_loss.size(0) == rows, "grad_loss must have shape (", rows,
+                      ",), got ", grad_loss.sizes());
     return {grad_loss.const_data_ptr(), grad_loss.stride(0), 1.0};
   }
-  TORCH_CHECK_VALUE(grad_loss.numel() == 1, "grad_loss must have one element");
+  TORCH_CHECK_VALUE(grad_loss.numel() == 1, "grad_loss must have one element, got shape ", grad_loss.sizes());
   return {grad_loss.const_data_ptr(), 0, reduction == Reduction::mean ? 1.0 / rows : 1.0};
 }
 

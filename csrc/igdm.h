@@ -1,7 +1,8 @@
-// What the CPU and the CUDA glue of igdm share: argument checks and the kernel's view of the tensors.
+// What igdm.cpp and igdm_cuda.cpp share: argument checks, and the arguments of the kernels.
 #pragma once
 
 #include "common.h"
+#include "cpu/igdm.h"
 
 namespace ltat {
 
@@ -13,7 +14,7 @@ inline Divergence divergence_of(std::string_view name) {
 }
 
 struct IgdmCall {
-  Tensor student_plus, student_minus, teacher_plus, teacher_minus;  // keep what args points to alive
+  Tensor student_plus, student_minus, teacher_plus, teacher_minus;  // keep the memory that args points to
   Igdm args{};
 
   IgdmCall(const Tensor& sp, const Tensor& sm, const Tensor& tp, const Tensor& tm, std::string_view divergence)
@@ -21,9 +22,12 @@ struct IgdmCall {
         teacher_minus(tm.contiguous()) {
     TORCH_CHECK_VALUE(sp.dim() == 2, "student_plus must have shape (B, C), got ", sp.sizes());
     for (const Tensor* t : {&student_minus, &teacher_plus, &teacher_minus}) {
-      TORCH_CHECK_VALUE(t->sizes() == sp.sizes(), "the four logit tensors must have one shape");
-      TORCH_CHECK_VALUE(t->device() == sp.device(), "the four logit tensors must be on one device");
-      TORCH_CHECK_TYPE(t->scalar_type() == sp.scalar_type(), "the four logit tensors must have one dtype");
+      TORCH_CHECK_VALUE(t->sizes() == sp.sizes(), "the logits must have the same shape, got ", t->sizes(), " and ",
+                        sp.sizes());
+      TORCH_CHECK_VALUE(t->device() == sp.device(), "the logits must be on the same device, got ", t->device(),
+                        " and ", sp.device());
+      TORCH_CHECK_TYPE(t->scalar_type() == sp.scalar_type(), "the logits must have the same dtype, got ",
+                       t->scalar_type(), " and ", sp.scalar_type());
     }
     args.student_plus = student_plus.const_data_ptr();
     args.student_minus = student_minus.const_data_ptr();

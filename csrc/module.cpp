@@ -1,10 +1,8 @@
-// The Python module ltat_fast._C: build_info(), and the kernels by name for ltat_fast/ops (which checks arguments).
+// The Python module ltat_fast._C: build_info(), and the functions of the ops by name (LTAT_PYTHON in csrc/<op>.cpp).
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
-#include <torch/csrc/utils/pybind.h>
 
 #include "common.h"
-#include "ops.h"
 
 #if defined(__clang__)
 #define LTAT_COMPILER "clang " __clang_version__
@@ -14,25 +12,30 @@
 #define LTAT_COMPILER "unknown"
 #endif
 
-// ltat_fast/_ext.py reads this out of the file before loading it: a library built against another torch may crash the
-// process at load, where no exception handler helps.
+// ltat_fast/_ext.py reads this from the file before it loads the library: a library built for another torch may crash
+// the process while it loads, where no exception handler helps. setup.py defines both versions.
 [[gnu::used]] extern const char ltat_build_stamp[] =
     "ltat-fast-build:schema=" LTAT_SCHEMA_VERSION ";torch=" LTAT_TORCH_VERSION ";";
 
 namespace ltat {
 
-const Kernels& kernels() {
-  static const Kernels& chosen = []() -> const Kernels& {
+std::vector<void (*)(pybind11::module_&)>& bindings() {
+  static std::vector<void (*)(pybind11::module_&)> functions;
+  return functions;
+}
+
+Isa isa() {
+  static const Isa chosen = [] {
 #if LTAT_MULTIVERSION
     const std::string torch_uses = at::get_cpu_capability();
     const bool fma = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     if (torch_uses == "AVX512" && fma && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-      return avx512::table;
+      return Isa::avx512;
     }
-    if (torch_uses != "DEFAULT" && fma) return avx2::table;
+    if (torch_uses != "DEFAULT" && fma) return Isa::avx2;
 #endif
-    return baseline::table;
+    return Isa::baseline;
   }();
   return chosen;
 }
@@ -45,7 +48,7 @@ pybind11::dict build_info() {
   info["torch"] = LTAT_TORCH_VERSION;
   info["compiler"] = LTAT_COMPILER;
   info["cpu_builds"] = LTAT_MULTIVERSION ? "baseline avx2 avx512" : "baseline";
-  info["cpu_isa"] = kernels().isa;
+  info["cpu_isa"] = isa() == Isa::avx512 ? "avx512" : isa() == Isa::avx2 ? "avx2" : "baseline";
   info["threads"] = at::get_num_threads();
 #ifdef LTAT_CUDA
   info["cuda"] = LTAT_CUDA;
@@ -61,20 +64,6 @@ pybind11::dict build_info() {
 }  // namespace ltat
 
 PYBIND11_MODULE(_C, m) {
-  using namespace ltat;
-  const pybind11::call_guard<pybind11::gil_scoped_release> no_gil;
-  m.def("build_info", build_info);
-  m.def("pgd_init", pgd_init_cpu, no_gil);
-  m.def("pgd_step", pgd_step_cpu, no_gil);
-  m.def("pgd_step_out", pgd_step_out_cpu, no_gil);
-  m.def("balanced_softmax_kl", balanced_softmax_kl_cpu, no_gil);
-  m.def("balanced_softmax_kl_backward", balanced_softmax_kl_backward_cpu, no_gil);
-  m.def("igdm", igdm_cpu, no_gil);
-  m.def("igdm_backward", igdm_backward_cpu, no_gil);
-  m.def("balanced_softmax_kl_autograd", balanced_softmax_kl_autograd, no_gil);
-  m.def("igdm_autograd", igdm_autograd, no_gil);
-#ifdef LTAT_CUDA
-  m.def("igdm_cuda", igdm_cuda, no_gil);
-  m.def("igdm_backward_cuda", igdm_backward_cuda, no_gil);
-#endif
+  m.def("build_info", ltat::build_info);
+  for (const auto bind : ltat::bindings()) bind(m);
 }

@@ -1,12 +1,12 @@
-// pgd_init and pgd_step: schemas, and the CPU kernels behind them.
-#include "ops.h"
+// pgd_init and pgd_step on the CPU. Schemas and formulas: ltat_fast/ops/pgd.py.
+#include "cpu/pgd.h"
 
 #include "common.h"
 
 namespace ltat {
 namespace {
 
-bool same_strides(const Tensor& a, const Tensor& b) {  // where it matters: a dimension of one element has no stride
+bool same_strides(const Tensor& a, const Tensor& b) {  // ignores dimensions of one element: their stride has no effect
   for (int64_t d = 0; d < a.dim(); ++d) {
     if (a.size(d) > 1 && a.stride(d) != b.stride(d)) return false;
   }
@@ -23,12 +23,12 @@ void check_same_shape(const Tensor& a, const Tensor& b, const char* name) {
   TORCH_CHECK_VALUE(b.is_cpu(), name, " is on ", b.device(), ", expected cpu");
 }
 
-}  // namespace
-
 Tensor pgd_init_cpu(const Tensor& x, const Tensor& seed, double eps, double std, double lower, double upper,
                     std::string_view noise) {
-  TORCH_CHECK_VALUE(seed.is_cpu() && seed.scalar_type() == at::kLong && seed.numel() == 1, "seed must be one int64");
-  TORCH_CHECK_VALUE(noise == "uniform" || noise == "gaussian", "noise must be 'uniform' or 'gaussian'");
+  TORCH_CHECK_VALUE(seed.is_cpu() && seed.scalar_type() == at::kLong && seed.numel() == 1,
+                    "seed must be one int64 on the CPU");
+  TORCH_CHECK_VALUE(noise == "uniform" || noise == "gaussian", "noise must be 'uniform' or 'gaussian', got '",
+                    std::string(noise), "'");
   const Tensor out = at::empty_like(x), source = in_layout_of(x, out);
   const PgdInit args{source.const_data_ptr(),
                      out.mutable_data_ptr(),
@@ -41,9 +41,13 @@ Tensor pgd_init_cpu(const Tensor& x, const Tensor& seed, double eps, double std,
                      noise == "uniform" ? Noise::uniform : Noise::gaussian,
                      dtype_of(x)};
   const int64_t quads = (args.numel + 3) / 4;
-  parallel(quads, kExpGrain / 4, [&](int64_t begin, int64_t end) { kernels().pgd_init(args, begin, end); });
+  const auto kernel = LTAT_KERNEL(pgd_init);
+  parallel(quads, kExpGrain / 4, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   return out;
 }
+
+Tensor pgd_step_cpu(const Tensor& x_adv, const Tensor& grad, const Tensor& x, double step_size, double eps,
+                    double lower, double upper);
 
 void pgd_step_out_cpu(const Tensor& x_adv, const Tensor& grad, const Tensor& x, double step_size, double eps,
                       double lower, double upper, const Tensor& out) {
@@ -51,8 +55,9 @@ void pgd_step_out_cpu(const Tensor& x_adv, const Tensor& grad, const Tensor& x, 
   check_same_shape(out, grad, "grad");
   check_same_shape(out, x, "x");
   TORCH_CHECK_TYPE(x_adv.scalar_type() == out.scalar_type() && x.scalar_type() == out.scalar_type(),
-                   "x_adv, x and out must have one dtype");
-  if (!out.is_non_overlapping_and_dense()) {  // a slice: no memory order to walk
+                   "x_adv, x and out must have the same dtype, got ", x_adv.scalar_type(), ", ", x.scalar_type(),
+                   " and ", out.scalar_type());
+  if (!out.is_non_overlapping_and_dense()) {  // such as a slice: the loop needs dense memory
     out.copy_(pgd_step_cpu(x_adv, grad, x, step_size, eps, lower, upper));
     return;
   }
@@ -60,7 +65,8 @@ void pgd_step_out_cpu(const Tensor& x_adv, const Tensor& grad, const Tensor& x, 
   const PgdStep args{from.const_data_ptr(), slope.const_data_ptr(), centre.const_data_ptr(), out.mutable_data_ptr(),
                      step_size,             eps,                    lower,                   upper,
                      dtype_of(out),         dtype_of(grad)};
-  parallel(out.numel(), kElementGrain, [&](int64_t begin, int64_t end) { kernels().pgd_step(args, begin, end); });
+  const auto kernel = LTAT_KERNEL(pgd_step);
+  parallel(out.numel(), kElementGrain, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }
 
 Tensor pgd_step_cpu(const Tensor& x_adv, const Tensor& grad, const Tensor& x, double step_size, double eps,
@@ -70,19 +76,18 @@ Tensor pgd_step_cpu(const Tensor& x_adv, const Tensor& grad, const Tensor& x, do
   return out;
 }
 
-TORCH_LIBRARY_FRAGMENT(ltat, m) {
-  m.def("pgd_init(Tensor x, Tensor seed, float eps, float std, float lower, float upper, str noise) -> Tensor");
-  m.def(
-      "pgd_step(Tensor x_adv, Tensor grad, Tensor x, float step_size, float eps, float lower, float upper) -> Tensor");
-  m.def(
-      "pgd_step_out(Tensor x_adv, Tensor grad, Tensor x, float step_size, float eps, float lower, float upper, "
-      "Tensor(a!) out) -> ()");
-}
+}  // namespace
 
 TORCH_LIBRARY_IMPL(ltat, CPU, m) {
   m.impl("pgd_init", pgd_init_cpu);
   m.impl("pgd_step", pgd_step_cpu);
   m.impl("pgd_step_out", pgd_step_out_cpu);
+}
+
+LTAT_PYTHON(m) {
+  m.def("pgd_init_cpu", pgd_init_cpu, NoGil());
+  m.def("pgd_step_cpu", pgd_step_cpu, NoGil());
+  m.def("pgd_step_out_cpu", pgd_step_out_cpu, NoGil());
 }
 
 }  // namespace ltat

@@ -1,5 +1,5 @@
-"""Triton kernels and their launchers: no autograd, no dispatch, no validation beyond asserts, nothing of ltat_fast.
+"""Triton kernels and their launchers, without autograd, dispatch, or checks beyond asserts.
 
-Installed as ``ltat_fast.kernels``. A module here needs Triton to import; ``ltat_fast.ops`` imports it on the first
-CUDA call.
+They import nothing of ltat_fast. This folder is installed as ``ltat_fast.kernels``. Its modules import Triton;
+``ltat_fast.ops`` imports them on the first CUDA call.
 """

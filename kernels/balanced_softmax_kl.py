@@ -4,17 +4,20 @@
     loss_i = [logsumexp(z) - z_y] + kl_weight * KL(softmax(t / T) || softmax(s / T))
     d loss_i / ds = softmax(z) - onehot(y) + kl_weight / T * (softmax(s / T) - softmax(t / T))
 
-Forward: one pass over the rows with an online softmax (one iteration where a row fits a tile), which also saves each
-row's maximum and log-sum per softmax. Backward: one elementwise pass that recomputes the gradient from those. The
-alternative, the gradient made in the forward and scaled by the upstream gradient in the backward, moves as much with a
-teacher (5 B C elements; 4 against 3 without), but keeps a (B, C) buffer alive in between, rounds a bf16 gradient twice
-and makes a forward without gradient pay for one. At 128 x 10..200 both are launch-bound, so the large shapes decide.
+Forward: one pass over the rows with an online softmax (one iteration if a row fits a tile). It also saves the maximum
+and the log-sum of each softmax per row. Backward: one elementwise pass that recomputes the gradient from these.
 
-Reductions "mean" and "sum" are a second launch over the row losses: a fixed order, so deterministic, which atomics are
-not, and free of the zeroed counter that a "last block reduces" scheme needs (another launch, or shared by streams).
+The alternative is to compute the gradient in the forward and to scale it by the upstream gradient in the backward. With
+a teacher it moves as many elements (5 B C), without a teacher more (4 B C instead of 3 B C). But it keeps a (B, C)
+buffer alive between forward and backward, rounds a bf16 gradient twice, and computes a gradient in a forward that needs
+none. At 128 x 10 to 128 x 200 both designs are launch-bound, so the large shapes decide.
 
-All in log-space, and shifted by the row's maximum before anything scales or exponentiates, so logits of +-1e4 are as
-exact as small ones, but for the rounding of s + tau * log n that any fp32 code has.
+The reductions "mean" and "sum" are a second launch over the row losses. Its order is fixed, so the result is
+deterministic, which atomics are not. A scheme in which the last block reduces would need a zeroed counter: another
+launch, or a counter that streams share.
+
+Arithmetic is in log space, and rows are shifted by their maximum before anything is scaled or exponentiated. So logits
+of +-1e4 are as exact as small ones, except for the rounding of s + tau * log n, which every fp32 code has.
 """
 
 import torch
@@ -25,9 +28,10 @@ LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
 
 def tile(num_classes: int) -> tuple[int, int, int]:
-    """(rows, columns, warps) of a program: several short rows, one row, or one row walked in pieces.
+    """Return (rows, columns, warps) of a program: several short rows, one row, or one row in several pieces.
 
-    At most 16 elements a thread: enough 16-byte loads in flight, and two tensors and their exponentials do not spill.
+    At most 16 elements per thread: enough 16-byte loads are in flight, and two tensors with their exponentials do not
+    spill.
     """
     columns = min(triton.next_power_of_2(num_classes), 4096)
     rows = min(max(1024 // columns, 1), 32)
@@ -35,13 +39,13 @@ def tile(num_classes: int) -> tuple[int, int, int]:
 
 
 def stats_rows(teacher_logits: torch.Tensor | None) -> int:
-    """Rows of the (rows, B) statistics: maximum and log-sum of the balanced, student and teacher softmax."""
+    """Return the number of rows of the statistics: maximum and log-sum of the balanced, student and teacher softmax."""
     return 2 if teacher_logits is None else 6
 
 
 @triton.jit
 def _log_prior(counts_ptr, classes, mask, tau):
-    """tau * log n: -inf, so no probability, for an empty class; 0 for every class where tau is 0."""
+    """Return tau * log n: -inf for an empty class, which then has no probability, and 0 for every class if tau is 0."""
     count = tl.load(counts_ptr + classes, mask=mask, other=1).to(tl.float32)
     return tl.where(tau == 0, 0.0, tau * tl.log(count))
 
@@ -58,8 +62,8 @@ def _forward_kernel(
     kl_weight,
     inv_temperature,
     B,
-    # Constant over a training run, so constexpr: C = 100 or 1000 keeps 16-byte loads, which a runtime C would only get
-    # as a multiple of 16.
+    # constexpr, because C is constant in a training run: so C = 100 or 1000 gets 16-byte loads. At run time only a
+    # multiple of 16 would get them.
     C: tl.constexpr,
     LOGITS_STRIDE: tl.constexpr,
     TEACHER_STRIDE: tl.constexpr,
@@ -74,14 +78,14 @@ def _forward_kernel(
     label_ok = (label >= 0) & (label < C)
     tl.device_assert(label_ok, "balanced_softmax_kl: label outside [0, number of classes)")
 
-    # Finite, so that a leading block of -inf gives exp(-inf) = 0 and not exp(-inf + inf).
+    # The maxima start at a finite number: then a leading block of -inf gives exp(-inf) = 0 and not exp(-inf + inf).
     z_max = tl.full([ROWS], LOWEST, tl.float32)
     s_max = tl.full([ROWS], LOWEST, tl.float32)
     t_max = tl.full([ROWS], LOWEST, tl.float32)
     z_sum = tl.zeros([ROWS], tl.float32)
     s_sum = tl.zeros([ROWS], tl.float32)
     t_sum = tl.zeros([ROWS], tl.float32)
-    # sum_c e^a (a - b) with a = (t_c - t_max) / T and b = (s_c - s_max) / T: small terms whatever the logits' offset.
+    # sum_c e^a (a - b) with a = (t_c - t_max) / T and b = (s_c - s_max) / T: an offset of the logits cancels.
     cross = tl.zeros([ROWS], tl.float32)
     for start in range(0, C, COLUMNS):
         classes = start + tl.arange(0, COLUMNS)
@@ -107,14 +111,14 @@ def _forward_kernel(
             weight = tl.exp(a)
             carried = t_sum * tl.exp(-t_shift)
             cross = tl.where(carried > 0, cross * tl.exp(-t_shift) + carried * (s_shift - t_shift), 0.0)
-            # A class the teacher gives no mass adds 0, not 0 * inf.
+            # A class without teacher probability adds 0, not 0 * inf.
             cross += tl.sum(tl.where(weight > 0, weight * (a - b), 0.0), axis=1)
             t_sum = carried + tl.sum(weight, axis=1)
             t_max = new_max
 
     z_label = tl.load(logits_ptr + rows * LOGITS_STRIDE + label, mask=row_mask & label_ok, other=0.0).to(tl.float32)
     z_label += _log_prior(counts_ptr, label, row_mask & label_ok, tau)
-    # A wrong label makes the row's loss NaN and, through the saved statistics, its gradient too.
+    # A label out of range makes the loss of the row NaN and, through the saved statistics, its gradient too.
     z_log_sum = tl.where(label_ok, tl.log(z_sum), float("nan"))
     loss = z_log_sum - (z_label - z_max)
     tl.store(stats_ptr + rows, z_max, mask=row_mask)
@@ -192,7 +196,7 @@ def launch_forward(
     temperature: float,
     reduction: str,
 ) -> None:
-    """Write the loss, fp32, shape () for "mean" and "sum" or (B,) for "none", and the statistics for the backward."""
+    """Write the loss (fp32, shape () for "mean" and "sum", (B,) for "none") and the statistics for the backward."""
     B, C = logits.shape
     assert reduction in ("mean", "sum", "none")
     assert logits.stride(1) == 1 or C == 1
@@ -227,7 +231,7 @@ def launch_backward(
     temperature: float,
     reduction: str,
 ) -> None:
-    """Write the gradient for the logits; ``grad_loss`` is fp32, shape () or, for "none", (B,) of any stride."""
+    """Write the gradient of the logits. ``grad_loss`` is fp32 of shape (), or (B,) with any stride for "none"."""
     B, C = logits.shape
     assert grad_loss.shape == ((B,) if reduction == "none" else ())
     assert grad_logits.shape == (B, C)

@@ -1,27 +1,28 @@
-"""L-infinity PGD on the GPU: the random start and the ascent step, each one pass over memory.
+"""L-infinity PGD on the GPU: the random start and the ascent step, each in one pass over memory.
 
-    start:  out = clamp(project(x + noise), lower, upper)                     reads x once, writes once
-    step:   out = clamp(project(x_adv + step_size * sign(grad)), lower, upper)    reads three tensors once, writes once
+    start:  out = clamp(project(x + noise), lower, upper)                         reads one tensor, writes one
+    step:   out = clamp(project(x_adv + step_size * sign(grad)), lower, upper)    reads three tensors, writes one
     project(v) = min(max(v, x - eps), x + eps)
 
-Both walk memory in storage order, so contiguous and channels_last tensors cost the same and neither is copied: the
-caller guarantees that all tensors of a call share one dense layout. Arithmetic is fp32 whatever the storage, rounded
-once. sign(0) = sign(NaN) = 0, as torch.sign; a NaN in x or x_adv stays NaN, as in torch.minimum and torch.clamp.
+Both kernels walk memory in storage order, so contiguous and channels_last tensors cost the same and are not copied. The
+caller guarantees that all tensors of a call have the same dense layout. Arithmetic is fp32 for every dtype, with one
+rounding at the end. sign(0) = sign(NaN) = 0, as in torch.sign. A NaN in x or x_adv stays NaN, as in torch.minimum and
+torch.clamp.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-# 8 elements a thread: two 16-byte accesses of fp32 or one of a half type, and enough loads in flight without a loop.
+# 8 elements per thread: two 16-byte accesses for fp32, one for a half type. Enough loads are in flight without a loop.
 BLOCK = 1024
 NUM_WARPS = 4
 
 
 @triton.jit
 def _project(v, x, eps, lower, upper):
-    """Nearest point of [x - eps, x + eps], then of [lower, upper]; NaN stays NaN."""
-    # Casts, since a Python float reaches a kernel as fp64 when Inductor, not Triton, types the call.
+    """Project v on [x - eps, x + eps], then on [lower, upper]. NaN stays NaN."""
+    # The casts are needed because a Python float is fp64 when Inductor, and not Triton, types the call.
     eps, lower, upper = tl.cast(eps, tl.float32), tl.cast(lower, tl.float32), tl.cast(upper, tl.float32)
     v = tl.maximum(v, x - eps, propagate_nan=tl.PropagateNan.ALL)
     v = tl.minimum(v, x + eps, propagate_nan=tl.PropagateNan.ALL)
@@ -31,10 +32,10 @@ def _project(v, x, eps, lower, upper):
 
 @triton.jit
 def _normal_pair(u0, u1):
-    """Box-Muller: two independent N(0, 1) from two U[0, 1).
+    """Return two independent N(0, 1) numbers from two U[0, 1) numbers, by the Box-Muller transform.
 
-    tl.sin and tl.cos carry a path for huge angles that spills to local memory and uses fp64. v = pi (u1 - 1/2) lies in
-    [-pi/2, pi/2), where short Taylor series are exact to 1e-7, and the double-angle formulas give the full turn.
+    tl.sin and tl.cos contain a path for huge angles that spills to local memory and uses fp64. Here v = pi (u1 - 1/2)
+    is in [-pi/2, pi/2), where short Taylor series are exact to 1e-7. The double-angle formulas then give the full turn.
     """
     r = tl.sqrt(-2.0 * tl.log(tl.maximum(u0, 1e-7)))
     v = 3.141592653589793 * (u1 - 0.5)
@@ -48,7 +49,7 @@ def _normal_pair(u0, u1):
 def _init_kernel(
     x_ptr,  # [n] natural images, storage order
     out_ptr,  # [n] start point
-    seed_ptr,  # [1] int64, on the device: refilling it gives a replayed CUDA graph fresh noise
+    seed_ptr,  # [1] int64 on the device: refill it to give a replayed CUDA graph new noise
     eps,
     scale,  # half-width of the uniform noise, or standard deviation of the gaussian
     lower,
@@ -57,7 +58,7 @@ def _init_kernel(
     GAUSSIAN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    # Element i takes word i % 4 of Philox4x32-10 at counter i // 4, so the noise depends on neither BLOCK nor the grid.
+    # Element i uses word i % 4 of Philox4x32-10 at counter i // 4, so neither BLOCK nor the grid changes the noise.
     start = tl.program_id(0).to(tl.int64) * BLOCK
     counter = start // 4 + tl.arange(0, BLOCK // 4)
     n0, n1, n2, n3 = tl.rand4x(tl.load(seed_ptr), counter)
@@ -77,7 +78,7 @@ def _init_kernel(
 @triton.jit
 def _step_kernel(
     x_adv_ptr,  # [n] current iterate, storage order
-    grad_ptr,  # [n] gradient of the objective, its own dtype
+    grad_ptr,  # [n] gradient of the objective; its dtype may differ
     x_ptr,  # [n] natural images
     out_ptr,  # [n] next iterate, may be x_adv
     step_size,
@@ -87,7 +88,7 @@ def _step_kernel(
     n,
     BLOCK: tl.constexpr,
 ):
-    # The block's 64-bit base is a scalar and the offsets inside it 32-bit: more than 2^31 elements cost nothing extra.
+    # The base of the block is a 64-bit scalar, the offsets in it are 32-bit: beyond 2^31 elements nothing is slower.
     start = tl.program_id(0).to(tl.int64) * BLOCK
     offsets = tl.arange(0, BLOCK)
     mask = offsets < n - start
@@ -109,9 +110,10 @@ def launch_init(
     noise: str,
     std: float = 0.001,
 ) -> None:
-    """Write the start point of an attack on ``x`` into ``out`` (may be ``x``); ``seed`` is int64 (1,) on the device.
+    """Write the start point of an attack on ``x`` into ``out``, which may be ``x``.
 
-    ``noise`` is "uniform", U(-eps, eps), or "gaussian", std * N(0, 1), projected on the ball as well.
+    seed: int64, (1,), on the device.
+    noise: "uniform", U(-eps, eps), or "gaussian", std * N(0, 1), which is projected on the ball as well.
     """
     n = x.numel()
     assert out.numel() == n
@@ -120,7 +122,7 @@ def launch_init(
     if n == 0:
         return
     gaussian = noise == "gaussian"
-    # An int would be another type, and 1 a constant, to the compiler: a kernel for each.
+    # Always float: Triton would compile another kernel for an int, and another one for the constant 1.
     scalars = map(float, (eps, std if gaussian else eps, lower, upper))
     with torch.cuda.device_of(x):
         _init_kernel[(triton.cdiv(n, BLOCK),)](x, out, seed, *scalars, n, gaussian, BLOCK, num_warps=NUM_WARPS)
@@ -136,7 +138,7 @@ def launch_step(
     lower: float,
     upper: float,
 ) -> None:
-    """Write one sign-ascent step from ``x_adv``, projected and clamped, into ``out`` (may be ``x_adv``)."""
+    """Write one sign-ascent step from ``x_adv``, projected and clamped, into ``out``, which may be ``x_adv``."""
     n = x.numel()
     assert x_adv.numel() == grad.numel() == out.numel() == n
     if n == 0:

@@ -1,6 +1,6 @@
-"""Loads the optional C++ extension ``ltat_fast._C``; says why where it cannot.
+"""Load the optional C++ extension ``ltat_fast._C``, or keep the reason why it cannot be loaded.
 
-``HAS_EXT`` tells whether it runs, ``WHY_NOT`` holds the reason if not ('' if it does), ``C`` is the module or None.
+``HAS_EXT`` is True if it is loaded. ``WHY_NOT`` is the reason if it is not, else ''. ``C`` is the module or None.
 Importing this file never fails: without the extension the ops run plain torch.
 """
 
@@ -11,20 +11,22 @@ from types import ModuleType
 
 import torch
 
-SCHEMA_VERSION = "1"  # LTAT_SCHEMA_VERSION of csrc/ops.h: the op schemas and kernel arguments this Python code is for
+# Raise this number when a schema or a C++ function changes its arguments, so that older libraries are refused. A new op
+# does not need it. setup.py compiles the number into the library.
+SCHEMA_VERSION = "2"
 INSTALL = "pip install --no-build-isolation -e ."
 _STAMP = re.compile(rb"ltat-fast-build:schema=([^;\0]*);torch=([^;\0]*);")
 
 
 def _mismatch(library: Path) -> str:
-    """What keeps ``library`` from being loaded, or ''.
+    """Return the reason why ``library`` must not be loaded, or ''.
 
-    Read from the stamp in the file's bytes: a library built against another torch can take the process down while it
-    loads, where no exception handler helps.
+    The reason comes from the build stamp in the file's bytes. A library built for another torch can crash the process
+    while it loads, where no exception handler helps.
     """
     stamp = _STAMP.search(library.read_bytes())
     if stamp is None:
-        return f"{library.name} carries no build stamp: rebuild with {INSTALL}"
+        return f"{library.name} has no build stamp: rebuild with {INSTALL}"
     schema, built_for = (group.decode() for group in stamp.groups())
     if schema != SCHEMA_VERSION:
         return f"{library.name} has op schema {schema}, this code needs {SCHEMA_VERSION}: rebuild with {INSTALL}"
@@ -34,7 +36,7 @@ def _mismatch(library: Path) -> str:
 
 
 def _load(folder: Path) -> tuple[ModuleType | None, str]:
-    """The extension in ``folder`` and '', or None and the reason."""
+    """Return the extension in ``folder`` and '', or None and the reason why it is not loaded."""
     library = next((path for suffix in EXTENSION_SUFFIXES if (path := folder / f"_C{suffix}").exists()), None)
     if library is None:
         others = ", ".join(path.name for path in folder.glob("_C.*"))

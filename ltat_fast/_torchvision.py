@@ -1,10 +1,10 @@
-"""The one place torchvision is imported: ``from ltat_fast._torchvision import torchvision``.
+"""Import torchvision. All other files use ``from ltat_fast._torchvision import torchvision``.
 
-PyPI's torchvision wheel is built for a CUDA torch. Beside a CPU-only torch its compiled part does not load, and
-``import torchvision`` stops at "operator torchvision::nms does not exist", because its Python side attaches fake
-kernels and autograd to operators that were never declared. Declaring those two is enough for its datasets and
-transforms, which are pure Python; the detection operators themselves stay missing, and nothing here uses them.
-Where torchvision imports by itself this changes nothing.
+The torchvision wheel of PyPI is built for a CUDA torch. With a CPU-only torch its compiled part does not load, and
+``import torchvision`` fails with "operator torchvision::nms does not exist": its Python code attaches fake kernels and
+autograd to operators that nobody declared. Declaring these two operators is enough for the datasets and transforms,
+which are pure Python. The detection operators still do not work, and nothing here uses them. If torchvision can be
+imported without this, nothing is declared.
 """
 
 import sys
@@ -21,10 +21,10 @@ try:
 except RuntimeError as error:
     if "torchvision::nms does not exist" not in str(error):
         raise
-    # The failed import leaves half of the package behind; a second one must start afresh.
+    # Remove the modules that the failed import left behind, or the second import would not run them again.
     for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
         del sys.modules[name]
-    _library = torch.library.Library("torchvision", "FRAGMENT")  # lives as long as this module: so do the schemas
+    _library = torch.library.Library("torchvision", "FRAGMENT")  # deleting it would delete the schemas
     for _schema in _SCHEMAS:
         _library.define(_schema)
     import torchvision

@@ -3,12 +3,16 @@
 python -m ltat_fast.analyse RUN... [--teacher PATH] [--parts alignment,linearity]     # docs/analysis.md
 """
 
+import ltat_fast.entry_point  # noqa: F401  (before torch)
+
+# isort: split
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
+from ltat_fast import cli
 from ltat_fast.analysis import runner
 from ltat_fast.errors import UserError, exit_on_user_error
 from ltat_fast.runs import log
@@ -30,7 +34,7 @@ class Arguments:
 
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
-    arguments = tyro.cli(Arguments, prog="python -m ltat_fast.analyse", args=argv)
+    arguments = cli.parse(Arguments, "python -m ltat_fast.analyse", argv)
     parts = runner.parse_parts(arguments.parts)
     if not arguments.runs:
         raise UserError("name at least one run folder")

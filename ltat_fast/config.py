@@ -1,121 +1,187 @@
-"""The typed configuration of a run: what the flags are, the presets of each dataset, and what is refused.
+"""The typed configuration of a run: every setting, the presets of each dataset, and the validation of both.
 
-Flags are generated from :class:`Config` and from the fields of the chosen method; a preset per dataset carries the
-paper's settings; a flag wins over the preset; on ``--resume`` the run's own settings take the preset's place.
+The command line is generated from the groups of settings below (:mod:`ltat_fast.flags`). Precedence: a flag wins over
+the preset of the dataset; with ``--resume`` the settings of the run take the place of the preset.
 """
 
-import contextlib
 import dataclasses
-import io
+import functools
 import json
 import math
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+import tyro
+
+from ltat_fast.attacks import AttackConfig
+from ltat_fast.attacks.by_name import parse_attacks
 from ltat_fast.errors import UserError
 from ltat_fast.field_types import check_types
 from ltat_fast.methods import METHODS, Method
+from ltat_fast.models import ARCHS
+from ltat_fast.schedule import parse_schedule
+
+DATASETS = ("digits-lt", "cifar10-lt", "cifar100-lt", "svhn-lt", "tinyimagenet-lt", "imagefolder-lt")
+
+
+def _choices(names: Iterable[str]):
+    """Show the allowed values of a string flag in the help. They are checked by :func:`validate`."""
+    return tyro.conf.arg(metavar="{" + ",".join(names) + "}")
 
 
 @dataclass(frozen=True)
-class Config:
-    """One run: a dataset, a method, and how it is trained and evaluated. Lengths of training are in epochs."""
+class DataSettings:
+    """Images, classes and augmentation."""
 
-    dataset: str = "digits-lt"
-    """digits-lt, cifar10-lt, cifar100-lt, svhn-lt, tinyimagenet-lt or imagefolder-lt"""
-    method: str = "ltat"
-    """training method of the student"""
-    arch: str = "smallresnet"
-    """network of teacher and student"""
+    dataset: Annotated[str, _choices(DATASETS)] = "digits-lt"
+    """dataset; digits-lt is embedded, imagefolder-lt is any folder with train/<class>/* and test/<class>/* or
+    val/<class>/*"""
     imbalance_ratio: float | None = 10.0
-    """largest class over smallest class; 1 is the balanced set; None takes a folder as it is"""
+    """size of the largest class divided by the size of the smallest class; 1 gives the balanced set, None keeps an
+    image folder as it is"""
     data_dir: Path | None = None
-    """where the images are (and where a download goes); not needed for digits-lt"""
+    """folder of the images, and target of a download; digits-lt needs none"""
     image_size: int | None = None
-    """imagefolder-lt: resize and centre-crop every image to this many pixels"""
-    out: Path | None = None
-    """run folder; runs/<dataset>-<method>-<arch>-seed<seed> if not given"""
+    """resize and centre-crop every image of imagefolder-lt to this height and width in pixels"""
+    augment: Literal["none", "randaugment", "autoaugment"] = "none"
+    """augmentation in addition to crop and flip"""
 
+
+@dataclass(frozen=True)
+class NetworkSettings:
+    """Network of teacher and student."""
+
+    arch: Annotated[str, _choices(ARCHS)] = "smallresnet"
+    """network of teacher and student"""
+    teacher: str | None = None
+    """use this teacher instead of training one: a finished run (RUN is its student, RUN/teacher its teacher), a
+    .safetensors file, torchvision:NAME[@FILE], timm:NAME[@FILE] or module:PACKAGE.MODULE:NAME (docs/teachers.md)"""
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """Method, length, optimizer and precision of training."""
+
+    method: Annotated[str, _choices(METHODS)] = "ltat"
+    """training method of the student"""
     epochs: int = 40
-    """epochs of the student"""
+    """number of epochs of the student"""
     teacher_epochs: int = 20
-    """epochs of the balanced self-teacher"""
+    """number of epochs of the balanced self-teacher"""
     batch_size: int = 64
-    """images a step, over all processes"""
+    """images per step of the student, summed over all processes"""
     teacher_batch_size: int = 32
-    """the same for the teacher"""
+    """images per step of the teacher, summed over all processes"""
+    gamma: float | None = None
+    """images per class in the teacher's balanced set, divided by the size of the smallest class; half the imbalance
+    ratio if not given, as in the paper, but at least 1"""
     lr: float = 0.1
-    """initial (step) or highest (onecycle) learning rate of SGD"""
+    """learning rate of SGD: the initial rate of a step schedule, the highest rate of onecycle"""
+    lr_schedule: str = "step"
+    """step: divide by 10 after 75 % and 90 % of the epochs and in the last epoch (AT-BSL); igdm: after 50 % and 75 %;
+    rslad: after 72 %, 87 % and 95 %; onecycle: linear increase, then linear decrease; or a list of shares of the
+    epochs, such as 0.5,0.8, after which the rate is divided by 10"""
     momentum: float = 0.9
     """momentum of SGD"""
     weight_decay: float = 5e-4
-    """weight decay of SGD, on every parameter"""
-    lr_schedule: str = "step"
-    """step: a tenth from 75 %, 90 % and the last epoch on (AT-BSL); igdm: after 50 % and 75 %; rslad: after 72 %, 87 %
-    and 95 %; onecycle: linear up, linear down; or the shares of the epochs after which it is a tenth, as 0.5,0.8"""
-    gamma: float | None = None
-    """images a class in the teacher's balanced set, in units of the smallest class; the paper's IR / 2, at least 1, if
-    not given"""
-    teacher: str | None = None
-    """use this teacher instead of training one: a finished run (its student; its teacher is RUN/teacher), a
-    .safetensors file, torchvision:NAME[@FILE], timm:NAME[@FILE] or module:PACKAGE.MODULE:NAME (docs/teachers.md)"""
+    """weight decay of SGD, applied to every parameter"""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """precision of the training step; auto: bf16 if the hardware supports it. Evaluation always uses fp32"""
+    compile: Literal["auto", "none", "step", "graph"] = "auto"
+    """how the training step runs; none: eager, step: torch.compile, graph: one CUDA graph; auto: graph on a GPU, eager
+    on a CPU"""
+
+
+@dataclass(frozen=True)
+class AttackSettings:
+    """Threat model and training attack."""
 
     eps: str = "8/255"
-    """radius of the L_inf ball, a fraction or a decimal, pixels in [0, 1]"""
+    """radius of the L_inf ball, a fraction or a decimal number, for pixels in [0, 1]"""
     step_size: str = "2/255"
-    """step of the attack"""
+    """step size of the training attack, in the units of eps"""
     attack_steps: int = 10
-    """steps of the attack in training"""
-    augment: Literal["none", "randaugment", "autoaugment"] = "none"
-    """on top of crop and flip"""
-
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 where the hardware has it; evaluation is always fp32"""
+    """number of steps of the training attack"""
     attack_precision: Literal["auto", "same", "fp32"] = "auto"
-    """of the attack of training. same: as --precision; auto: the same, but fp32 for TRADES, whose attack starts where
-    bf16 cannot tell its gradient's sign"""
-    compile: Literal["auto", "none", "step", "graph"] = "auto"
-    """how the step runs: eager (none), torch.compile (step) or one CUDA graph; auto: graph on a GPU, else eager"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: cuda where there is one"""
-    seed: int = 0
-    """seed of weights, order, augmentation and attack noise; the long-tailed selection is always drawn with seed 0"""
-    deterministic: bool = False
-    """CUDA: deterministic kernels, so that a resumed run is bit-equal; CPU runs are anyway"""
+    """precision of the training attack; same: the precision of the training step; auto: same, but fp32 for TRADES,
+    whose attack starts where bf16 cannot represent the sign of the gradient"""
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """Evaluation during and after training."""
 
     eval_every: int = 5
-    """evaluate (clean, PGD-20) every so many epochs before the first learning-rate drop, and every epoch after it"""
+    """evaluate (clean, PGD-20) every N epochs before the first drop of the learning rate, and every epoch after it"""
     select_on: Literal["test", "heldout"] = "test"
-    """what picks the best checkpoint: PGD-20 on the test set, as all published tables do, or on images held out"""
+    """images on which PGD-20 selects the best checkpoint: the test set, as all published tables do, or training images
+    held out for this purpose"""
     heldout: float = 0.1
-    """share of each training class held out when --select-on heldout"""
+    """share of each training class that --select-on heldout holds out"""
     eval_attacks: str = "clean,pgd20,autoattack"
-    """attacks of the final evaluation, on best and last"""
+    """attacks of the final evaluation, which measures the best and the last checkpoint"""
     eval_batch_size: int = 256
-    """images at a time in evaluation"""
+    """images per batch in evaluation"""
     limit_eval: int | None = None
     """evaluate on this many test images only, spread evenly over the classes"""
     limit_autoattack: int | None = None
-    """the same for AutoAttack alone, which takes far longer than the rest"""
+    """run AutoAttack on this many test images only; it takes far longer than the other attacks"""
 
-    max_steps: int | None = None
-    """stop each stage after this many steps: for trying things out"""
-    save_minutes: float = 10.0
-    """also save in the middle of an epoch, this often"""
-    on_nan: Literal["stop", "rollback"] = "stop"
-    """a loss or weight that is not finite: stop, or go on once from the last good state without the batch it was in"""
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Run folder, seed, device and recovery."""
+
+    out: Path | None = None
+    """run folder; runs/<dataset>-<method>-<arch>-seed<seed> if not given"""
+    seed: int = 0
+    """seed of the weights, the order of the images, the augmentation and the attack noise; the long-tailed selection
+    of images always uses seed 0"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """device; auto: cuda if a GPU is present"""
+    deterministic: bool = False
+    """use deterministic CUDA kernels, so that a resumed run is bit-equal; runs on a CPU always are"""
     resume: bool = False
-    """go on with the run in --out, from its last checkpoint"""
+    """continue the run in --out from its last saved state"""
+    max_steps: int | None = None
+    """stop each stage after this many steps, for a quick test"""
+    save_minutes: float = 10.0
+    """save the training state at least every so many minutes, also in the middle of an epoch"""
+    on_nan: Literal["stop", "rollback"] = "stop"
+    """what to do if a loss or a weight is not finite; stop: end the run; rollback: continue once from the last good
+    state and skip the batch that caused it"""
+
+
+GROUPS: dict[str, type] = {
+    "data": DataSettings,
+    "network": NetworkSettings,
+    "training": TrainingSettings,
+    "attack": AttackSettings,
+    "evaluation": EvaluationSettings,
+    "run": RunSettings,
+}
+
+
+# dataclasses collects the fields of the base classes from the last base to the first.
+@dataclass(frozen=True)
+class Config(RunSettings, EvaluationSettings, AttackSettings, TrainingSettings, NetworkSettings, DataSettings):
+    """All settings of one run, except the options of its method."""
 
     @property
     def run_dir(self) -> Path:
+        """The run folder: ``out``, or a name made of dataset, method, network and seed."""
         return self.out or Path("runs") / f"{self.dataset}-{self.method}-{self.arch}-seed{self.seed}"
 
+    @functools.cached_property
+    def attack_config(self) -> AttackConfig:
+        """``eps``, ``step_size`` and ``attack_steps`` as numbers. Raises UserError for text that is no such number."""
+        eps, step_size = parse_fraction(self.eps, "eps"), parse_fraction(self.step_size, "step-size")
+        return AttackConfig(eps, step_size, self.attack_steps)
 
-# What the paper sets for each dataset (Cho et al. 2025, section 5.1); what it leaves open is said in docs/ltat.md.
+
+# The paper's settings for each dataset (Cho et al. 2025, section 5.1). docs/ltat.md lists what the paper leaves open.
 _PAPER = {"epochs": 100, "teacher_epochs": 30, "batch_size": 128, "teacher_batch_size": 32, "arch": "resnet18"}
 PRESETS: dict[str, dict] = {
     "digits-lt": {"eps": "0.1", "step_size": "0.025", "lr_schedule": "onecycle", "precision": "fp32"},
@@ -125,20 +191,20 @@ PRESETS: dict[str, dict] = {
     "tinyimagenet-lt": {**_PAPER, "imbalance_ratio": 10.0, "arch": "preactresnet18"},
     "imagefolder-lt": {**_PAPER, "imbalance_ratio": None},
 }
-# Options of a method by (dataset or network, method); those of the dataset, then those of the network.
+# Options of a method, by (dataset, method) and by (network, method). The preset of the network wins.
 METHOD_PRESETS: dict[tuple[str, str], dict] = {
-    ("digits-lt", "ltat"): {"alpha": 5.0},  # one of 1, 3, 5, 10, 30: README, "Demo"
-    ("digits-lt", "rslad"): {"loss_scale": 1.0},  # a tenth is slow: PGD-20 of 59 after 25 epochs, and of 69 with 1
+    ("digits-lt", "ltat"): {"alpha": 5.0},  # chosen among 1, 3, 5, 10, 30: README, "Demo"
+    ("digits-lt", "rslad"): {"loss_scale": 1.0},  # PGD-20 after 25 epochs: 69 with 1.0, 59 with the default of 0.1
     ("wrn-34-10", "mart"): {"beta": 6.0},
     ("cifar100-lt", "robal"): {"robal_dataset": "cifar100"},
 }
-# What may differ between a run and its resumption: where and how it runs, not what is trained. Another device or
-# evaluation batch moves results by rounding, and AutoAttack's random parts, which it seeds batch by batch.
-FREE_ON_RESUME = {"resume", "out", "data_dir", "device", "save_minutes", "eval_batch_size", "on_nan"}
+# Settings that --resume may change: they say where and how a run computes, not what it trains. Another device or
+# backend or evaluation batch size changes results by rounding, and AutoAttack's random parts, seeded per batch.
+FREE_ON_RESUME = {"resume", "out", "data_dir", "device", "compile", "save_minutes", "eval_batch_size", "on_nan"}
 
 
-def ratio(text: str, name: str = "value") -> float:
-    """A positive number from "8/255" or "0.031". Raises UserError otherwise."""
+def parse_fraction(text: str, name: str = "value") -> float:
+    """Return "8/255" or "0.031" as a number. Raise UserError, naming the flag ``name``, unless it is in (0, 1]."""
     numerator, slash, denominator = text.partition("/")
     try:
         value = float(numerator) / float(denominator if slash else 1)
@@ -150,24 +216,19 @@ def ratio(text: str, name: str = "value") -> float:
 
 
 def choose(kind: str, value: str, options: Iterable[str]) -> None:
-    """Refuse a ``value`` that is not among the ``options``, naming them."""
+    """Raise UserError, listing the ``options``, if ``value`` is not one of them."""
     if value not in options:
         raise UserError(f"unknown {kind} {value!r}: choose one of {', '.join(sorted(options))}")
 
 
 def validate(config: Config, method: Method) -> None:
-    """Refuse, with one sentence, what cannot work. Cheap: nothing is loaded."""
-    from ltat_fast.attacks.by_name import parse_attacks
-    from ltat_fast.models import ARCHS
-    from ltat_fast.schedule import parse_schedule
-
+    """Raise UserError, in one sentence, for settings that cannot work. Nothing is loaded."""
     check_types(config)
     check_types(method)
     choose("dataset", config.dataset, PRESETS)
     choose("method", config.method, METHODS)
     choose("arch", config.arch, ARCHS)
-    ratio(config.eps, "eps")
-    ratio(config.step_size, "step-size")
+    _ = config.attack_config
     parse_attacks(config.eval_attacks)
     parse_schedule(config.lr_schedule)
     if config.imbalance_ratio is None:
@@ -190,9 +251,9 @@ def validate(config: Config, method: Method) -> None:
     if not 0 <= config.weight_decay < math.inf:
         raise UserError(f"--weight-decay must be 0 or more, not {config.weight_decay:g}")
     if not 0 < config.heldout < 1:
-        raise UserError(f"--heldout is a share between 0 and 1, not {config.heldout:g}")
+        raise UserError(f"--heldout must be a share between 0 and 1, not {config.heldout:g}")
     if config.image_size and config.dataset != "imagefolder-lt":
-        raise UserError(f"--image-size is for imagefolder-lt; {config.dataset} has images of one size")
+        raise UserError(f"--image-size is for imagefolder-lt; all images of {config.dataset} have the same size")
     if config.compile == "graph" and config.device == "cpu":
         raise UserError("--compile graph is a CUDA graph and needs a GPU; use step or none with --device cpu")
     if config.teacher is not None and METHODS[config.method].teacher == "none":
@@ -201,18 +262,18 @@ def validate(config: Config, method: Method) -> None:
 
 
 def to_json(config: Config, method: Method) -> dict:
-    """The content of RUN/config.json."""
+    """Return the content of RUN/config.json."""
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()}
     return settings | {"method_options": dataclasses.asdict(method)}
 
 
 def from_json(settings: dict) -> tuple[Config, Method]:
-    """The inverse of :func:`to_json`, validated; fields this version does not know are refused."""
+    """Invert :func:`to_json` and validate. Raise UserError for settings that this version does not know."""
     settings = {**settings}
     options = settings.pop("method_options", {})
     unknown = set(settings) - {field.name for field in dataclasses.fields(Config)}
     if unknown:
-        raise UserError(f"it has settings this version does not know: {', '.join(sorted(unknown))}")
+        raise UserError(f"this version does not know its settings {', '.join(sorted(unknown))}")
     for name in ("data_dir", "out"):
         if settings.get(name) is not None:
             settings[name] = Path(settings[name])
@@ -224,7 +285,7 @@ def from_json(settings: dict) -> tuple[Config, Method]:
 
 
 def load(run_dir: Path) -> tuple[Config, Method]:
-    """The configuration of an existing run."""
+    """Read the configuration of an existing run. Raise UserError if there is none or it is damaged."""
     path = run_dir / "config.json"
     try:
         return from_json(json.loads(path.read_text()))
@@ -235,56 +296,7 @@ def load(run_dir: Path) -> tuple[Config, Method]:
 
 
 def differences(old: Config, old_method: Method, new: Config, new_method: Method) -> list[str]:
-    """The settings in which two configurations differ, of those that matter on resume: "lr (0.1 -> 0.2)"."""
+    """List the settings in which a resumed run would differ from the run on disk, as "lr (0.1 -> 0.2)"."""
     a = dataclasses.asdict(old) | dataclasses.asdict(old_method)
     b = dataclasses.asdict(new) | dataclasses.asdict(new_method)
     return [f"{k} ({a.get(k)} -> {b.get(k)})" for k in b if k not in FREE_ON_RESUME and a.get(k) != b[k]]
-
-
-def parse_args(argv: list[str] | None = None) -> tuple[Config, Method]:
-    """Flags to a validated configuration: preset (or, on --resume, the run's own settings), then flags."""
-    import argparse
-
-    import tyro
-
-    argv = sys.argv[1:] if argv is None else argv
-    # A first look, because the presets and the method's own flags depend on these.
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--dataset", default=Config.dataset)
-    first.add_argument("--method")
-    first.add_argument("--arch")
-    first.add_argument("--out", type=Path)
-    first.add_argument("--resume", action="store_true")
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):  # what is wrong is for tyro to say, below
-            seen, _ = first.parse_known_args(argv)
-    except SystemExit:
-        seen = argparse.Namespace(dataset=Config.dataset, method=None, arch=None, out=None, resume=False)
-
-    default = None
-    if seen.resume and seen.out and (seen.out / "config.json").exists():
-        default, method = load(seen.out)
-        default = dataclasses.replace(default, out=seen.out)
-        if seen.method not in (None, method.name):
-            choose("method", seen.method, METHODS)
-            method = METHODS[seen.method]()
-    if default is None:
-        choose("dataset", seen.dataset, PRESETS)
-        name = seen.method or Config.method
-        choose("method", name, METHODS)
-        default = Config(dataset=seen.dataset, **PRESETS[seen.dataset])
-        presets = (METHOD_PRESETS.get((key, name), {}) for key in (seen.dataset, seen.arch or default.arch))
-        method = METHODS[name](**{option: value for preset in presets for option, value in preset.items()})
-
-    options = dataclasses.field(default_factory=lambda: method)
-    arguments = dataclasses.make_dataclass(
-        "Arguments", [("config", Config, dataclasses.field(default=default)), ("options", type(method), options)]
-    )
-    parsed = tyro.cli(
-        tyro.conf.OmitArgPrefixes[arguments],
-        prog="python -m ltat_fast.train",
-        description="Long-tailed adversarial training: balanced self-teacher, then student.",
-        args=argv,
-    )
-    validate(parsed.config, parsed.options)
-    return parsed.config, parsed.options

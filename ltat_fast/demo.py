@@ -6,13 +6,14 @@ Prints a table and writes a page with plots and pictures beside the runs. Finish
 are resumed.
 """
 
+import ltat_fast.entry_point  # noqa: F401  (before torch)
+
+# isort: split
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
-from ltat_fast import report
+from ltat_fast import cli, report
 from ltat_fast.errors import UserError, exit_on_user_error
 from ltat_fast.runs import log
 from ltat_fast.runs.jobs import outstanding, repetitions, train_all
@@ -33,7 +34,7 @@ class Arguments:
 
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
-    arguments = tyro.cli(Arguments, prog="python -m ltat_fast.demo", args=argv)
+    arguments = cli.parse(Arguments, "python -m ltat_fast.demo", argv)
     started = time.monotonic()
     by_method = [
         repetitions(arguments.out / method, ("--method", method, *FLAGS), arguments.seeds) for method in METHODS

@@ -1,4 +1,4 @@
-"""Doctor: what will run where on this machine, and why not something faster.
+"""Report what runs on this machine, where, and why nothing faster can be used.
 
 python -m ltat_fast.doctor [--brief]
 """
@@ -11,10 +11,9 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import tyro
 from rich.table import Table
 
-from ltat_fast import __version__
+from ltat_fast import __version__, cli
 
 PACKAGES = (
     "torch",
@@ -33,35 +32,36 @@ PACKAGES = (
 
 @dataclass(frozen=True)
 class Arguments:
-    """What will run where on this machine, and why not something faster."""
+    """Report what runs on this machine, where, and why nothing faster can be used."""
 
     brief: bool = False
-    """one line an op, nothing else"""
+    """print only the backend of each op on the CPU, in one line"""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints the report. Exit status 1 if the package cannot work here at all."""
-    arguments = tyro.cli(Arguments, prog="python -m ltat_fast.doctor", args=argv)
+    """Print the report. Return exit status 1 if a required package is missing or broken, else 0."""
+    arguments = cli.parse(Arguments, "python -m ltat_fast.doctor", argv)
     from ltat_fast.ops import backend_info
     from ltat_fast.runs.log import console, say
 
     if arguments.brief:
         say("; ".join(f"{op}: {backends['cpu']}" for op, backends in backend_info().items()))
         return 0
-    ok = True
+    usable = True
     table = Table("what", "state", show_lines=False)
-    for name, state, fine in [*_packages(), *_machine()]:
-        ok &= fine
+    for name, state, ok in [*_packages(), *_machine()]:
+        usable = usable and ok
         table.add_row(name, state)
     console.print(table)
     ops = Table("op", "on the CPU", "on CUDA")
     for op, backends in backend_info().items():
         ops.add_row(op, backends["cpu"], backends["cuda"])
     console.print(ops)
-    return 0 if ok else 1
+    return 0 if usable else 1
 
 
 def _packages() -> Iterator[tuple[str, str, bool]]:
+    """Yield name, state and whether the package can work with it, for Python and every required package."""
     yield "ltat-fast", __version__, True
     yield "python", f"{platform.python_version()} ({sys.executable})", sys.version_info >= (3, 10)
     for name in PACKAGES:
@@ -69,17 +69,18 @@ def _packages() -> Iterator[tuple[str, str, bool]]:
             module = importlib.import_module(name)
             yield name, str(getattr(module, "__version__", "installed")), True
         except ImportError as error:
-            # Triton is for GPUs alone: without it the rest works.
+            # Only GPUs need Triton.
             yield name, f"missing: {error}", name == "triton"
     try:
         from ltat_fast._torchvision import torchvision
 
         yield "torchvision", torchvision.__version__, True
     except (ImportError, RuntimeError) as error:
-        yield "torchvision", f"does not load: {error}; it must be the release that belongs to this torch", False
+        yield "torchvision", f"does not load: {error}; install the release that belongs to this torch", False
 
 
 def _machine() -> Iterator[tuple[str, str, bool]]:
+    """Yield the same for the processors, the compilers and the C++ extension."""
     import torch
 
     from ltat_fast import _ext
@@ -96,8 +97,8 @@ def _machine() -> Iterator[tuple[str, str, bool]]:
             True,
         )
     else:
-        why = "this torch is a CPU build" if torch.version.cuda is None else "no usable device or driver"
-        yield "GPU", f"none: {why}", True
+        reason = "this torch is a CPU build" if torch.version.cuda is None else "no usable device or driver"
+        yield "GPU", f"none: {reason}", True
     hardware = choose()
     yield "training would use", f"{hardware.device.type}, {hardware.dtype} ({hardware.why})", True
     compilers = {name: shutil.which(name) for name in (os.environ.get("CXX", "g++"), "nvcc", "ninja")}

@@ -1,17 +1,22 @@
-"""The one error type a user is meant to read."""
+"""The error type whose message is for the user, and the exit statuses of the entry points."""
+
+import functools
+import sys
+from collections.abc import Callable
+
+EXIT_USER_ERROR, EXIT_DIVERGED, EXIT_LOST_PROCESS = 2, 3, 4
+EXIT_INTERRUPTED, EXIT_GRAPH_FAILED, EXIT_CTRL_C = 75, 76, 130
 
 
 class UserError(Exception):
-    """Something the user can mend: a flag, a path, an archive. Its message is one clear sentence.
+    """Something that the user can fix: a flag, a path, an archive. Its message is one clear sentence."""
 
-    The command-line entry points print it without a traceback and exit with status 2 (:func:`exit_on_user_error`).
+
+def exit_on_user_error(main: Callable) -> Callable:
+    """Decorate an entry point: print a :class:`UserError` as one line on stderr and exit with status 2.
+
+    Ctrl-C exits with status 130.
     """
-
-
-def exit_on_user_error(main):
-    """Decorate an entry point: a :class:`UserError` becomes one line on stderr and exit status 2; Ctrl-C gives 130."""
-    import functools
-    import sys
 
     @functools.wraps(main)
     def wrapper(*args, **kwargs):
@@ -19,9 +24,9 @@ def exit_on_user_error(main):
             return main(*args, **kwargs)
         except UserError as error:
             print(f"ltat_fast: error: {error}", file=sys.stderr)
-            raise SystemExit(2) from None
+            raise SystemExit(EXIT_USER_ERROR) from None
         except KeyboardInterrupt:
-            print("ltat_fast: interrupted; what is finished is kept", file=sys.stderr)
-            raise SystemExit(130) from None
+            print("ltat_fast: interrupted; finished work is kept", file=sys.stderr)
+            raise SystemExit(EXIT_CTRL_C) from None
 
     return wrapper

@@ -6,6 +6,9 @@ The work is in ``ltat_fast/training/evaluation.py``; docs/evaluation.md describe
 status: 0 done; 2 a flag, a path or the data is wrong; 75 interrupted, finished attacks are kept.
 """
 
+import ltat_fast.entry_point  # noqa: F401  (before torch)
+
+# isort: split
 import dataclasses
 import shlex
 import sys
@@ -15,15 +18,15 @@ from typing import Annotated, Literal
 
 import tyro
 
+from ltat_fast import cli
 from ltat_fast import config as configuration
 from ltat_fast.attacks.by_name import CHOICES, parse_attacks
-from ltat_fast.errors import exit_on_user_error
+from ltat_fast.errors import EXIT_INTERRUPTED, exit_on_user_error
 from ltat_fast.files import refuse_read_only
 from ltat_fast.runs import log, tables
 from ltat_fast.runs.results import EvalFile
 from ltat_fast.runs.splits import load_splits
 from ltat_fast.runs.weights import weights_file
-from ltat_fast.train import EXIT_INTERRUPTED
 from ltat_fast.training import device
 from ltat_fast.training.evaluation import evaluate_checkpoints
 from ltat_fast.training.signals import Interrupted, leave, stop_at_once
@@ -57,7 +60,7 @@ class Arguments:
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> int:
     """Return the exit status."""
-    arguments = tyro.cli(Arguments, prog="python -m ltat_fast.evaluate", args=argv)
+    arguments = cli.parse(Arguments, "python -m ltat_fast.evaluate", argv)
     attacks = parse_attacks(arguments.attacks)
     config, method = configuration.load(arguments.run)
     limits = {"run": config.limit_autoattack, "none": None}

@@ -9,6 +9,7 @@ from typing import Literal
 
 import tyro
 
+from ltat_fast import cli
 from ltat_fast.errors import exit_on_user_error
 from ltat_fast.runs import log
 from ltat_fast.runs.export import export
@@ -30,7 +31,7 @@ class Arguments:
 
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
-    arguments = tyro.cli(Arguments, prog="python -m ltat_fast.export", args=argv)
+    arguments = cli.parse(Arguments, "python -m ltat_fast.export", argv)
     out = arguments.out or arguments.run / f"export-{arguments.checkpoint}"
     for file in export(arguments.run, arguments.checkpoint, out, arguments.image_size):
         log.say(f"{file}  {file.stat().st_size / 2**20:.2f} MiB")

@@ -1,4 +1,4 @@
-"""The values of a dataclass against the types of its fields: flags are parsed, a file may hold anything."""
+"""Check of the values of a dataclass against the types of its fields, for settings that were read from a file."""
 
 import dataclasses
 import types
@@ -9,7 +9,7 @@ from ltat_fast.errors import UserError
 
 
 def check_types(settings: Any) -> None:
-    """Raise UserError, naming the flag, for the first field whose value is not of the type it is declared with."""
+    """Raise UserError, naming the flag, for the first field of ``settings`` whose value does not have its type."""
     kinds = typing.get_type_hints(type(settings))
     for field in dataclasses.fields(settings):
         value, kind = getattr(settings, field.name), kinds[field.name]
@@ -23,9 +23,9 @@ def _fits(value: Any, kind: Any) -> bool:
     if origin is Literal:
         return isinstance(value, str) and value in typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, each) for each in typing.get_args(kind))
-    if isinstance(value, bool):  # True is an int to Python
+        return any(_fits(value, option) for option in typing.get_args(kind))
+    if isinstance(value, bool):  # Python counts True as an int
         return kind is bool
     if kind is float and isinstance(value, int):
-        return abs(value) < 2**53  # those that a float holds exactly
+        return abs(value) < 2**53  # integers that a float represents exactly
     return isinstance(value, kind)

@@ -10,12 +10,16 @@ Exit status: 0 the step gives numbers that are not finite again; 1 it does not; 
 wrong.
 """
 
+import ltat_fast.entry_point  # noqa: F401  (before torch)
+
+# isort: split
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
+from ltat_fast import cli
 from ltat_fast.errors import exit_on_user_error
 from ltat_fast.runs import log
 from ltat_fast.training.replay import replay
@@ -37,7 +41,7 @@ class Arguments:
 
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> int:
-    arguments = tyro.cli(Arguments, prog="python -m ltat_fast.replay", args=argv)
+    arguments = cli.parse(Arguments, "python -m ltat_fast.replay", argv)
     findings = replay(arguments.dump, arguments.data_dir, arguments.device)
     for finding in findings[:SHOWN]:
         log.say(f"not finite: {finding}")

@@ -3,12 +3,16 @@
 python -m ltat_fast.report RUN... [--html FILE] [--markdown FILE] [--csv FILE]
 """
 
+import ltat_fast.entry_point  # noqa: F401  (before torch)
+
+# isort: split
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
+from ltat_fast import cli
 from ltat_fast.errors import UserError, exit_on_user_error
 from ltat_fast.reporting import tabular
 from ltat_fast.reporting.output import write
@@ -37,7 +41,7 @@ class Arguments:
 
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
-    arguments = tyro.cli(Arguments, prog="python -m ltat_fast.report", args=argv)
+    arguments = cli.parse(Arguments, "python -m ltat_fast.report", argv)
     if not arguments.runs:
         raise UserError("name at least one run folder")
     print(tables.render(arguments.runs))

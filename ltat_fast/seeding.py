@@ -1,7 +1,7 @@
-"""Random streams that are functions of where the run is, so that a resumed run needs no stored generator state.
+"""Random streams that are a function of the position in the run, so that a resumed run needs no generator state.
 
-Every consumer of randomness names its stream: ``stream_seed(seed, "attack", epoch, step)``. Two streams never share
-draws, adding one does not move another, and step 1000 can be replayed without running the 999 before it.
+Every consumer of randomness names its stream, for example ``stream_seed(seed, "attack", epoch, step)``. Streams are
+independent, a new stream does not change the others, and step 1000 can be replayed without the 999 steps before it.
 """
 
 import hashlib
@@ -10,11 +10,11 @@ import torch
 
 
 def stream_seed(*name: int | str) -> int:
-    """A 63-bit seed for the stream called ``name``: the same on every machine and in every process."""
+    """Return the 63-bit seed of the stream called ``name``, the same on every machine and in every process."""
     digest = hashlib.sha256("\x1f".join(map(repr, name)).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
 
 def stream(device: torch.device | str, *name: int | str) -> torch.Generator:
-    """A generator on ``device`` at the start of the stream called ``name``."""
+    """Return a generator on ``device`` at the start of the stream called ``name``."""
     return torch.Generator(device=device).manual_seed(stream_seed(*name))

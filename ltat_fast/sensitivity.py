@@ -9,13 +9,14 @@ are skipped and interrupted runs are resumed. A run folder that holds a run with
 counted. Writes sensitivity.csv and sensitivity.png beside the runs; deviations are over the seeds.
 """
 
+import ltat_fast.entry_point  # noqa: F401  (before torch)
+
+# isort: split
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import tyro
-
-from ltat_fast import files
+from ltat_fast import cli, files
 from ltat_fast.analysis.sensitivity import as_csv, collect, draw, plan
 from ltat_fast.config import PRESETS, choose
 from ltat_fast.errors import UserError, exit_on_user_error
@@ -45,7 +46,7 @@ class Arguments:
 def main(argv: list[str] | None = None) -> int:
     """Return 1 if a run failed or its folder holds a run with other settings, else 0."""
     own, forwarded = split_flags(argv)
-    arguments = tyro.cli(Arguments, prog="python -m ltat_fast.sensitivity", args=own)
+    arguments = cli.parse(Arguments, "python -m ltat_fast.sensitivity", own)
     option, images, dataset = arguments.option, arguments.images, arguments.dataset
     choose("dataset", dataset, PRESETS)
     if not arguments.values or not arguments.seeds:

@@ -9,12 +9,13 @@ that holds a run with other settings is kept as it is and left out of the table.
 submitted as a Slurm job (needs submitit); call the sweep again later to print the table.
 """
 
+import ltat_fast.entry_point  # noqa: F401  (before torch)
+
+# isort: split
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
-from ltat_fast import files
+from ltat_fast import cli, files
 from ltat_fast.config import PRESETS, choose
 from ltat_fast.errors import exit_on_user_error
 from ltat_fast.reporting.paper_table import load_tables, plan, render
@@ -45,7 +46,7 @@ class Arguments:
 def main(argv: list[str] | None = None) -> int:
     """Return 1 if a run failed or its folder holds a run with other settings, else 0."""
     own, forwarded = split_flags(argv)
-    arguments = tyro.cli(Arguments, prog="python -m ltat_fast.sweep", args=own)
+    arguments = cli.parse(Arguments, "python -m ltat_fast.sweep", own)
     tables = load_tables()
     choose("table", arguments.table, tables)
     if arguments.dataset is not None:

@@ -1,37 +1,49 @@
-"""Train: the balanced self-teacher where the method wants one, then the student, then the paper's metrics.
+"""Train the teacher if the method needs one, then the student, then evaluate with the paper's metrics.
 
-    python -m ltat_fast.train                                                  # digits, embedded, CPU, a minute
+    python -m ltat_fast.train                                                  # embedded digits, one minute on a CPU
     python -m ltat_fast.train --dataset tinyimagenet-lt --data-dir DIR         # the paper's Tiny-ImageNet-LT run
-    python -m ltat_fast.train --out RUN --resume                               # go on after an interruption
-    torchrun --nproc-per-node=8 -m ltat_fast.train ...                         # the same on many GPUs
+    python -m ltat_fast.train --out RUN --resume                               # resume after an interruption
+    torchrun --nproc-per-node=8 -m ltat_fast.train ...                         # the same on eight GPUs
 
-Exit status: 0 done; 2 a flag, a path, the data or the disk is at fault; 3 a number was not finite; 4 another process of
-the run died; 75 interrupted, state saved. docs/reliability.md tells more.
+Exit status: 0 done; 2 wrong flag, path or data, or a full disk; 3 a loss or a weight was not finite; 4 another process
+of the run died; 75 interrupted, state saved; 76 the CUDA graph could not be captured (the command then continues by
+itself in a new process with --compile step). See docs/reliability.md.
 """
 
+import ltat_fast.entry_point  # noqa: F401  (before torch)
+
+# isort: split
 import contextlib
+import os
 import shlex
 import sys
 
-from ltat_fast.config import Config, differences, load, parse_args
-from ltat_fast.errors import UserError, exit_on_user_error
-
-EXIT_DIVERGED, EXIT_LEFT_ALONE, EXIT_INTERRUPTED = 3, 4, 75
+from ltat_fast.config import Config, differences, load
+from ltat_fast.errors import (
+    EXIT_DIVERGED,
+    EXIT_GRAPH_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_LOST_PROCESS,
+    UserError,
+    exit_on_user_error,
+)
+from ltat_fast.flags import parse_args
 
 
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status."""
+    """Run the command line ``argv`` (``sys.argv[1:]`` if None) and return the exit status."""
     config, method = parse_args(argv)
 
     from ltat_fast.files import lock_run_dir
     from ltat_fast.runs import log
     from ltat_fast.training import device, distributed, pipeline
+    from ltat_fast.training.backend import GraphNotUsable
     from ltat_fast.training.recovery import Diverged
     from ltat_fast.training.signals import Interrupted, stop_at_once
 
     hardware = device.choose(config.device, config.precision)
-    is_main = distributed.launched().is_main
+    is_main = distributed.world_from_environment().is_main
     if is_main:
         prepare_run_dir(config, method)
     else:
@@ -41,21 +53,24 @@ def main(argv: list[str] | None = None) -> int:
             (config.run_dir / "interrupted").unlink(missing_ok=True)
             distributed.start(hardware.device.type == "cuda")
             pipeline.train(config, method, hardware)
-            distributed.wait()  # a process that leaves early aborts one still in a collective
+            distributed.wait()  # a process that exits early aborts the collectives of the others
     except Diverged as error:
         print(f"ltat_fast: {error}", file=sys.stderr)
         return EXIT_DIVERGED
+    except GraphNotUsable as error:
+        log.say(f"WARNING: backend graph is not used: {error}; a new process continues with --compile step")
+        return EXIT_GRAPH_FAILED
     except RuntimeError as error:
-        if not distributed.is_loss_of_a_process(error):
+        if not distributed.is_lost_process_error(error):
             raise
         reason = str(error).splitlines()[0].split(". ")[0]
-        print(f"ltat_fast: another process of this run is gone, see what it said ({reason})", file=sys.stderr)
-        distributed.leave_broken(EXIT_LEFT_ALONE)
+        print(f"ltat_fast: another process of this run died, see its own message ({reason})", file=sys.stderr)
+        distributed.exit_after_lost_process(EXIT_LOST_PROCESS)
     except Interrupted as error:
         if is_main and (config.run_dir / "config.json").exists():
             with contextlib.suppress(OSError):
                 (config.run_dir / "interrupted").write_text(f"{error}\n")
-        log.say(f"{error}; go on with: python -m ltat_fast.train --out {shlex.quote(str(config.run_dir))} --resume")
+        log.say(f"{error}; resume with: python -m ltat_fast.train --out {shlex.quote(str(config.run_dir))} --resume")
         return EXIT_INTERRUPTED
     finally:
         distributed.stop()
@@ -63,22 +78,25 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def prepare_run_dir(config: Config, method) -> None:
-    """Make sure that this run may write into its folder. Raises UserError where it would overwrite another run."""
+    """Create the run folder, or check that ``--resume`` fits it.
+
+    Raises UserError if the run would overwrite another one, has other settings, or cannot write into the folder.
+    """
     from ltat_fast import files
 
     run_dir = config.run_dir
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"--out {run_dir} is a file, not a folder")
-    # Hidden: the lock, and what a start that was killed at once had half written.
+    # Hidden files do not count: the lock, and temporary files of a start that was killed.
     used = run_dir.is_dir() and any(not path.name.startswith(".") for path in run_dir.iterdir())
     if config.resume:
         if not (run_dir / "config.json").exists():
-            raise UserError(f"nothing to resume: {run_dir} holds no run")
+            raise UserError(f"nothing to resume: {run_dir} contains no run")
         changed = differences(*load(run_dir), config, method)
         if changed:
             raise UserError(f"{run_dir} was started with other settings: {', '.join(changed)}")
     elif used:
-        raise UserError(f"{run_dir} is not empty: add --resume to go on with it, or choose another --out")
+        raise UserError(f"{run_dir} is not empty: add --resume to continue its run, or choose another --out")
     else:
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
@@ -87,7 +105,18 @@ def prepare_run_dir(config: Config, method) -> None:
     files.refuse_read_only(run_dir)
 
 
+def continue_without_graph() -> None:
+    """Replace this process by one that continues the run with ``--compile step``.
+
+    A failed capture leaves torch in a state in which it can no longer use the GPU reliably.
+    """
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:], "--compile", "step", "--resume"])
+
+
 if __name__ == "__main__":
     from ltat_fast.training.signals import leave
 
-    leave(main())
+    if (status := main()) == EXIT_GRAPH_FAILED:
+        continue_without_graph()
+    leave(status)

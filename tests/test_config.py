@@ -10,8 +10,9 @@ import sys
 import pytest
 
 from ltat_fast import config as configuration
-from ltat_fast.config import METHOD_PRESETS, PRESETS, Config, differences, parse_args, ratio
+from ltat_fast.config import METHOD_PRESETS, PRESETS, Config, differences, parse_fraction
 from ltat_fast.errors import UserError
+from ltat_fast.flags import parse_args
 from ltat_fast.methods import METHODS
 from ltat_fast.methods.at_bsl import AtBsl
 from ltat_fast.methods.ltat import Ltat
@@ -29,19 +30,19 @@ def parse(*flags: str):
     [("8/255", 8 / 255), ("0.031", 0.031), ("1", 1.0), (" 2 / 255 ", 2 / 255), ("1e-3", 1e-3), ("0.5/255", 0.5 / 255)],
 )
 def test_fractions_and_decimals(text, value):
-    assert ratio(text) == value
+    assert parse_fraction(text) == value
 
 
 @pytest.mark.parametrize("text", ["abc", "", "8/", "/255", "8/0", "8/255/2", "8:255", "0x8", "8//255", "8/255 px"])
 def test_what_is_no_number(text):
     with pytest.raises(UserError, match=r"^--eps takes a fraction such as 8/255 or a decimal such as 0\.031, not "):
-        ratio(text, "eps")
+        parse_fraction(text, "eps")
 
 
 @pytest.mark.parametrize("text", ["-1", "0", "0/255", "1.01", "256/255", "nan", "inf", "-inf", "1e400", "1e999999999"])
 def test_numbers_out_of_range(text):
     with pytest.raises(UserError, match=r"^--eps must be above 0 and at most 1 \(pixels are in \[0, 1\]\), not "):
-        ratio(text, "eps")
+        parse_fraction(text, "eps")
 
 
 # -- presets --------------------------------------------------------------------------------------------------------
@@ -155,7 +156,7 @@ def test_help_of_every_method(name, capsys):
         ("--momentum 1", "--momentum must be at least 0 and below 1"),
         ("--momentum nan", "--momentum must be at least 0 and below 1"),
         ("--weight-decay -1", "--weight-decay must be 0 or more"),
-        ("--select-on heldout --heldout 1", "--heldout is a share between 0 and 1"),
+        ("--select-on heldout --heldout 1", "--heldout must be a share between 0 and 1"),
         ("--image-size 32", "--image-size is for imagefolder-lt"),
         ("--method pgd-at --teacher x", "--teacher is not used by --method pgd-at"),
         ("--compile graph --device cpu", "--compile graph .* needs a GPU"),
@@ -236,7 +237,7 @@ def test_a_damaged_config_is_one_sentence(tmp_path, content):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ('{"colour": 1}', "settings this version does not know: colour"),
+        ('{"colour": 1}', "this version does not know its settings colour"),
         ('{"method": "mart2"}', "unknown method 'mart2'"),
         ('{"epochs": 0}', "--epochs must be 1 or more"),
     ],

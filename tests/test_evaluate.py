@@ -275,7 +275,7 @@ def test_an_interrupted_evaluation_is_resumed(run, number):
     out, err = process.communicate(timeout=30)
     assert (process.returncode, err) == (75, "")
     name = signal.Signals(number).name
-    expected = f"stopped by {name}; what is finished is kept; resume with: python -m ltat_fast.evaluate {run} "
+    expected = f"stopped by {name}; finished work is kept; resume with: python -m ltat_fast.evaluate {run} "
     (said,) = [line for line in out.replace(f"'{run}'", str(run)).splitlines() if "stopped" in line]
     assert said == expected + shlex.join([*flags, "--attacks", "clean,pgd5,pgd9999999"])
     assert not list(run.glob(".*partial"))
@@ -393,7 +393,7 @@ def test_images_of_other_classes(tmp_path, folder_run, capfd):
     run = shutil.copytree(folder_run, tmp_path / "run")
     others = train_runs.write_images(tmp_path / "others", names=("ant", "bee", "dog"))
     message = refused(capfd, str(run), "--attacks", "fgsm", "--data-dir", str(others))
-    assert "knows other classes than the data: 'cow' where the data has 'dog'" in message
+    assert "has other classes than the data: 'cow' where the data has 'dog'" in message
 
 
 # -- the report -----------------------------------------------------------------------------------------------------

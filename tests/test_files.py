@@ -58,7 +58,7 @@ def test_what_the_disk_refuses_is_one_sentence(tmp_path, monkeypatch, number):
         patched.setattr(files.os, "fsync", refuse)
         with pytest.raises(UserError) as error:
             write(path, b"new")
-    assert str(error.value) == f"cannot write {path}: {os.strerror(number)}; what was saved before it is kept"
+    assert str(error.value) == f"cannot write {path}: {os.strerror(number)}; files saved earlier are intact"
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["a"]
 

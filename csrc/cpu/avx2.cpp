@@ -1,7 +1,7 @@
-#include "kernels.h"
+#include "dispatch.h"
 
 #if LTAT_MULTIVERSION
 #pragma GCC target("avx2,fma")
 #define LTAT_ISA avx2
-#include "table.h"
+#include "kernels.h"
 #endif

@@ -1,7 +1,7 @@
-#include "kernels.h"
+#include "dispatch.h"
 
 #if LTAT_MULTIVERSION
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 #define LTAT_ISA avx512
-#include "table.h"
+#include "kernels.h"
 #endif

@@ -1,7 +1,36 @@
 // Balanced softmax cross-entropy plus KL to a teacher, by row. Formulas: ltat_fast/ops/balanced_softmax_kl.py.
 //
-// Everything is relative to the row's maximum, also the KL, so that logits of 1e4 lose no digits. The maxima and the
-// logarithms of the sums are kept apart for the backward for the same reason.
+// All terms, also those of the KL, are relative to the maximum of the row, so that logits of 1e4 lose no digits. For
+// the same reason the maxima and the logarithms of the sums are stored separately for the backward.
+#pragma once
+
+#include "dispatch.h"
+
+namespace ltat {
+
+struct BalancedSoftmaxKl {
+  const void *logits, *teacher;  // (B, C), unit column stride; teacher may be null
+  const int64_t* labels;         // (B,), each in [0, C); the caller checks this
+  const void* log_prior;         // (C,)
+  void* stats;                   // (2 or 6, B): max and log-sum of the balanced, student and teacher softmax
+  void* loss;                    // (B,), forward
+  GradLoss grad_loss;            // backward
+  void* grad_logits;             // (B, C) contiguous, backward
+  int64_t rows, classes, logits_stride, teacher_stride;
+  double kl_weight, temperature;
+  Dtype dtype;
+};
+
+LTAT_CPU_KERNEL(balanced_softmax_kl_forward, BalancedSoftmaxKl)   // a unit is a row
+LTAT_CPU_KERNEL(balanced_softmax_kl_backward, BalancedSoftmaxKl)  // a unit is a row
+
+}  // namespace ltat
+
+#ifdef LTAT_ISA  // the loops, compiled once for each instruction set
+#include "math.h"
+
+namespace ltat::LTAT_ISA {
+namespace {
 
 template <typename T, bool kTeacher>
 struct BalancedRow {  // one chunk of a row at a time
@@ -15,11 +44,11 @@ struct BalancedRow {  // one chunk of a row at a time
         teacher(kTeacher ? static_cast<const T*>(a.teacher) + i * a.teacher_stride : nullptr),
         prior(static_cast<const W*>(a.log_prior)) {}
 
-  LTAT_INLINE void read(int64_t first, int64_t size, Doubles doubles) {
-    b.fill(size, doubles, [&](int64_t l) { return load(logits[first + l]) + prior[first + l]; });
+  LTAT_INLINE void read(int64_t first, int64_t size, Duplicates duplicates) {
+    b.fill(size, duplicates, [&](int64_t l) { return load(logits[first + l]) + prior[first + l]; });
     if constexpr (kTeacher) {
-      s.fill(size, doubles, [&](int64_t l) { return load(logits[first + l]); });
-      t.fill(size, doubles, [&](int64_t l) { return load(teacher[first + l]); });
+      s.fill(size, duplicates, [&](int64_t l) { return load(logits[first + l]); });
+      t.fill(size, duplicates, [&](int64_t l) { return load(teacher[first + l]); });
     }
   }
 };
@@ -33,7 +62,7 @@ void balanced_softmax_kl_forward_rows(const BalancedSoftmaxKl& a, int64_t begin,
     BalancedRow<T, kTeacher> row(a, i);
     W max_b = -INFINITY, max_s = -INFINITY, max_t = -INFINITY;
     each_chunk(a.classes, [&](int64_t first, int64_t size) {
-      row.read(first, size, Doubles::minus_infinity);
+      row.read(first, size, Duplicates::minus_infinity);
       const int64_t padded = row.b.padded;
       W top_b = max_b, top_s = max_s, top_t = max_t;
 #pragma omp simd reduction(max : top_b, top_s, top_t)
@@ -48,7 +77,7 @@ void balanced_softmax_kl_forward_rows(const BalancedSoftmaxKl& a, int64_t begin,
     });
     W sum_b = 0, sum_s = 0, sum_t = 0, sum_dot = 0;
     each_chunk(a.classes, [&](int64_t first, int64_t size) {
-      if (a.classes > kChunk) row.read(first, size, Doubles::minus_infinity);
+      if (a.classes > kChunk) row.read(first, size, Duplicates::minus_infinity);
       const int64_t padded = row.b.padded;
       W part_b = 0, part_s = 0, part_t = 0, part_dot = 0;
 #pragma omp simd reduction(+ : part_b, part_s, part_t, part_dot)
@@ -56,7 +85,7 @@ void balanced_softmax_kl_forward_rows(const BalancedSoftmaxKl& a, int64_t begin,
         part_b += exp(row.b[l] - max_b);
         if constexpr (kTeacher) {
           const W log_q = (row.s[l] - max_s) * inv_temperature, log_p = (row.t[l] - max_t) * inv_temperature;
-          const W p = exp(log_p);  // p and q are short of their normalisers
+          const W p = exp(log_p);  // p and q are not normalised
           part_s += exp(log_q);
           part_t += p;
           part_dot += p == 0 ? W{0} : p * (log_p - log_q);  // 0 log 0 = 0, also where log_q is -inf
@@ -94,7 +123,7 @@ void balanced_softmax_kl_backward_rows(const BalancedSoftmaxKl& a, int64_t begin
     const W max_s = kTeacher ? stats[2 * a.rows + i] : 0, log_s = kTeacher ? stats[3 * a.rows + i] : 0;
     const W max_t = kTeacher ? stats[4 * a.rows + i] : 0, log_t = kTeacher ? stats[5 * a.rows + i] : 0;
     each_chunk(a.classes, [&](int64_t first, int64_t size) {
-      row.read(first, size, Doubles::keep);
+      row.read(first, size, Duplicates::keep);
       const int64_t padded = row.b.padded;
 #pragma omp simd
       for (int64_t l = 0; l < padded; ++l) {
@@ -112,6 +141,8 @@ void balanced_softmax_kl_backward_rows(const BalancedSoftmaxKl& a, int64_t begin
   }
 }
 
+}  // namespace
+
 void balanced_softmax_kl_forward(const BalancedSoftmaxKl& a, int64_t begin, int64_t end) {
   with_dtype(a.dtype, [&](auto t) {
     using T = decltype(t);
@@ -127,3 +158,6 @@ void balanced_softmax_kl_backward(const BalancedSoftmaxKl& a, int64_t begin, int
               : balanced_softmax_kl_backward_rows<T, false>(a, begin, end);
   });
 }
+
+}  // namespace ltat::LTAT_ISA
+#endif

@@ -1,4 +1,4 @@
-#include "kernels.h"
+#include "dispatch.h"
 
 #define LTAT_ISA baseline
-#include "table.h"
+#include "kernels.h"

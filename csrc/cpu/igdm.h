@@ -1,4 +1,32 @@
-// Indirect gradient matching, by row. See ltat_fast/ops/igdm.py for the formulas.
+// Indirect gradient matching, by row. Formulas: ltat_fast/ops/igdm.py. The CUDA kernels take the same struct.
+#pragma once
+
+#include "dispatch.h"
+
+namespace ltat {
+
+enum class Divergence { kl, l1, l2 };
+
+struct Igdm {
+  const void *student_plus, *student_minus, *teacher_plus, *teacher_minus;  // (B, C) contiguous
+  void* loss;                                                               // (B,), forward
+  GradLoss grad_loss;                                                       // backward
+  void *grad_plus, *grad_minus;                                             // (B, C) contiguous, backward
+  int64_t rows, classes;
+  Divergence divergence;
+  Dtype dtype;
+};
+
+LTAT_CPU_KERNEL(igdm_forward, Igdm)   // a unit is a row
+LTAT_CPU_KERNEL(igdm_backward, Igdm)  // a unit is a row
+
+}  // namespace ltat
+
+#ifdef LTAT_ISA  // the loops, compiled once for each instruction set
+#include "math.h"
+
+namespace ltat::LTAT_ISA {
+namespace {
 
 template <typename T>
 struct IgdmRow {  // the logit differences of one sample
@@ -15,20 +43,20 @@ struct IgdmRow {  // the logit differences of one sample
 };
 
 template <typename T>
-struct IgdmSoftmaxes {  // of both differences, relative to their maxima; a and b hold the row's last chunk
+struct IgdmSoftmaxes {  // of both differences, relative to their maxima; a and b hold the last chunk of the row
   using W = work_t<T>;
   const IgdmRow<T>& row;
   Chunk<W> a, b;
   W max_a = -INFINITY, max_b = -INFINITY, sum_a = 0, sum_b = 0, dot = 0;
 
-  LTAT_INLINE void read(int64_t first, int64_t size, Doubles doubles) {
-    a.fill(size, doubles, [&](int64_t l) { return row.student(first + l); });
-    b.fill(size, doubles, [&](int64_t l) { return row.teacher(first + l); });
+  LTAT_INLINE void read(int64_t first, int64_t size, Duplicates duplicates) {
+    a.fill(size, duplicates, [&](int64_t l) { return row.student(first + l); });
+    b.fill(size, duplicates, [&](int64_t l) { return row.teacher(first + l); });
   }
 
   LTAT_INLINE IgdmSoftmaxes(const IgdmRow<T>& from, int64_t classes) : row(from) {
     each_chunk(classes, [&](int64_t first, int64_t size) {
-      read(first, size, Doubles::minus_infinity);
+      read(first, size, Duplicates::minus_infinity);
       const int64_t padded = a.padded;
       W top_a = max_a, top_b = max_b;
 #pragma omp simd reduction(max : top_a, top_b)
@@ -39,13 +67,13 @@ struct IgdmSoftmaxes {  // of both differences, relative to their maxima; a and 
       max_a = top_a, max_b = top_b;
     });
     each_chunk(classes, [&](int64_t first, int64_t size) {
-      if (classes > kChunk) read(first, size, Doubles::minus_infinity);
+      if (classes > kChunk) read(first, size, Duplicates::minus_infinity);
       const int64_t padded = a.padded;
       const W top_a = max_a, top_b = max_b;
       W part_a = 0, part_b = 0, part_dot = 0;
 #pragma omp simd reduction(+ : part_a, part_b, part_dot)
       for (int64_t l = 0; l < padded; ++l) {
-        const W log_q = a[l] - top_a, log_p = b[l] - top_b, p = exp(log_p);  // short of their normalisers
+        const W log_q = a[l] - top_a, log_p = b[l] - top_b, p = exp(log_p);  // p and q are not normalised
         part_a += exp(log_q);
         part_b += p;
         part_dot += p == 0 ? W{0} : p * (log_p - log_q);  // 0 log 0 = 0, also where log_q is -inf
@@ -94,7 +122,7 @@ void igdm_backward_rows(const Igdm& args, int64_t begin, int64_t end) {
       IgdmSoftmaxes<T> s(row, args.classes);
       const W max_a = s.max_a, max_b = s.max_b, scale_a = grad / s.sum_a, scale_b = grad / s.sum_b;
       each_chunk(args.classes, [&](int64_t first, int64_t size) {
-        s.read(first, size, Doubles::keep);
+        s.read(first, size, Duplicates::keep);
         const int64_t padded = s.a.padded;
 #pragma omp simd
         for (int64_t l = 0; l < padded; ++l) s.a[l] = exp(s.a[l] - max_a) * scale_a - exp(s.b[l] - max_b) * scale_b;
@@ -113,6 +141,8 @@ void igdm_backward_rows(const Igdm& args, int64_t begin, int64_t end) {
   }
 }
 
+}  // namespace
+
 void igdm_forward(const Igdm& args, int64_t begin, int64_t end) {
   with_dtype(args.dtype, [&](auto t) { igdm_forward_rows<decltype(t)>(args, begin, end); });
 }
@@ -120,3 +150,6 @@ void igdm_forward(const Igdm& args, int64_t begin, int64_t end) {
 void igdm_backward(const Igdm& args, int64_t begin, int64_t end) {
   with_dtype(args.dtype, [&](auto t) { igdm_backward_rows<decltype(t)>(args, begin, end); });
 }
+
+}  // namespace ltat::LTAT_ISA
+#endif

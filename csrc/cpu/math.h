@@ -1,9 +1,15 @@
-// Element types and the few transcendental functions of the kernels, written so that the compiler vectorises any loop
-// over them on any instruction set. Included once per instruction set, inside its namespace.
+// Element types and math functions of the CPU kernels. The compiler can vectorise loops over them for each instruction
+// set.
 //
-// NaN and infinity behave as in torch. exp's result below the normal range is 0, an absolute error of 1e-38.
+// NaN and infinity behave as in torch. exp returns 0 below the normal range, an absolute error of 1e-38.
+#pragma once
+
+#include "dispatch.h"
 
 #define LTAT_INLINE [[gnu::always_inline]] inline
+
+namespace ltat::LTAT_ISA {
+namespace {
 
 struct bf16 { uint16_t bits; };
 struct f16 { uint16_t bits; };
@@ -25,7 +31,7 @@ LTAT_INLINE double load(double v) { return v; }
 LTAT_INLINE float load(bf16 v) { return bits_to<float>(uint32_t{v.bits} << 16); }
 LTAT_INLINE float load(f16 v) {
   const uint32_t magnitude = (v.bits & 0x7fffu) << 13;
-  const float scaled = bits_to<float>(magnitude) * 0x1p112f;  // rebias the exponent; right for subnormals too
+  const float scaled = bits_to<float>(magnitude) * 0x1p112f;  // rebias the exponent; correct for subnormals too
   const uint32_t special = magnitude >= 0x0f800000u ? 0x7f800000u : 0u;  // inf and NaN keep an all-ones exponent
   return bits_to<float>(bits_to<uint32_t>(scaled) | special | (v.bits & 0x8000u) << 16);
 }
@@ -38,9 +44,9 @@ template <> LTAT_INLINE bf16 store<bf16>(float v) {
 }
 template <> LTAT_INLINE f16 store<f16>(float v) {
   const uint32_t u = bits_to<uint32_t>(v), magnitude = u & 0x7fffffffu;
-  // normal results: drop 13 bits, to nearest even, and rebias; a carry may reach infinity, as it should
+  // normal results: round 13 bits off, to nearest even, and rebias; a carry into infinity is correct
   const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
-  // subnormal results: adding 0.5 lines the bits up and lets the adder round
+  // subnormal results: adding 0.5 aligns the bits, and the addition rounds them
   const uint32_t subnormal = bits_to<uint32_t>(bits_to<float>(magnitude) + 0.5f) - 0x3f000000u;
   uint32_t h = magnitude < 0x38800000u ? subnormal : normal;
   h = magnitude >= 0x477ff000u ? 0x7c00u : h;
@@ -90,33 +96,33 @@ LTAT_INLINE void sincos_turns(float turn, float& sine, float& cosine) {
   cosine = (k + 1) & 2 ? -cosine_size : cosine_size;
 }
 
-// Rows are worked through in chunks, widened to the working type. No loop over exponentials has a scalar remainder,
-// which for 100 classes would be half the time: the last vector of a chunk holds its last kLanes classes, whether or
-// not the vector before had some of them already, and in a sum those doubles are -inf, for exp(-inf) = 0.
+// Rows are processed in chunks, converted to the working type. No loop over exponentials has a scalar remainder, which
+// would take half of the time for 100 classes. Instead, the last vector of a chunk holds the last kLanes classes, also
+// those that are in the vector before it. In a sum these duplicates are set to -inf, because exp(-inf) = 0.
 constexpr int64_t kChunk = 256;
 constexpr int kLanes = 16;
-enum class Doubles { keep, minus_infinity };
+enum class Duplicates { keep, minus_infinity };
 
 template <typename W>
 struct Chunk {
   alignas(64) W data[kChunk];
-  int64_t size, whole, padded;  // classes held; those in whole vectors; entries to compute
+  int64_t size, whole, padded;  // number of classes; number in whole vectors; number of entries to compute
 
   LTAT_INLINE W& operator[](int64_t l) { return data[l]; }
   LTAT_INLINE bool overlaps() const { return whole < size && size >= kLanes; }
   LTAT_INLINE int64_t entry(int64_t l) const { return l >= whole && overlaps() ? l + padded - size : l; }
 
   template <typename F>
-  LTAT_INLINE void fill(int64_t classes, Doubles doubles, F value) {  // from value(l), l = 0 ... classes - 1
+  LTAT_INLINE void fill(int64_t classes, Duplicates duplicates, F value) {  // with value(l) for l = 0 ... classes - 1
     size = classes, whole = size / kLanes * kLanes, padded = (size + kLanes - 1) / kLanes * kLanes;
     for (int64_t l = 0; l < whole; ++l) data[l] = value(l);
     if (overlaps()) {
       const int64_t last = size - kLanes;
-      const int doubled = doubles == Doubles::keep ? 0 : padded - size;
-#pragma omp simd  // or it is unrolled into scalars
+      const int duplicated = duplicates == Duplicates::keep ? 0 : padded - size;
+#pragma omp simd  // without it the compiler unrolls the loop into scalar code
       for (int l = 0; l < kLanes; ++l) {
         const W v = value(last + l);
-        data[whole + l] = l < doubled ? -static_cast<W>(INFINITY) : v;
+        data[whole + l] = l < duplicated ? -static_cast<W>(INFINITY) : v;
       }
     } else {
       for (int64_t l = whole; l < size; ++l) data[l] = value(l);
@@ -124,7 +130,7 @@ struct Chunk {
     }
   }
   template <typename F>
-  LTAT_INLINE void write(F sink) const {  // sink(l, entry) for each class; filled with Doubles::keep
+  LTAT_INLINE void write(F sink) const {  // calls sink(l, entry) for each class; needs a fill with Duplicates::keep
     for (int64_t l = 0; l < whole; ++l) sink(l, data[l]);
     if (overlaps()) {
 #pragma omp simd
@@ -147,7 +153,7 @@ LTAT_INLINE W row_gradient(const GradLoss& grad, int64_t i) {
   return static_cast<const W*>(grad.data)[i * grad.stride] * static_cast<W>(grad.scale);
 }
 
-// call f(T{}) with the element type that `dtype` names
+// Calls f(T{}) with the element type T that `dtype` names.
 template <typename F>
 void with_dtype(Dtype dtype, F f) {
   switch (dtype) {
@@ -157,3 +163,6 @@ void with_dtype(Dtype dtype, F f) {
     case Dtype::f64: return f(double{});
   }
 }
+
+}  // namespace
+}  // namespace ltat::LTAT_ISA

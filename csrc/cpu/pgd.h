@@ -1,9 +1,45 @@
-// Start noise and ascent step of PGD. See ltat_fast/ops/pgd.py for the formulas.
+// Start noise and ascent step of PGD. Formulas: ltat_fast/ops/pgd.py.
+#pragma once
+
+#include "dispatch.h"
+
+namespace ltat {
+
+enum class Noise { uniform, gaussian };
+
+struct PgdStep {
+  const void *x_adv, *grad, *x;
+  void* out;  // may be x_adv
+  double step_size, eps, lower, upper;
+  Dtype dtype, grad_dtype;
+};
+
+struct PgdInit {
+  const void* x;
+  void* out;  // may be x
+  int64_t numel;
+  uint64_t seed;
+  double eps, std, lower, upper;
+  Noise noise;
+  Dtype dtype;
+};
+
+LTAT_CPU_KERNEL(pgd_step, PgdStep)  // a unit is an element
+LTAT_CPU_KERNEL(pgd_init, PgdInit)  // a unit is four elements, which share one Philox block
+
+}  // namespace ltat
+
+#ifdef LTAT_ISA  // the loops, compiled once for each instruction set
+#include "math.h"
+
+namespace ltat::LTAT_ISA {
+namespace {
 
 template <typename T, typename G>
 void pgd_step_loop(const PgdStep& a, int64_t begin, int64_t end) {
   using W = work_t<T>;
-  // no __restrict__: out may be x_adv. Same-index reads come before the write, so the loop is free of dependences.
+  // No __restrict__, because out may be x_adv. An iteration reads index i before it writes it, so iterations are
+  // independent.
   const T* x_adv = static_cast<const T*>(a.x_adv);
   const G* grad = static_cast<const G*>(a.grad);
   const T* x = static_cast<const T*>(a.x);
@@ -15,18 +51,12 @@ void pgd_step_loop(const PgdStep& a, int64_t begin, int64_t end) {
     const auto g = load(grad[i]);
     W v = load(x_adv[i]);
     v += (g > 0 ? step : W{0}) - (g < 0 ? step : W{0});  // sign(0) = sign(NaN) = 0, as torch.sign
-    v = v < low ? low : v;                               // comparisons are false on NaN: a NaN in v stays
+    v = v < low ? low : v;                               // comparisons with NaN are false: a NaN in v stays
     v = v > high ? high : v;
     v = v < lower ? lower : v;
     v = v > upper ? upper : v;
-    out[i] = store<T>(low == low && high == high ? v : low + high);  // and a NaN in x, or inf - inf, shows
+    out[i] = store<T>(low == low && high == high ? v : low + high);  // a NaN in x, or inf - inf, gives NaN
   }
-}
-
-void pgd_step(const PgdStep& a, int64_t begin, int64_t end) {
-  with_dtype(a.dtype, [&](auto t) {
-    with_dtype(a.grad_dtype, [&](auto g) { pgd_step_loop<decltype(t), decltype(g)>(a, begin, end); });
-  });
 }
 
 // Philox4x32-10 (Salmon et al. 2011): the four words of block `counter` under `key`. Same counters as kernels/pgd.py.
@@ -61,7 +91,7 @@ LTAT_INLINE void normal_pair(float& u, float& v) {  // Box and Muller 1958, from
 template <typename T>
 void pgd_init_loop(const PgdInit& a, int64_t begin, int64_t end) {
   using W = work_t<T>;
-  constexpr int64_t kQuads = 64;  // quads at a time: full vectors, and the draws stay in the first-level cache
+  constexpr int64_t kQuads = 64;  // quads per iteration: full vectors, and the draws stay in the L1 cache
   const T* x = static_cast<const T*>(a.x);
   T* out = static_cast<T*>(a.out);
   const W eps = a.eps, lower = a.lower, upper = a.upper;
@@ -85,7 +115,7 @@ void pgd_init_loop(const PgdInit& a, int64_t begin, int64_t end) {
 #pragma omp simd
     for (int64_t i = first; i < stop; ++i) {
       const W centre = load(x[i]), low = centre - eps, high = centre + eps;
-      W v = centre + scale * draws[i - first];  // NaN in x stays: every comparison below is false
+      W v = centre + scale * draws[i - first];  // a NaN in x stays: every comparison below is false
       v = v < low ? low : v;
       v = v > high ? high : v;
       v = v < lower ? lower : v;
@@ -95,6 +125,17 @@ void pgd_init_loop(const PgdInit& a, int64_t begin, int64_t end) {
   }
 }
 
+}  // namespace
+
+void pgd_step(const PgdStep& a, int64_t begin, int64_t end) {
+  with_dtype(a.dtype, [&](auto t) {
+    with_dtype(a.grad_dtype, [&](auto g) { pgd_step_loop<decltype(t), decltype(g)>(a, begin, end); });
+  });
+}
+
 void pgd_init(const PgdInit& a, int64_t begin, int64_t end) {
   with_dtype(a.dtype, [&](auto t) { pgd_init_loop<decltype(t)>(a, begin, end); });
 }
+
+}  // namespace ltat::LTAT_ISA
+#endif

@@ -1,8 +1,8 @@
-// Indirect gradient matching on CUDA: one launch forward, one backward. See ltat_fast/ops/igdm.py for the formulas.
+// Indirect gradient matching on CUDA: one launch forward, one backward. Formulas: ltat_fast/ops/igdm.py.
 //
-// Up to 1024 classes a warp takes a row and keeps both logit differences in registers, so that each logit is read once.
-// Above, a block takes a row and reads it again for each pass: the row is then in the cache. Arithmetic is float32,
-// nothing is atomic, and so results do not change from run to run.
+// Up to 1024 classes one warp computes a row and keeps both logit differences in registers, so that each logit is read
+// once. With more classes one block computes a row and reads it again in each pass, from the cache. Arithmetic is
+// float32 and uses no atomics, so results do not change from run to run.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -39,23 +39,24 @@ __device__ __forceinline__ float warp_reduce(float v, Op op) {
 }
 
 template <typename Op>
-__device__ float block_reduce(float v, Op op) {  // the result reaches every thread
+__device__ float block_reduce(float v, Op op) {  // every thread gets the result
   __shared__ float partial[kWarp];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   v = warp_reduce(v, op);
-  __syncthreads();  // the last call's readers are done
+  __syncthreads();  // all threads have read the partial results of the previous call
   if (lane == 0) partial[warp] = v;
   __syncthreads();
   return warp_reduce(lane < blockDim.x / kWarp ? partial[lane] : Op::identity, op);
 }
 
-// T: element type. kPerThread: classes a thread keeps in registers (a warp a row), or 0: a block a row, re-reading.
+// T: element type. kPerThread: number of classes that a thread keeps in registers, with one warp per row; or 0 for one
+// block per row, which reads the row in each pass.
 template <typename T, int kPerThread, bool kBackward>
 __global__ void __launch_bounds__(kPerThread ? kWarp * kWarpsPerBlock : kBlockThreads)
     igdm_rows(const Igdm args, float grad_scale) {
   constexpr bool kWarpRow = kPerThread > 0;
   const int64_t row = kWarpRow ? int64_t{blockIdx.x} * kWarpsPerBlock + threadIdx.x / kWarp : blockIdx.x;
-  if (row >= args.rows) return;  // whole warps leave, and only where no block-wide barrier follows
+  if (row >= args.rows) return;  // only whole warps return, and no block-wide barrier follows
   const int thread = kWarpRow ? threadIdx.x % kWarp : threadIdx.x, stride = kWarpRow ? kWarp : blockDim.x;
   const int classes = args.classes;
   const int64_t first = row * args.classes;
@@ -103,7 +104,7 @@ __global__ void __launch_bounds__(kPerThread ? kWarp * kWarpsPerBlock : kBlockTh
       const float log_q = a - max_a, log_p = b - max_b, p = expf(log_p);
       sum_a += expf(log_q);
       sum_b += p;
-      if constexpr (!kBackward) loss += p == 0.f ? 0.f : p * (log_p - log_q);  // p log p -> 0, and no 0 * inf
+      if constexpr (!kBackward) loss += p == 0.f ? 0.f : p * (log_p - log_q);  // 0 log 0 = 0, also where log_q is -inf
     });
     sum_a = reduce(sum_a, Sum{});
     sum_b = reduce(sum_b, Sum{});

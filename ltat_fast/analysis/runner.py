@@ -13,7 +13,7 @@ from ltat_fast.analysis import parts as measures
 from ltat_fast.analysis import table
 from ltat_fast.analysis.parts import Subject
 from ltat_fast.analysis.results import AnalysisFile, Part
-from ltat_fast.config import Config, ratio
+from ltat_fast.config import Config
 from ltat_fast.errors import UserError
 from ltat_fast.files import refuse_read_only
 from ltat_fast.runs import log
@@ -32,7 +32,7 @@ WITH_TEACHER = ("alignment", "linearity")  # parts whose numbers also depend on 
 
 @dataclass(frozen=True)
 class Options:
-    """How the runs are analysed."""
+    """Weights, images and teacher of the measurement."""
 
     teacher: str | None = None
     """compare with this teacher, named as in training, instead of the teacher of the run"""
@@ -128,7 +128,7 @@ def load(folder: Path, parts: list[str], options: Options, hardware: Hardware) -
         data.test.labels[chosen],
         data.groups,
         data.counts,
-        ratio(config.eps),
+        config.attack_config.eps,
         options.batch_size,
         teacher,
     )

@@ -8,10 +8,9 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import numpy as np
-import tyro
 from rich.table import Table
 
-from ltat_fast import files
+from ltat_fast import cli, files
 from ltat_fast.analysis import theorem_figures
 from ltat_fast.analysis.gaussians import Gaussians, corollary_gap, monte_carlo, theorem
 from ltat_fast.analysis.logistic import fitted_errors
@@ -43,7 +42,7 @@ class Arguments:
 
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
-    arguments = tyro.cli(Arguments, prog="python -m ltat_fast.analysis.theorem", args=argv)
+    arguments = cli.parse(Arguments, "python -m ltat_fast.analysis.theorem", argv)
     if min(arguments.samples, arguments.draws) < 1 or arguments.fits < 2:
         raise UserError("--samples and --draws must be 1 or more, --fits 2 or more")
     try:

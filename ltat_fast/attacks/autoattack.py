@@ -1,4 +1,8 @@
-"""AutoAttack (Croce and Hein 2020) through its authors' package ``pyautoattack``."""
+"""AutoAttack, run by its authors' package ``pyautoattack``.
+
+Source: Croce, Hein, "Reliable Evaluation of Adversarial Robustness with an Ensemble of Diverse Parameter-free Attacks",
+ICML 2020.
+"""
 
 import logging
 
@@ -18,17 +22,21 @@ def autoattack(
     batch_size: int = 250,
     version: str = "standard",
 ) -> Tensor:
-    """Adversarial examples by AutoAttack, L_inf: APGD-CE, targeted APGD-DLR, targeted FAB and Square, worst case.
+    """Return adversarial examples of the L_inf version of AutoAttack, float32 ``(N, C, H, W)``.
 
-    model: in eval mode, from images in [0, 1] to logits. x: ``(B, C, H, W)`` float32. labels: int64 ``(B,)``.
-    version: "standard", "plus" or "rand". Points the model already gets wrong, or that no attack breaks, come back
-    as they were. With fewer than 10 classes the targeted attacks take every wrong class. The DLR loss needs 3 classes
-    and its targeted form 4, so with fewer these attacks are left out.
+    The standard version is the worst case of APGD-CE, targeted APGD-DLR, targeted FAB and Square.
+
+    model: in eval mode, from images in [0, 1] to logits ``(N, K)``. x: float32 ``(N, C, H, W)``. labels: int64
+    ``(N,)``. version: "standard", "plus" or "rand". An image is returned unchanged if the model misclassifies it
+    already, or if no attack succeeds. With fewer than 10 classes the targeted attacks use every wrong class. APGD-DLR
+    needs 3 classes and its targeted form 4; with fewer classes they are skipped.
+
+    Raises UserError if ``pyautoattack`` is not installed.
     """
     try:
         from pyautoattack import AutoAttack
     except ImportError as error:
-        raise UserError(f"AutoAttack needs the package pyautoattack ({error}); pip install pyautoattack") from None
+        raise UserError(f"AutoAttack needs the package pyautoattack ({error}): run pip install pyautoattack") from None
 
     logging.getLogger("auto-attack").setLevel(logging.WARNING)
     attack = AutoAttack(model, device=x.device, eps=eps, norm="Linf", seed=seed, version=version)
@@ -36,9 +44,9 @@ def autoattack(
         num_classes = model(x[:1]).shape[1]
     targets = min(9, num_classes - 1)
     attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = targets
-    needed = {"apgd-dlr": 3, "apgd-t": 4}
-    attack.attacks_to_run = [name for name in attack.attacks_to_run if num_classes >= needed.get(name, 2)]
-    # It seeds torch's global generators.
+    min_classes = {"apgd-dlr": 3, "apgd-t": 4}
+    attack.attacks_to_run = [name for name in attack.attacks_to_run if num_classes >= min_classes.get(name, 2)]
+    # The package seeds the global generators of torch. fork_rng restores them.
     with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
         x_adv, _ = attack.run_standard_evaluation(x, labels, batch_size=batch_size)
     return x_adv.detach()

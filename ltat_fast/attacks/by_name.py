@@ -1,9 +1,12 @@
-"""The attacks of an evaluation, by name, each answering one question per image: is it still classified correctly?
+"""Run one evaluation attack, given by its name; return per image whether it is still classified correctly.
 
-Names: ``clean``; ``fgsm``; ``pgd<k>``, ``cw<k>`` and ``scaled-pgd<k>``, k steps of eps / 4 up the cross-entropy, the CW
-margin and the rescaled cross-entropy, with ``x<r>`` behind them the worst of r random starts (``pgd20x5``);
-``autoattack``, ``autoattack-plus`` and ``autoattack-rand``, the versions of AutoAttack. docs/evaluation.md has the
-protocol.
+- ``clean``: no attack.
+- ``fgsm``: one step of eps from the image.
+- ``pgd<k>``, ``cw<k>``, ``scaled-pgd<k>``: k steps of eps / 4 that ascend the cross-entropy, the CW margin, or the
+  cross-entropy of rescaled logits. The suffix ``x<r>`` takes the worst of r random starts: ``pgd20x5``.
+- ``autoattack``, ``autoattack-plus``, ``autoattack-rand``: the versions of AutoAttack.
+
+docs/evaluation.md describes the protocol.
 """
 
 import re
@@ -21,13 +24,16 @@ from ltat_fast.pixels import to_unit
 
 AUTOATTACK = {"autoattack": "standard", "autoattack-plus": "plus", "autoattack-rand": "rand"}
 OBJECTIVES = {"pgd": cross_entropy, "cw": cw_margin, "scaled-pgd": scaled_cross_entropy}
-CHOICES = f"clean, fgsm, pgd<k>, cw<k>, scaled-pgd<k> (k steps; x<r> behind them: r starts), {', '.join(AUTOATTACK)}"
+CHOICES = f"clean, fgsm, pgd<k>, cw<k>, scaled-pgd<k> (k steps; suffix x<r>: r starts), {', '.join(AUTOATTACK)}"
 _ITERATED = re.compile(rf"({'|'.join(OBJECTIVES)})([1-9]\d*)(?:x([1-9]\d*))?")
 _BLOCK = 64
 
 
 def parse_attacks(names: str) -> list[str]:
-    """ "clean,pgd20x5" to a list of attack names, each once; an unknown one raises UserError."""
+    """Return the attack names in a comma-separated list such as "clean,pgd20x5", each once.
+
+    Raises UserError if a name is unknown or the list is empty.
+    """
     attacks = dict.fromkeys(name.strip().removesuffix("x1") for name in names.split(",") if name.strip())
     for name in attacks:
         if name not in ("clean", "fgsm", *AUTOATTACK) and not _ITERATED.fullmatch(name):
@@ -46,32 +52,33 @@ def correct_under(
     *,
     seed: int = 0,
     batch_size: int = 256,
-    places: Tensor | None = None,
+    indices: Tensor | None = None,
     part: tuple[int, int] = (0, 1),
 ) -> Tensor:
-    """Whether each image is classified correctly under the attack ``name``: bool ``(N,)`` on the CPU.
+    """Return whether each image is classified correctly under the attack ``name``: bool ``(N,)`` on the CPU.
 
-    images: uint8 ``(N, C, H, W)`` and labels: int64 ``(N,)``, on the model's device. places: int64 ``(N,)`` on the CPU,
-    where the images stand in their data set, ``arange(N)`` if None: the start noise of an image is a function of the
-    seed, the attack, the number of the start and this place, whatever batch it comes in. AutoAttack alone seeds each
-    batch alike. part: (r, n) takes batches r, r + n, r + 2 n, ... only.
+    images: uint8 ``(N, C, H, W)`` and labels: int64 ``(N,)``, on the model's device. eps: radius of the L_inf ball.
+    indices: int64 ``(N,)`` on the CPU, the index of each image in its dataset; ``arange(N)`` if None. The start noise
+        of an image depends on the seed, the attack, the number of the start and this index, not on the batch.
+        AutoAttack is the exception: it seeds every batch with the same seed.
+    part: (r, n) selects the batches r, r + n, r + 2 n, ...; the result then covers only their images.
     """
-    places = torch.arange(len(images)) if places is None else places
-    mine = torch.arange(len(images)).split(batch_size)[part[0] :: part[1]]
+    indices = torch.arange(len(images)) if indices is None else indices
+    batches = torch.arange(len(images)).split(batch_size)[part[0] :: part[1]]
+    if not batches:
+        return torch.empty(0, dtype=torch.bool)
     if name in AUTOATTACK:
-        return _under_autoattack(name, model, images, labels, eps, seed, batch_size, mine)
-    correct = [torch.empty(0, dtype=torch.bool)]
-    for batch in mine:
+        return _under_autoattack(name, model, images, labels, eps, seed, batch_size, batches)
+    correct = []
+    for batch in batches:
         x, y = to_unit(images[batch]), labels[batch]
-        correct.append(_under_restarts(name, model, x, y, places[batch], eps, seed).cpu())
+        correct.append(_under_restarts(name, model, x, y, indices[batch], eps, seed).cpu())
     return torch.cat(correct)
 
 
-def _under_autoattack(name, model, images, labels, eps, seed, batch_size, mine: tuple[Tensor, ...]) -> Tensor:
-    """All batches at once: pyautoattack re-batches what is left after each of its attacks."""
-    if not mine:
-        return torch.empty(0, dtype=torch.bool)
-    index = torch.cat(mine)
+def _under_autoattack(name, model, images, labels, eps, seed, batch_size, batches: tuple[Tensor, ...]) -> Tensor:
+    """Attack all batches in one call, because pyautoattack forms new batches of the images that are left."""
+    index = torch.cat(batches)
     x, y = to_unit(images[index]), labels[index]
     x_adv = autoattack(model, x, y, eps, seed=seed, batch_size=batch_size, version=AUTOATTACK[name])
     in_batches = zip(x_adv.split(batch_size), y.split(batch_size), strict=True)
@@ -79,9 +86,9 @@ def _under_autoattack(name, model, images, labels, eps, seed, batch_size, mine: 
 
 
 def _under_restarts(
-    name: str, model: FrozenTwin, x: Tensor, y: Tensor, places: Tensor, eps: float, seed: int
+    name: str, model: FrozenTwin, x: Tensor, y: Tensor, indices: Tensor, eps: float, seed: int
 ) -> Tensor:
-    """Whether each image of a batch is correct from every start. One that is broken is not attacked again."""
+    """Return whether each image of a batch is correct from every start. A broken image is not attacked again."""
     if name == "clean":
         return _is_correct(model, x, y)
     if name == "fgsm":
@@ -93,24 +100,25 @@ def _under_restarts(
         left = correct.nonzero().squeeze(1)
         if len(left) == 0:
             break
-        noise = start_noise(places[left.cpu()], x.shape[1:], eps, x.device, *stream, restart)
+        noise = start_noise(indices[left.cpu()], x.shape[1:], eps, x.device, *stream, restart)
         start = (x[left] + noise).clamp_(0, 1)
         correct[left] = _is_correct(model, pgd(model, x[left], OBJECTIVES[kind](y[left]), config, start=start), y[left])
     return correct
 
 
-def start_noise(places: Tensor, shape: torch.Size, eps: float, device: torch.device, *stream: int | str) -> Tensor:
-    """Uniform noise in [-eps, eps], float32 ``(N, *shape)``; an image's depends on ``stream`` and its place alone.
+def start_noise(indices: Tensor, shape: torch.Size, eps: float, device: torch.device, *stream: int | str) -> Tensor:
+    """Return uniform noise in [-eps, eps], float32 ``(N, *shape)``.
 
-    It is drawn for blocks of neighbouring places: a generator an image would cost more than its noise.
+    The noise of an image depends only on ``stream`` and on its index in ``indices``, int64 ``(N,)`` on the CPU. It is
+    drawn for blocks of consecutive indices, because one generator per image would cost more than the noise.
     """
-    noise = torch.empty(len(places), *shape, device=device)
-    blocks = places // _BLOCK
+    noise = torch.empty(len(indices), *shape, device=device)
+    blocks = indices // _BLOCK
     for block in blocks.unique().tolist():
         generator = seeding.stream(device, *stream, block)
         drawn = torch.empty(_BLOCK, *shape, device=device).uniform_(-eps, eps, generator=generator)
         inside = (blocks == block).nonzero().squeeze(1)
-        noise[inside] = drawn[places[inside] % _BLOCK]
+        noise[inside] = drawn[indices[inside] % _BLOCK]
     return noise
 
 

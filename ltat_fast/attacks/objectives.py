@@ -1,7 +1,7 @@
-"""What a PGD attack ascends. An objective maps ``(x_adv, logits)`` to a scalar.
+"""Objectives that a PGD attack ascends. An objective maps ``(x_adv, logits)`` to a scalar.
 
-Objectives are sums over the batch: sign-gradient steps do not depend on the scale, and a sum keeps small gradients
-away from underflow in bfloat16.
+Every objective sums over the batch. Sign-gradient steps do not depend on its scale, and a sum keeps small gradients
+from underflow in bfloat16.
 """
 
 from collections.abc import Callable
@@ -14,17 +14,17 @@ Objective = Callable[[Tensor, Tensor], Tensor]
 
 
 def cross_entropy(labels: Tensor) -> Objective:
-    """Cross-entropy with hard labels, the objective of PGD (Madry et al. 2018, eq. 2.1).
+    """Return the objective of PGD: cross-entropy with hard labels (Madry et al., ICLR 2018, eq. 2.1).
 
-    labels: int64 ``(B,)``. It takes the raw logits: no class prior belongs in an attack.
+    labels: int64 ``(B,)``. The logits are used as they are, because an attack must not know the class prior.
     """
     return lambda x_adv, logits: F.cross_entropy(logits, labels, reduction="sum")
 
 
 def cw_margin(labels: Tensor) -> Objective:
-    """Carlini and Wagner's margin, largest wrong logit minus true logit, under the PGD loop ("CW-k").
+    """Return the objective of CW-k: largest wrong logit minus true logit (Carlini and Wagner, S&P 2017).
 
-    labels: int64 ``(B,)``. Not saturated by large logits, unlike cross-entropy.
+    labels: int64 ``(B,)``. Large logits do not saturate it, unlike cross-entropy.
     """
 
     def objective(x_adv: Tensor, logits: Tensor) -> Tensor:
@@ -36,13 +36,14 @@ def cw_margin(labels: Tensor) -> Objective:
 
 
 def scaled_cross_entropy(labels: Tensor) -> Objective:
-    """Cross-entropy of the logits divided by the gap between the two largest, image by image ("scaled PGD").
+    """Return the objective of scaled PGD: cross-entropy of logits divided, per image, by the gap of the two largest.
 
-    labels: int64 ``(B,)``. Confident logits saturate the softmax, and the gradient of plain cross-entropy underflows
-    to zero: the model looks robust and is not. Divided by their gap, logits of any scale leave the softmax where its
-    gradient is alive. Dividing by a constant is how Carlini and Wagner (arXiv 1607.04311) undid defensive
-    distillation; Yu and Xu (CVPR 2023) derive a scale for each image from floating-point error. The gap is held
-    constant: no gradient flows through it.
+    labels: int64 ``(B,)``. Very confident logits saturate the softmax, and the gradient of plain cross-entropy
+    underflows to zero: the model looks robust although it is not. After the division, logits of any scale have a
+    gradient. No gradient flows through the gap.
+
+    Sources: Carlini and Wagner (arXiv 1607.04311) divide by a constant to break defensive distillation; Yu and Xu (CVPR
+    2023) derive a scale per image from the floating-point error.
     """
 
     def objective(x_adv: Tensor, logits: Tensor) -> Tensor:

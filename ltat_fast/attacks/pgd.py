@@ -2,11 +2,12 @@
 
     x_0 = clip(x + noise);   x_{t+1} = clip( project_eps( x_t + step * sign(grad J(x_t)) ) )
 
-Madry et al. 2018, eq. (1). The gradient is taken with respect to the input alone.
+Madry et al. 2018, eq. (1). The gradient is taken with respect to the image alone.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,28 +17,43 @@ from ltat_fast.models.frozen import FrozenTwin
 from ltat_fast.ops import pgd_init, pgd_step
 
 Logits = Callable[[Tensor], Tensor]
-AscentStep = Callable[[Tensor, Tensor], Tensor]
+Ascend = Callable[[Tensor, Tensor], Tensor]
+"""``(x, x_adv)`` to the next ``x_adv``: one step of an attack. It may write into ``x_adv``."""
 
 
 @dataclass(frozen=True)
 class AttackConfig:
-    """An L_inf threat model and how hard it is searched. ``eps`` and ``step_size`` are in units of the [0, 1] pixel."""
+    """An L_inf threat model and the effort of the attack.
+
+    eps: radius of the ball. step_size: step of the attack. Both in units of pixels in [0, 1].
+    steps: number of steps. noise: start point, "uniform" in the ball, "gaussian" (0.001 N(0, 1)) or "none".
+    """
 
     eps: float = 8 / 255
     step_size: float = 2 / 255
     steps: int = 10
-    noise: str = "uniform"
+    noise: Literal["uniform", "gaussian", "none"] = "uniform"
 
 
-def ascent_step(model: Logits, x: Tensor, x_adv: Tensor, objective: Objective, config: AttackConfig) -> Tensor:
-    """One step of the attack, in place: gradient of the objective at ``x_adv``, then sign ascent and projection.
+def attack_loop(
+    x: Tensor,
+    ascend: Ascend,
+    config: AttackConfig,
+    generator: torch.Generator | None = None,
+    start: Tensor | None = None,
+) -> Tensor:
+    """Run ``config.steps`` steps of ``ascend`` from a random start; return the adversarial examples, shaped like ``x``.
 
-    In place because a fresh tensor a step costs more than the step's arithmetic (page faults, on the CPU).
+    x: float images ``(B, C, H, W)`` in [0, 1]. generator: source of the start noise; the default generator of the
+    device if None. start: start point in place of the noise, shaped like ``x``, in the ball and in [0, 1].
     """
-    point = x_adv.detach().requires_grad_()
-    with torch.enable_grad():
-        (grad,) = torch.autograd.grad(objective(point, model(point)), point)
-    return pgd_step(x_adv, grad, x, config.step_size, config.eps, out=x_adv)
+    if start is not None or config.noise == "none":
+        x_adv = (x if start is None else start).clone()
+    else:
+        x_adv = pgd_init(x, config.eps, config.noise, generator=generator)
+    for _ in range(config.steps):
+        x_adv = ascend(x, x_adv)
+    return x_adv
 
 
 def pgd(
@@ -46,34 +62,42 @@ def pgd(
     objective: Objective,
     config: AttackConfig | None = None,
     generator: torch.Generator | None = None,
-    step: AscentStep | None = None,
     start: Tensor | None = None,
 ) -> Tensor:
-    """Adversarial examples in the eps-ball around ``x`` and in [0, 1].
+    """Return adversarial examples in the eps-ball around ``x`` and in [0, 1], detached, shaped like ``x``.
 
-    model: any classifier from ``(B, C, H, W)`` to logits ``(B, K)``. A plain module is attacked through its frozen
-        twin: in eval mode, without parameter gradients, its own mode, buffers and ``.grad`` left as they are. Hand in
-        a :class:`~ltat_fast.models.frozen.FrozenTwin` to pay for that only once.
-    x: float images in [0, 1], ``(B, C, H, W)``.
-    objective: what to ascend, of ``(x_adv, logits)``; see :mod:`ltat_fast.attacks.objectives`.
-    generator: where the start noise is drawn from; the default generator of the device if None.
-    step: a compiled stand-in for :func:`ascent_step` at these settings, ``(x, x_adv) -> x_adv``.
-    start: like ``x``, where to start instead of from noise; in the ball and in [0, 1].
-
-    Returns a detached tensor like ``x``.
+    model: any classifier from images ``(B, C, H, W)`` to logits ``(B, K)``. A plain module is attacked through its
+        frozen twin: in eval mode and without parameter gradients; its own mode, buffers and ``.grad`` do not change.
+        Pass a :class:`~ltat_fast.models.frozen.FrozenTwin` to build the twin only once.
+    objective: function of ``(x_adv, logits)`` to maximise; see :mod:`ltat_fast.attacks.objectives`.
+    x, config, generator, start: as for :func:`attack_loop`.
     """
     config = config or AttackConfig()
-    if step is None:
-        if not isinstance(model, FrozenTwin):
-            model = FrozenTwin(model, fold_bn=False)
+    twin = model if isinstance(model, FrozenTwin) else FrozenTwin(model, fold_bn=False)
 
-        def step(x: Tensor, x_adv: Tensor) -> Tensor:
-            return ascent_step(model, x, x_adv, objective, config)
+    def ascend(x: Tensor, x_adv: Tensor) -> Tensor:
+        return ascent_step(twin, x, x_adv, objective, config)
 
-    if start is not None or config.noise == "none":
-        x_adv = (x if start is None else start).clone()
-    else:
-        x_adv = pgd_init(x, config.eps, config.noise, generator=generator)
-    for _ in range(config.steps):
-        x_adv = step(x, x_adv)
-    return x_adv
+    return attack_loop(x, ascend, config, generator, start)
+
+
+def ascent_step(model: Logits, x: Tensor, x_adv: Tensor, objective: Objective, config: AttackConfig) -> Tensor:
+    """Take one attack step in place: gradient of the objective at ``x_adv``, sign ascent, projection.
+
+    It works in place because a new tensor per step costs more than the arithmetic of the step (page faults on a CPU).
+    """
+    point = x_adv.detach().requires_grad_()
+    with torch.enable_grad():
+        (grad,) = torch.autograd.grad(objective(point, model(point)), point)
+    return pgd_step(x_adv, grad, x, config.step_size, config.eps, out=x_adv)
+
+
+def traceable_ascent_step(
+    model: Logits, x: Tensor, x_adv: Tensor, objective: Objective, config: AttackConfig
+) -> Tensor:
+    """:func:`ascent_step` for torch.compile: func.grad is traced together with the forward pass into one graph.
+
+    autograd.grad would break the graph. The result is a new tensor.
+    """
+    grad = torch.func.grad(lambda point: objective(point, model(point)))(x_adv)
+    return pgd_step(x_adv, grad, x, config.step_size, config.eps)

@@ -1,4 +1,4 @@
-"""Datasets as uint8 arrays, the long-tailed profile, and batches made on the device."""
+"""Datasets as uint8 arrays, the long-tailed profile, and batches made on the training device."""
 
 from ltat_fast.data.loader import DeviceLoader, resident
 from ltat_fast.data.longtail import (

@@ -1,8 +1,7 @@
-"""Augmentation of whole uint8 batches on the device they lie on: RandAugment or AutoAugment, then crop and flip.
+"""Augmentation of uint8 image batches on the device that holds them: RandAugment or AutoAugment, then crop and flip.
 
-What to do with each image is drawn on the CPU, for a whole epoch at once if wanted: the draws are then the same on
-every device and for every number of processes, and how many images go to which operation is known without asking the
-device.
+All random choices are drawn on the CPU, for a whole epoch at once. So they are the same on every device and for every
+number of processes, and the number of images per operation is known without waiting for the device.
 """
 
 from collections.abc import Callable
@@ -12,55 +11,62 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ltat_fast.data.image_ops import KERNELS, arguments
-from ltat_fast.errors import UserError
+from ltat_fast.data.image_ops import KERNELS, kernel_arguments
+
+RAND_AUGMENT_OPS = 2
+"""operations per image in RandAugment"""
+RAND_AUGMENT_MAGNITUDE = 8
+"""magnitude bin of RandAugment, of 31"""
 
 
 class Crops(NamedTuple):
-    """Where each image is cut out of its padded self, and whether it is mirrored; three tensors of one shape."""
+    """Random crops and flips, one per image: three tensors of shape (N,)."""
 
     top: Tensor
+    """int64, first row of the crop in the padded image"""
     left: Tensor
-    mirrored: Tensor
+    """int64, first column of the crop in the padded image"""
+    flipped: Tensor
+    """bool, whether the crop is flipped horizontally"""
 
 
 def draw_crops(n: int, pad: int, flip: bool, generator: torch.Generator) -> Crops:
-    """Offsets uniform on 0..2*pad (int64) and mirroring (bool) with probability 1/2, or never when ``flip`` is off."""
+    """Draw crops for ``n`` images: offsets uniform on 0..2*pad, and a flip with probability 1/2 if ``flip`` is set.
+
+    ``generator`` is a CPU generator, and the result is on the CPU.
+    """
     top, left = torch.randint(2 * pad + 1, (2, n), generator=generator)
-    mirrored = torch.randint(2, (n,), generator=generator).bool()
-    return Crops(top, left, mirrored & flip)
+    if flip:
+        flipped = torch.randint(2, (n,), generator=generator).bool()
+    else:
+        flipped = torch.zeros(n, dtype=torch.bool)
+    return Crops(top, left, flipped)
 
 
 def apply_crops(x: Tensor, pad: int, crops: Crops) -> Tensor:
-    """Pad with zeros, cut each image back to its size at its own place, mirror it or not; (N, C, H, W), any dtype.
+    """Pad images (N, C, H, W) of any dtype with ``pad`` zeros per side, then crop each to (H, W) and flip it.
 
-    ``crops`` holds N entries on the device of ``x``. One gather, with one index for all the channels of a pixel.
+    ``crops`` holds N entries on the device of ``x``. The whole batch is one gather, with one index per pixel for all
+    channels.
     """
     n, channels, height, width = x.shape
     padded = F.pad(x, (pad, pad, pad, pad)).flatten(2)
     rows = crops.top[:, None] + torch.arange(height, device=x.device)
     columns = torch.arange(width, device=x.device)
-    columns = crops.left[:, None] + torch.where(crops.mirrored[:, None], columns.flip(0), columns)
+    columns = crops.left[:, None] + torch.where(crops.flipped[:, None], columns.flip(0), columns)
     pixels = (rows[:, :, None] * (width + 2 * pad) + columns[:, None, :]).flatten(1)[:, None]
     return padded.gather(2, pixels.expand(n, channels, height * width)).view(x.shape)
 
 
-def crop_flip(x: Tensor, pad: int, flip: bool, generator: torch.Generator) -> Tensor:
-    """Random crop out of ``pad`` zeros a side and random horizontal mirroring of (N, C, H, W) images.
-
-    ``generator`` is a CPU generator.
-    """
-    crops = draw_crops(len(x), pad, flip, generator)
-    return apply_crops(x, pad, Crops(*(draw.to(x.device) for draw in crops)))
-
-
 class Policy:
-    """A list of operations, each with its magnitude, and a rule by which images draw one or more of them in turn.
+    """A list of image operations with magnitudes, and a rule by which each image draws one or more of them.
 
     Args:
-        operations: (name, magnitude) in torchvision's terms; ("Identity", 0) leaves the image alone
-        draw: (n, CPU generator) -> int64 (n, rounds) on the CPU, positions in ``operations``
-        height, width: of the images, which must have three channels
+        operations: (name, magnitude) in torchvision's terms; ("Identity", 0.0) leaves the image unchanged
+        draw: takes (n, CPU generator), returns int64 (n, rounds) on the CPU: positions in ``operations``, which each
+            image goes through from left to right
+        height, width: size of the images, which must have three channels
+        device: device of the images
     """
 
     def __init__(
@@ -71,71 +77,68 @@ class Policy:
         width: int,
         device: torch.device | str,
     ) -> None:
-        identity = len(KERNELS), [0.0] * 6
-        rows = [identity if op[0] == "Identity" else arguments(*op, height, width) for op in operations]
+        identity = len(KERNELS), [0.0] * 6  # one past the last kernel
+        rows = [
+            identity if name == "Identity" else kernel_arguments(name, magnitude, height, width)
+            for name, magnitude in operations
+        ]
         self.kernels = torch.tensor([kernel for kernel, _ in rows])
-        self.arguments = torch.tensor([numbers for _, numbers in rows], dtype=torch.float64).to(device)
+        self.arguments = torch.tensor([arguments for _, arguments in rows], dtype=torch.float64).to(device)
         self.draw = draw
 
     def apply(self, x: Tensor, draws: Tensor) -> Tensor:
-        """uint8 (n, 3, H, W) on the policy's device, ``draws`` int64 (n, rounds) on the CPU; returns a new tensor.
+        """Apply the drawn operations to a copy of ``x``.
 
-        Each round gathers the images of one kernel, runs it once for all of them and scatters the results.
+        Each round gathers the images of one kernel, runs the kernel once for all of them, and scatters the results.
+
+        Args:
+            x: uint8 (n, 3, H, W) on the policy's device
+            draws: int64 (n, rounds) on the CPU, from :attr:`draw`
         """
         x = x.clone()
-        for drawn in draws.unbind(1):
-            kernels = self.kernels[drawn]
+        for positions in draws.unbind(1):
+            kernels = self.kernels[positions]
             order = kernels.argsort(stable=True)
             sizes = kernels.bincount(minlength=len(KERNELS) + 1).tolist()
-            images, drawn = _upload(torch.stack([order, drawn[order]]), x.device)
-            numbers = self.arguments[drawn]
-            for kernel, index, row in zip(KERNELS, images.split(sizes), numbers.split(sizes), strict=False):
+            images, positions = _upload(torch.stack([order, positions[order]]), x.device)
+            groups = zip(images.split(sizes), self.arguments[positions].split(sizes), strict=True)
+            for kernel, (index, arguments) in zip(KERNELS, groups, strict=False):  # the last group is Identity
                 if len(index):
-                    x.index_copy_(0, index, kernel(x[index], row))
+                    x.index_copy_(0, index, kernel(x[index], arguments))
         return x
 
 
-def rand_augment_policy(
-    height: int, width: int, device: torch.device | str, num_ops: int = 2, magnitude: int = 8
-) -> Policy:
-    """RandAugment (Cubuk et al. 2020) as torchvision has it: fourteen operations, 31 magnitude bins, either sign."""
-    names = ["Identity", *_RANGES, "Posterize", "Solarize", "AutoContrast", "Equalize"]
-    magnitudes = [_magnitude(name, magnitude, 31, height, width) for name in names]
-    # each operation with either sign, so that one uniform draw chooses both
-    signed = [(name, sign * m) for name, m in zip(names, magnitudes, strict=True) for sign in _signs(name)]
+def rand_augment_policy(height: int, width: int, device: torch.device | str) -> Policy:
+    """Make the policy of RandAugment (Cubuk et al. 2020) in torchvision's version: 14 operations, 31 magnitude bins.
+
+    Each of :data:`RAND_AUGMENT_OPS` rounds draws one operation uniformly, and its sign where it has one.
+    """
+    names = ["Identity", *_MAX_MAGNITUDES, "Posterize", "Solarize", "AutoContrast", "Equalize"]
+    operations = []
+    for name in names:  # two entries per operation, so that one uniform draw chooses operation and sign
+        operations += _both_signs(name, _magnitude(name, RAND_AUGMENT_MAGNITUDE, 31, height, width))
 
     def draw(n: int, generator: torch.Generator) -> Tensor:
-        return torch.randint(len(signed), (n, num_ops), generator=generator)
-
-    return Policy(signed, draw, height, width, device)
-
-
-def auto_augment_policy(height: int, width: int, device: torch.device | str) -> Policy:
-    """AutoAugment (Cubuk et al. 2019) with the policy learned on CIFAR-10: 25 pairs of operations, 10 bins."""
-    operations = [("Identity", 0.0)]
-    for pair in _CIFAR10_PAIRS:
-        for name, _, level in pair:
-            magnitude = _magnitude(name, level, 10, height, width)
-            operations += [(name, sign * magnitude) for sign in _signs(name)]
-    probability = torch.tensor([[p for _, p, _ in pair] for pair in _CIFAR10_PAIRS])
-
-    def draw(n: int, generator: torch.Generator) -> Tensor:
-        pair = torch.randint(len(_CIFAR10_PAIRS), (n,), generator=generator)
-        happens = torch.rand(n, 2, generator=generator) < probability[pair]
-        sign = torch.randint(2, (n, 2), generator=generator)
-        return torch.where(happens, 1 + 4 * pair[:, None] + torch.tensor([0, 2]) + sign, 0)
+        return torch.randint(len(operations), (n, RAND_AUGMENT_OPS), generator=generator)
 
     return Policy(operations, draw, height, width, device)
 
 
-def rand_augment(x: Tensor, num_ops: int = 2, magnitude: int = 8, *, generator: torch.Generator) -> Tensor:
-    """:func:`rand_augment_policy` on uint8 (N, 3, H, W); ``generator`` is a CPU generator."""
-    return _apply_once(rand_augment_policy(*x.shape[2:], x.device, num_ops, magnitude), x, generator)
+def auto_augment_policy(height: int, width: int, device: torch.device | str) -> Policy:
+    """Make the policy of AutoAugment (Cubuk et al. 2019) learned on CIFAR-10: 25 pairs of operations, 10 bins."""
+    operations = [("Identity", 0.0)]
+    for pair in _CIFAR10_PAIRS:  # four entries per pair: first operation with either sign, then the second
+        for name, _, level in pair:
+            operations += _both_signs(name, _magnitude(name, level, 10, height, width))
+    probability = torch.tensor([[p for _, p, _ in pair] for pair in _CIFAR10_PAIRS])
 
+    def draw(n: int, generator: torch.Generator) -> Tensor:
+        pair = torch.randint(len(_CIFAR10_PAIRS), (n,), generator=generator)
+        applied = torch.rand(n, 2, generator=generator) < probability[pair]
+        sign = torch.randint(2, (n, 2), generator=generator)
+        return torch.where(applied, 1 + 4 * pair[:, None] + torch.tensor([0, 2]) + sign, 0)
 
-def auto_augment_cifar10(x: Tensor, *, generator: torch.Generator) -> Tensor:
-    """:func:`auto_augment_policy` on uint8 (N, 3, H, W); ``generator`` is a CPU generator."""
-    return _apply_once(auto_augment_policy(*x.shape[2:], x.device), x, generator)
+    return Policy(operations, draw, height, width, device)
 
 
 POLICIES: dict[str, Callable[[int, int, torch.device | str], Policy]] = {
@@ -143,7 +146,7 @@ POLICIES: dict[str, Callable[[int, int, torch.device | str], Policy]] = {
     "autoaugment": auto_augment_policy,
 }
 
-_RANGES = {  # the largest magnitude, pixels as a share of the side; every one of these has a sign
+_MAX_MAGNITUDES = {  # the operations whose magnitude has a sign; translation is a fraction of the image side
     "ShearX": 0.3,
     "ShearY": 0.3,
     "TranslateX": 150 / 331,
@@ -155,7 +158,7 @@ _RANGES = {  # the largest magnitude, pixels as a share of the side; every one o
     "Sharpness": 0.9,
 }
 
-_CIFAR10_PAIRS = [  # (operation, probability, magnitude bin), twice
+_CIFAR10_PAIRS = [  # two of (operation, probability, magnitude bin)
     (("Invert", 0.1, 0), ("Contrast", 0.2, 6)),
     (("Rotate", 0.7, 2), ("TranslateX", 0.3, 9)),
     (("Sharpness", 0.8, 1), ("Sharpness", 0.9, 3)),
@@ -185,10 +188,14 @@ _CIFAR10_PAIRS = [  # (operation, probability, magnitude bin), twice
 
 
 def _magnitude(name: str, level: int, bins: int, height: int, width: int) -> float:
-    """Bin ``level`` of ``bins``, unsigned, in the single precision in which torchvision spaces them."""
-    if name in _RANGES:
-        top = _RANGES[name] * {"TranslateX": width, "TranslateY": height}.get(name, 1)
-        return torch.linspace(0.0, top, bins)[level].item()
+    """Return the unsigned magnitude in bin ``level`` of ``bins``, spaced in float32 as in torchvision."""
+    if name in _MAX_MAGNITUDES:
+        largest = _MAX_MAGNITUDES[name]
+        if name == "TranslateX":
+            largest *= width
+        elif name == "TranslateY":
+            largest *= height
+        return torch.linspace(0.0, largest, bins)[level].item()
     if name == "Posterize":
         return round(8 - 4 * level / (bins - 1))
     if name == "Solarize":
@@ -196,16 +203,11 @@ def _magnitude(name: str, level: int, bins: int, height: int, width: int) -> flo
     return 0.0
 
 
-def _signs(name: str) -> tuple[int, int]:
-    return (1, -1) if name in _RANGES else (1, 1)
-
-
-def _apply_once(policy: Policy, x: Tensor, generator: torch.Generator) -> Tensor:
-    if x.shape[1] != 3:
-        raise UserError(f"RandAugment and AutoAugment need colour images, these have {x.shape[1]} channel(s)")
-    return policy.apply(x, policy.draw(len(x), generator))
+def _both_signs(name: str, magnitude: float) -> list[tuple[str, float]]:
+    """Return the operation with either sign, or twice the same where it has none."""
+    return [(name, magnitude), (name, -magnitude if name in _MAX_MAGNITUDES else magnitude)]
 
 
 def _upload(x: Tensor, device: torch.device) -> Tensor:
-    """To ``device`` without waiting for the work queued there: from pinned memory where that matters."""
+    """Copy to ``device`` without waiting for the work queued there, which on CUDA needs pinned memory."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x

@@ -1,4 +1,4 @@
-"""Image files to one uint8 array."""
+"""Decode image files into one uint8 array."""
 
 import os
 import time
@@ -16,25 +16,26 @@ from ltat_fast.errors import UserError
 EXTENSIONS = frozenset(
     (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm", ".pnm")
 )
-"""A file without one of these is not taken for an image."""
+"""extensions of the files that count as images"""
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
-"""What a file may hold, whatever its extension says."""
+"""formats that are decoded; the content of a file decides, not its extension"""
 MAX_PIXELS = 2**26
-"""A larger picture is refused before its pixels are decoded: a few kilobytes can claim gigabytes."""
+"""limit that is checked before the pixels are decoded, because a file of a few kilobytes can claim gigabytes"""
 
 
 def decode_images(
     paths: list[str], image_size: int | None, report: Callable[[str], None] = lambda line: None
 ) -> np.ndarray:
-    """Decode files into uint8 (N, 3, H, W).
+    """Decode files into uint8 (N, 3, H, W), in parallel.
 
-    Threads suffice: Pillow leaves the interpreter lock while it decodes, converts and resizes.
+    Threads are enough: Pillow releases the GIL while it decodes, converts and resizes.
 
     Args:
-        image_size: see :func:`read_image`; None demands that all images have one size
+        image_size: see :func:`read_image`; None requires that all images have the same size
+        report: called with a line of progress every ten seconds
 
     Raises:
-        UserError: a file that cannot be decoded, or two of different size; the message names them.
+        UserError: a file cannot be decoded, or two files differ in size; the message names them.
     """
     first = read_image(paths[0], image_size)
     images = np.empty((len(paths), *first.shape), np.uint8)
@@ -46,17 +47,17 @@ def decode_images(
             if image.shape != first.shape:
                 raise UserError(
                     f"images differ in size: {paths[0]} is {_size(first)}, {paths[i]} is {_size(image)}; "
-                    "give --image-size to bring them to one"
+                    "set --image-size to resize them to one size"
                 )
             images[i] = image
         return stop
 
-    said = time.monotonic()
+    last_report = time.monotonic()
     with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None) as pool:
         try:
             for done in pool.map(decode, range(0, len(paths), 256)):
-                if time.monotonic() - said > 10:
-                    said = time.monotonic()
+                if time.monotonic() - last_report > 10:
+                    last_report = time.monotonic()
                     report(f"decoded {done:,} of {len(paths):,} images")
         except BaseException:
             pool.shutdown(cancel_futures=True)
@@ -67,14 +68,14 @@ def decode_images(
 def read_image(path: str | Path, image_size: int | None = None) -> np.ndarray:
     """Decode one file into uint8 (3, H, W) RGB.
 
-    The orientation that a camera noted is applied; of an animation the first frame is taken; transparency shows white;
-    16-bit grey is scaled to 8 bits; palette, grey and CMYK are converted.
+    The EXIF orientation is applied. An animation gives its first frame. Transparent pixels are blended with white.
+    16-bit grey is scaled to 8 bits. Palette, grey and CMYK images are converted.
 
     Args:
-        image_size: scale the shorter side to this many pixels (antialiased, bilinear) and cut the centre square
+        image_size: scale the shorter side to this many pixels (antialiased, bilinear) and crop the centre square
 
     Raises:
-        UserError: the file cannot be decoded, claims more than :data:`MAX_PIXELS`, or holds floating-point pixels.
+        UserError: the file cannot be decoded, has more than :data:`MAX_PIXELS`, or holds floating-point pixels.
     """
     try:
         with open(path, "rb") as opened, Image.open(opened, formats=FORMATS) as file:
@@ -83,12 +84,12 @@ def read_image(path: str | Path, image_size: int | None = None) -> np.ndarray:
             if file.width * file.height > MAX_PIXELS:
                 raise ValueError(f"it claims {file.width}x{file.height} pixels, more than {MAX_PIXELS:,}")
             file.load()
-            image = _to_rgb(_upright(file))
+            image = _to_rgb(_apply_orientation(file))
     except UnidentifiedImageError:
-        raise UserError(f"cannot decode {path}: it is damaged, or no image ({', '.join(FORMATS)})") from None
-    # Pillow answers a damaged file with whatever its parser ran into: OSError, SyntaxError, struct.error, KeyError...
+        raise UserError(f"cannot decode {path}: it is damaged or not an image ({', '.join(FORMATS)})") from None
+    # On a damaged file Pillow raises what its parser ran into: OSError, SyntaxError, struct.error, KeyError, ...
     except Exception as error:
-        reason = getattr(error, "strerror", None) or str(error)  # without the path once more
+        reason = getattr(error, "strerror", None) or str(error)  # str(error) of an OSError repeats the path
         raise UserError(f"cannot decode {path}: {reason or type(error).__name__}") from error
     if image_size is not None and image.size != (image_size, image_size):
         image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BILINEAR)
@@ -96,8 +97,11 @@ def read_image(path: str | Path, image_size: int | None = None) -> np.ndarray:
 
 
 def _check_png(file: BinaryIO) -> None:
-    """The CRC-32 of every chunk. Pillow relies on the checksum at the end of the pixels, and can stop short of it."""
-    place = file.tell()
+    """Raise ValueError if the CRC-32 of a chunk is wrong.
+
+    Pillow relies on the checksum at the end of the compressed pixels, but its decoder can stop before it.
+    """
+    position = file.tell()
     file.seek(8)
     while head := file.read(8):
         remaining, crc = int.from_bytes(head[:4], "big"), zlib.crc32(head[4:])
@@ -107,13 +111,13 @@ def _check_png(file: BinaryIO) -> None:
             raise ValueError(f"its {head[4:].decode('latin1')} chunk is damaged or cut short")
         if head[4:] == b"IEND":
             break
-    file.seek(place)
+    file.seek(position)
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _apply_orientation(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # a damaged note beside sound pixels
+    except Exception:  # the EXIF data are damaged; the pixels may still be good
         return image
 
 
@@ -123,7 +127,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         grey = np.asarray(image).astype(np.int64)
         if grey.min() < 0 or grey.max() > 65535:
-            raise ValueError("its pixels exceed 16 bits; save it with 8 or 16 bits")
+            raise ValueError("its pixels have more than 16 bits; save it with 8 or 16 bits")
         return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -132,4 +136,5 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _size(image: np.ndarray) -> str:
+    """Return the size of a (C, H, W) image as WxH."""
     return f"{image.shape[2]}x{image.shape[1]}"

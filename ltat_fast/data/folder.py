@@ -1,4 +1,4 @@
-"""Trees of image files: which file belongs to which class and split. Nothing is decoded here."""
+"""Scan trees of image files for the class and split of each file. Nothing is decoded here."""
 
 import os
 import unicodedata
@@ -14,12 +14,16 @@ TINY_CLASSES = 200
 
 @dataclass(frozen=True)
 class Split:
-    paths: list[str]  # plain strings: a hundred thousand Path objects would take a second to make
+    """The image files of one split and their labels."""
+
+    paths: list[str]  # not Path objects: creating a hundred thousand of them takes a second
     labels: list[int]
 
 
 @dataclass(frozen=True)
 class Tree:
+    """The image files of a dataset; a label is a position in ``class_names``."""
+
     root: Path
     class_names: tuple[str, ...]
     train: Split
@@ -27,49 +31,48 @@ class Tree:
 
 
 def scan_image_folder(root: Path, report: Callable[[str], None] = lambda line: None) -> Tree:
-    """``train/<class>/**`` and ``test/<class>/**`` (or ``val/``, when there is no ``test/``), classes sorted by name.
+    """Scan ``train/<class>/**`` and ``test/<class>/**`` (``val/`` if there is no ``test/``), classes sorted by name.
 
-    Files whose extension is not an image's are left out and reported; hidden ones are left out silently. Folders
-    within a class are searched too; links to folders are not followed below the class folder.
+    Files without an image extension are skipped and reported. Hidden files are skipped silently. Folders below a class
+    folder are searched too, links to folders below it are not followed.
 
     Raises:
-        UserError: a missing split; fewer than two classes; other classes in one split than in the other; names that
-            differ in case alone or are no text; a class without an image; a folder that cannot be read.
+        UserError: a split is missing or not readable; there are fewer than two classes; the splits have different
+            classes; two class names differ only in case; a class name is not printable text; a class has no image.
     """
     train_root = root / "train"
     test_root = next((root / name for name in ("test", "val") if (root / name).is_dir()), root / "test")
     for split in (train_root, test_root):
         if not split.is_dir():
             raise UserError(
-                f"{root} is no image folder: {split} is missing (expected train/<class>/* and test/<class>/*)"
+                f"{root} is not an image folder: {split} is missing (expected train/<class>/* and test/<class>/*)"
             )
     folders = {split: _class_folders(split) for split in (train_root, test_root)}
     for split, other in ((train_root, test_root), (test_root, train_root)):
-        if alone := sorted(folders[split].keys() - folders[other].keys()):
-            raise UserError(f"class {alone[0]!r} is in {split} but not in {other}")
+        if unmatched := sorted(folders[split].keys() - folders[other].keys()):
+            raise UserError(f"class {unmatched[0]!r} is in {split} but not in {other}")
     names = tuple(sorted(folders[train_root]))
     if len(names) < 2:
         raise UserError(f"{train_root} holds {len(names)} class folders; at least two are needed")
-    return Tree(root, names, *(_split(split, [folders[split][name] for name in names], report) for split in folders))
+    train, test = (_split(split, [folders[split][name] for name in names], report) for split in (train_root, test_root))
+    return Tree(root, names, train, test)
 
 
 def scan_tiny_imagenet(root: Path, report: Callable[[str], None] = lambda line: None) -> Tree:
-    """The official tree: ``train/<wnid>/images/*``, ``val/images/*`` with ``val/val_annotations.txt``, ``wnids.txt``.
+    """Scan the official tree: ``train/<wnid>/images/*``, ``val/images/*``, ``val/val_annotations.txt``, ``wnids.txt``.
 
-    Labels follow the sorted WordNet ids. The validation images, the only labelled ones kept apart, are the test set.
-    A ``wnids.txt`` that differs from the folders is reported, not refused.
+    Labels are positions in the sorted WordNet ids. The validation images are the test set, because the official test
+    images have no labels. A ``wnids.txt`` that differs from the folders is reported and not used.
 
     Raises:
-        UserError: a missing part, not 200 classes, or images and annotations that do not match.
+        UserError: a part is missing, there are not 200 classes, or images and annotations do not match.
     """
     names = tuple(sorted(_class_folders(root / "train")))
     if len(names) != TINY_CLASSES:
         raise UserError(f"{root / 'train'} holds {len(names)} class folders; Tiny-ImageNet has {TINY_CLASSES}")
     listed = set(_read_lines(root / "wnids.txt"))
-    if listed != set(names):  # copies with a shortened list are about
-        report(
-            f"{root / 'wnids.txt'} lists {len(listed)} classes; going by the {TINY_CLASSES} folders of train/ instead"
-        )
+    if listed != set(names):  # some copies of the dataset have a shortened list
+        report(f"{root / 'wnids.txt'} lists {len(listed)} classes; using the {TINY_CLASSES} folders of train/ instead")
     label_of = {name: label for label, name in enumerate(names)}
     annotations = root / "val" / "val_annotations.txt"
     test: dict[str, int] = {}
@@ -86,7 +89,7 @@ def scan_tiny_imagenet(root: Path, report: Callable[[str], None] = lambda line: 
     if unmatched := sorted(set(found) ^ test.keys()):
         raise UserError(f"{annotations} and {root / 'val' / 'images'} do not match, first at {unmatched[0]}")
     if len(found) > len(test):
-        raise UserError(f"{root / 'val' / 'images'} holds {len(found) - len(test)} files under the name of another")
+        raise UserError(f"{root / 'val' / 'images'} holds {len(found) - len(test)} files with duplicate names")
     if missing := set(label_of.values()) - set(test.values()):
         raise UserError(f"{annotations} names no image of class {names[min(missing)]}")
     train = _split(root / "train", [root / "train" / name / "images" for name in names], report)
@@ -94,41 +97,41 @@ def scan_tiny_imagenet(root: Path, report: Callable[[str], None] = lambda line: 
 
 
 def _split(root: Path, folders: list[Path], report: Callable[[str], None]) -> Split:
-    """The images of each class folder, labelled by its position in the list."""
-    paths, labels, left_out = [], [], []
+    """Collect the images of each class folder, labelled by its position in the list."""
+    paths, labels, skipped = [], [], []
     for label, folder in enumerate(folders):
         images, others = _image_files(folder)
         if not images:
-            raise UserError(f"class folder {folder} holds no image")
+            raise UserError(f"class folder {folder} does not hold an image")
         paths += images
         labels += [label] * len(images)
-        left_out += others
-    if left_out:
-        example = left_out[0].encode(errors="backslashreplace").decode()
-        report(f"{root}: left out {len(left_out):,} files that are no images, such as {example}")
+        skipped += others
+    if skipped:
+        example = skipped[0].encode(errors="backslashreplace").decode()
+        report(f"{root}: skipped {len(skipped):,} files that are not images, such as {example}")
     return Split(paths, labels)
 
 
 def _class_folders(root: Path) -> dict[str, Path]:
-    """Folders by name, in the composed Unicode form: some file systems hand back the decomposed one."""
+    """Map class names to folders. Names are in Unicode form NFC, because some file systems return form NFD."""
     if not root.is_dir():
         raise UserError(f"{root} is missing")
     folders: dict[str, Path] = {}
-    folded: dict[str, Path] = {}
+    by_casefolded_name: dict[str, Path] = {}
     for path in sorted(Path(entry.path) for entry in _entries(root)):
         if path.is_dir() and not path.name.startswith("."):
             name = unicodedata.normalize("NFC", path.name)
-            if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name):  # Cs: bytes that are no UTF-8
+            if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name):  # Cs: bytes that are not UTF-8
                 raise UserError(f"class folder {path.name!a} in {root} cannot be shown as text; rename it")
-            twin = folded.setdefault(name.casefold(), path)
-            if twin is not path:
-                raise UserError(f"class folders {twin} and {path} differ in case or Unicode form alone; rename one")
+            other = by_casefolded_name.setdefault(name.casefold(), path)
+            if other is not path:
+                raise UserError(f"class folders {other} and {path} differ only in case or Unicode form; rename one")
             folders[name] = path
     return folders
 
 
 def _image_files(folder: Path) -> tuple[list[str], list[str]]:
-    """(images, other visible files) below ``folder``, each sorted by path."""
+    """Return the images and the other visible files below ``folder``, each sorted by path."""
     images, others, folders = [], [], [os.fspath(folder)]
     while folders:
         for entry in _entries(folders.pop()):

@@ -1,8 +1,8 @@
-"""Batches from a dataset that lies, as uint8, on the device that trains on it.
+"""Batches from a dataset that is kept as uint8 on the training device.
 
-What an epoch draws is a function of (seed, epoch) alone: one permutation and one set of augmentation draws, made on
-the CPU and sent to the device once. A run can therefore start at any step of any epoch with nothing stored, sees the
-same images on every device, and splits over processes without changing them.
+Order and augmentation of an epoch are a function of (seed, epoch) alone: one permutation and one set of augmentation
+draws, made on the CPU and sent to the device once. So a run can start at any step of any epoch without stored state,
+sees the same images on every device, and can be divided over processes without changing the batches.
 """
 
 from collections.abc import Iterator
@@ -20,24 +20,27 @@ from ltat_fast.seeding import stream
 class DeviceLoader:
     """Iterate over shuffled, augmented batches of float32 images in [0, 1] and int64 labels.
 
+    The images after the last full batch of an epoch are dropped; each epoch drops others.
+
     Args:
-        images: uint8 (N, C, H, W), tensor or array; moved to ``device`` unless it lies there, then shared, not copied
+        images: uint8 (N, C, H, W), tensor or array; moved to ``device``, and shared, not copied, if it is there already
         labels: int64 (N,)
-        batch_size: images of one step over all processes together; each takes its contiguous share of every batch,
-            so the shares put together are the batch that a single process would see
-        pad, flip: random crop from ``pad`` zeros a side, and random mirroring
+        batch_size: images per step over all processes together. Each process takes its contiguous share of every
+            batch, so the shares of all processes together are the batch of a single process.
+        seed: seed of the order and of the augmentation
+        pad: zeros per side before the random crop
+        flip: whether images are flipped horizontally with probability 1/2
         augment: "none", "randaugment" or "autoaugment", applied before crop and flip
-        drop_last: leave out the images after the last full batch (others in each epoch); if not, the last batch is
-            shorter, and a process's share of it can be empty
-        channels_last: memory format of the batches
-        rank, world_size: this process and how many there are; ``world_size`` divides ``batch_size``
-        indices: int64, the images to visit in an epoch, repeats allowed; None visits each once. Loaders over
-            different parts of one resident tensor share it.
+        device: device of the dataset and of the batches
+        channels_last: whether the batches have the channels_last memory format
+        rank, world_size: number of this process, and number of processes, which must divide ``batch_size``
+        indices: int64, the images to visit in each epoch, with repetitions if they repeat; None visits each image once.
+            Several loaders can use different parts of the same tensor.
 
     Raises:
-        UserError: fewer images than a batch with ``drop_last``, no images, a batch that does not split evenly, an
-            unknown augmentation, or one of colours for grey images.
-        ValueError: arguments that contradict each other.
+        UserError: fewer images than one batch, a batch that does not split evenly, an unknown augmentation, or a colour
+            augmentation for grey images.
+        ValueError: images, labels, rank or world_size that do not fit together.
     """
 
     def __init__(
@@ -51,7 +54,6 @@ class DeviceLoader:
         flip: bool,
         augment: str = "none",
         device: torch.device | str,
-        drop_last: bool = True,
         channels_last: bool = False,
         rank: int = 0,
         world_size: int = 1,
@@ -70,29 +72,31 @@ class DeviceLoader:
         if augment != "none" and images.shape[1] != 3:
             raise UserError(f"{augment} needs colour images, these have {images.shape[1]} channel(s)")
         if not 0 <= rank < world_size:
-            raise ValueError(f"rank {rank} does not exist in a world of {world_size}")
+            raise ValueError(f"rank must be in 0..{world_size - 1} for {world_size} processes, got {rank}")
         if batch_size < 1 or batch_size % world_size:
             raise UserError(f"a batch of {batch_size} images does not split evenly over {world_size} processes")
-        if len(self.indices) < (batch_size if drop_last else 1):
+        if len(self.indices) < batch_size:
             raise UserError(
                 f"{len(self.indices)} images do not fill one batch of {batch_size}; use a smaller batch "
                 "(--batch-size, for the teacher --teacher-batch-size)"
             )
-        self.batch_size, self.drop_last = batch_size, drop_last
+        self.batch_size = batch_size
         self.seed, self.pad, self.flip = seed, pad, flip
         self.policy = None if augment == "none" else POLICIES[augment](*images.shape[2:], self.images.device)
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.rank, self.world_size = rank, world_size
 
     def __len__(self) -> int:
-        """Batches in an epoch."""
-        full, rest = divmod(len(self.indices), self.batch_size)
-        return full if self.drop_last or not rest else full + 1
+        """Return the number of batches per epoch."""
+        return len(self.indices) // self.batch_size
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches ``start``, ``start + 1``, ... of ``epoch``: float32 (n, C, H, W) in [0, 1] and int64 (n,).
+        """Yield the batches ``start``, ``start + 1``, ... of ``epoch``.
 
-        Nothing here waits for the device after the first batch.
+        Nothing waits for the device after the first batch.
+
+        Yields:
+            Images float32 (n, C, H, W) in [0, 1] and labels int64 (n,), with n = batch_size / world_size.
         """
         device = self.images.device
         order = torch.randperm(len(self.indices), generator=stream("cpu", self.seed, "permutation", epoch))
@@ -111,14 +115,18 @@ class DeviceLoader:
             yield to_unit(x, self.memory_format), self.labels[index]
 
     def _share(self, step: int) -> slice:
-        """Where this process's part of batch ``step`` lies within the epoch."""
-        begin = step * self.batch_size
-        size = min(self.batch_size, len(self.indices) - begin)
-        return slice(begin + size * self.rank // self.world_size, begin + size * (self.rank + 1) // self.world_size)
+        """Return the positions in the epoch of this process's share of batch ``step``."""
+        size = self.batch_size // self.world_size
+        begin = step * self.batch_size + self.rank * size
+        return slice(begin, begin + size)
 
 
 def resident(array: Tensor | np.ndarray, device: torch.device | str) -> Tensor:
-    """``array`` as a dense tensor on ``device``; what lies there already is shared, a read-only array is copied."""
+    """Return ``array`` as a dense tensor on ``device``.
+
+    A tensor that is on ``device`` already is returned as it is. A writable array shares its memory with a CPU tensor; a
+    read-only array is copied, because torch tensors are always writable.
+    """
     if isinstance(array, np.ndarray):
         array = torch.from_numpy(array if array.flags.writeable else array.copy())
     return array.to(device).contiguous()

@@ -1,8 +1,8 @@
-"""The long-tailed profile, the seed-0 selection behind every published index list, and the groups it is scored by.
+"""The long-tailed profile, the selection of images, the balanced sub-dataset, and the class groups of the results.
 
-Class c keeps ``int(n_max * r ** (c / (C - 1)))`` images, r = 1 / imbalance ratio (Cao et al. 2019, LDAM, exponential
-profile). All randomness comes from private legacy NumPy generators: their streams are frozen across NumPy versions,
-and NumPy's global state is neither read nor moved.
+Class c of C keeps ``int(n_max * r ** (c / (C - 1)))`` images, with r = 1 / imbalance ratio (exponential profile of
+LDAM, Cao et al. 2019). The published index lists select the images with seed 0. All randomness comes from private
+legacy NumPy generators, because their streams do not change between NumPy versions. NumPy's global state is not used.
 """
 
 import bisect
@@ -25,18 +25,22 @@ class LongTailed:
     labels: np.ndarray
     """int64 (N,), ascending"""
     indices: np.ndarray
-    """int64 (N,): where each image stands in the set it was drawn from"""
+    """int64 (N,), position of each image in the full training set"""
     counts: list[int]
-    """images of each class"""
+    """images per class"""
     index_hash: str
-    """:func:`index_hash` of ``indices``: two runs with the same hash trained on the same images"""
+    """:func:`index_hash` of ``indices``; two runs with the same hash trained on the same images"""
     groups: dict[str, list[int]]
     """:func:`class_groups` of ``counts``"""
     class_names: tuple[str, ...]
 
 
 def make_long_tailed(dataset: Dataset, imbalance_ratio: float | None, seed: int = 0) -> LongTailed:
-    """The long-tailed training set of ``dataset``; ``imbalance_ratio=None`` keeps every image it has.
+    """Make the long-tailed training set of ``dataset``.
+
+    Args:
+        imbalance_ratio: size of the largest class over size of the smallest; None keeps every image
+        seed: seed of the selection; the published index lists use 0
 
     Raises:
         UserError: see :func:`class_counts`.
@@ -51,7 +55,12 @@ def make_long_tailed(dataset: Dataset, imbalance_ratio: float | None, seed: int 
 
 
 def class_counts(n_max: int, num_classes: int, imbalance_ratio: float) -> list[int]:
-    """Images of each class, the most frequent first; truncated, not rounded, as the published lists are.
+    """Return the images per class of the long-tailed profile, from class 0, the most frequent, to the rarest.
+
+    Counts are truncated, not rounded, as in the published lists.
+
+    Args:
+        n_max: images of class 0
 
     Raises:
         UserError: a ratio below 1 or not finite, fewer than two classes, or a ratio that leaves the last class empty.
@@ -63,31 +72,34 @@ def class_counts(n_max: int, num_classes: int, imbalance_ratio: float) -> list[i
     counts = _profile(n_max, num_classes, imbalance_ratio)
     if counts[-1] < 1:
         raise UserError(
-            f"an imbalance ratio of {imbalance_ratio:g} leaves no image in the last class when the first has {n_max}"
+            f"an imbalance ratio of {imbalance_ratio:g} leaves no image in the last class if the first has {n_max}; "
+            "use a smaller ratio"
         )
     return counts
 
 
 def _profile(n_max: int, num_classes: int, imbalance_ratio: float) -> list[int]:
+    """Return the counts of :func:`class_counts`, without its checks."""
     ratio = 1 / imbalance_ratio
     return [int(n_max * ratio ** (c / (num_classes - 1))) for c in range(num_classes)]
 
 
 def fitted_counts(sizes: list[int], imbalance_ratio: float) -> list[int]:
-    """Images of each class in the largest profile that classes of these ``sizes`` can fill, the larger class more.
+    """Return the images per class of the largest long-tailed profile that fits into classes of these ``sizes``.
 
-    Sizes that are alike are taken in class order; so of sizes that follow a profile of a smaller ratio, all is used.
+    Larger classes get larger counts; among classes of equal size, the earlier class gets the larger count.
 
     Raises:
         UserError: see :func:`class_counts`.
     """
-    order = sorted(range(len(sizes)), key=lambda c: -sizes[c])
+    order = sorted(range(len(sizes)), key=lambda c: -sizes[c])  # classes from the largest to the smallest
 
     def too_large(n_max: int) -> bool:
         counts = _profile(n_max, len(sizes), imbalance_ratio)
         return any(count > sizes[c] for c, count in zip(order, counts, strict=True))
 
-    class_counts(max(sizes), len(sizes), imbalance_ratio)  # refuses what cannot be
+    class_counts(max(sizes), len(sizes), imbalance_ratio)  # checks the arguments
+    # Binary search for the first n_max that is too large; the one before it is the answer.
     n_max = bisect.bisect_left(range(max(sizes) + 1), True, key=too_large) - 1
     counts = dict(zip(order, class_counts(n_max, len(sizes), imbalance_ratio), strict=True))
     return [counts[c] for c in range(len(sizes))]
@@ -96,46 +108,47 @@ def fitted_counts(sizes: list[int], imbalance_ratio: float) -> list[int]:
 def long_tailed_indices(
     labels: np.ndarray, imbalance_ratio: float | None, n_max: int | None = None, seed: int = 0
 ) -> np.ndarray:
-    """Indices of the images kept, int64, class by class.
+    """Return the int64 indices of the images to keep, class by class.
 
-    Each class in turn is shuffled from its ascending indices by one legacy generator and cut to its count, so the
-    subsets of a larger ratio lie within those of a smaller one.
+    One legacy generator shuffles the ascending indices of each class in turn, and the first images of each class are
+    kept. So the subset of a larger ratio is contained in that of a smaller one.
 
     Args:
-        labels: int64 (N,), every class in ``range(labels.max() + 1)`` present
-        imbalance_ratio: largest over smallest class; None keeps everything, in class order
-        n_max: images of class 0; a class with fewer than the profile asks keeps them all. None: :func:`fitted_counts`
+        labels: int64 (N,); every class in ``range(labels.max() + 1)`` must be present
+        imbalance_ratio: size of the largest class over size of the smallest; None keeps every image, in class order
+        n_max: images of class 0; a class with fewer images than the profile requires keeps all of them. None uses
+            :func:`fitted_counts`.
 
     Raises:
         UserError: see :func:`class_counts`.
     """
-    members = _members(labels)
+    by_class = _indices_by_class(labels)
     if imbalance_ratio is None:
-        return np.concatenate(members)
+        return np.concatenate(by_class)
     if n_max is None:
-        counts = fitted_counts([len(indices) for indices in members], imbalance_ratio)
+        counts = fitted_counts([len(indices) for indices in by_class], imbalance_ratio)
     else:
-        counts = class_counts(n_max, len(members), imbalance_ratio)
+        counts = class_counts(n_max, len(by_class), imbalance_ratio)
     rng = np.random.RandomState(seed)
-    for indices in members:
+    for indices in by_class:
         rng.shuffle(indices)
-    return np.concatenate([indices[:count] for indices, count in zip(members, counts, strict=True)])
+    return np.concatenate([indices[:count] for indices, count in zip(by_class, counts, strict=True)])
 
 
 def balanced_indices(labels: np.ndarray, per_class: int, seed: int = 0) -> np.ndarray:
-    """Indices of a balanced set with exactly ``per_class`` images of every class, int64, class by class.
+    """Return the int64 indices of a balanced set with exactly ``per_class`` images per class, class by class.
 
-    A class with enough images gives that many of them without replacement; a smaller one gives whole copies of itself
-    and draws the remainder without replacement, so no image appears more than one time above another of its class.
+    A class with enough images is sampled without replacement. A smaller class is repeated as a whole, and the remainder
+    is sampled without replacement, so the repetitions of two images of a class differ by at most one.
 
     Raises:
-        UserError: ``per_class`` below 1.
+        UserError: ``per_class`` is below 1.
     """
     if per_class < 1:
-        raise UserError(f"the balanced set needs at least one image a class, got {per_class}")
+        raise UserError(f"the balanced set needs at least one image per class, got {per_class}")
     rng = np.random.RandomState(seed)
     drawn = []
-    for indices in _members(labels):
+    for indices in _indices_by_class(labels):
         copies, remainder = divmod(per_class, len(indices))
         drawn += [np.tile(indices, copies), rng.permutation(indices)[:remainder]]
     return np.concatenate(drawn)
@@ -144,38 +157,39 @@ def balanced_indices(labels: np.ndarray, per_class: int, seed: int = 0) -> np.nd
 def holdout_split(
     labels: np.ndarray, indices: np.ndarray, fraction: float, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Split ``indices`` class by class into (train, held out); order within each part is kept.
+    """Split ``indices`` into a training part and a held-out part, class by class; both keep the order of ``indices``.
 
-    Every class keeps at least one image for training, so a class of one image is never held out.
+    Every class keeps at least one training image, so a class with a single image is never held out.
 
     Args:
-        labels: int64 labels of the set that ``indices`` points into
-        indices: int64, without repeats (split before up-sampling, or copies of one image land on both sides)
-        fraction: share of each class to hold out, rounded to the nearest count, in [0, 1)
+        labels: int64 labels of the dataset that ``indices`` refers to
+        indices: int64, without repetitions; split before up-sampling, so that no image is in both parts
+        fraction: share of each class to hold out, in [0, 1), rounded to the nearest count
 
     Raises:
-        UserError: a fraction outside [0, 1).
-        ValueError: repeated indices.
+        UserError: the fraction is outside [0, 1).
+        ValueError: an index is repeated.
     """
     if not 0 <= fraction < 1:
-        raise UserError(f"the held-out fraction must lie in [0, 1), got {fraction}")
+        raise UserError(f"the held-out fraction must be in [0, 1), got {fraction}")
     if len(np.unique(indices)) != len(indices):
-        raise ValueError("indices repeat: split before up-sampling")
+        raise ValueError("indices must not repeat: split before up-sampling")
     rng = np.random.RandomState(seed)
-    held = np.zeros(len(indices), dtype=bool)
+    held_out = np.zeros(len(indices), dtype=bool)
     kept_labels = labels[indices]
     for c in np.unique(kept_labels):
         positions = rng.permutation(np.flatnonzero(kept_labels == c))
-        held[positions[: min(round(fraction * len(positions)), len(positions) - 1)]] = True
-    return indices[~held], indices[held]
+        held_out[positions[: min(round(fraction * len(positions)), len(positions) - 1)]] = True
+    return indices[~held_out], indices[held_out]
 
 
 def class_groups(counts: list[int]) -> dict[str, list[int]]:
-    """Classes in ``head``, ``medium`` and ``tail``, ascending within each group.
+    """Group the classes into ``head``, ``medium`` and ``tail`` by training images; each group is in ascending order.
 
-    Tail: the tenth of the classes (at least one) with the fewest training images, the later class first among equals;
-    1 of 10, 10 of 100, 20 of 200, as in the paper. Head: the third with the most. 200 classes also get ``tail10``,
-    because the paper's Tiny-ImageNet tail figures have the resolution of ten classes, not of the twenty it names.
+    The tail is the tenth of the classes, at least one, with the fewest training images (1 of 10, 10 of 100, 20 of 200,
+    as in the paper); among equal counts, later classes go to the tail first. The head is the third with the most. For
+    200 classes there is also ``tail10``, the ten rarest: the paper names twenty tail classes of Tiny-ImageNet, but the
+    resolution of its tail accuracies is that of ten.
     """
     by_frequency = sorted(range(len(counts)), key=lambda c: (-counts[c], c))
     num_head, num_tail = len(counts) // 3, max(len(counts) // 10, 1)
@@ -190,15 +204,15 @@ def class_groups(counts: list[int]) -> dict[str, list[int]]:
 
 
 def index_hash(indices: np.ndarray) -> str:
-    """First 16 hex digits of the SHA-256 of the indices as little-endian int64."""
+    """Return the first 16 hex digits of the SHA-256 of the indices as little-endian int64."""
     return hashlib.sha256(np.ascontiguousarray(indices, dtype="<i8").tobytes()).hexdigest()[:16]
 
 
-def _members(labels: np.ndarray) -> list[np.ndarray]:
-    """Ascending int64 indices of each class.
+def _indices_by_class(labels: np.ndarray) -> list[np.ndarray]:
+    """Return the ascending int64 indices of each class.
 
     Raises:
-        UserError: a class without an image.
+        UserError: a class has no image.
     """
     counts = np.bincount(labels)
     if len(counts) == 0 or counts.min() == 0:

@@ -1,4 +1,4 @@
-"""The datasets by name, each as two plain uint8 arrays: train and test."""
+"""The datasets by name, each with its training and test images as uint8 arrays."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ltat_fast.data.cache import prepare, user_cache
+from ltat_fast.data.cache import load_or_decode, user_cache_folder
 from ltat_fast.data.cifar import read_cifar
 from ltat_fast.data.decode import MAX_PIXELS
 from ltat_fast.data.download import Archive, fetch, unpack
@@ -21,35 +21,39 @@ TINY_IMAGENET = Archive("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "905
 
 @dataclass(frozen=True)
 class ImageSet:
+    """The images of one split."""
+
     images: np.ndarray
     """uint8 (N, C, H, W); may be a read-only memory map"""
     labels: np.ndarray
-    """int64 (N,), each class of ``class_names`` present"""
+    """int64 (N,), positions in ``class_names``; every class is present"""
     class_names: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Dataset:
+    """A dataset before it is cut to the long tail."""
+
     name: str
     train: ImageSet
     test: ImageSet
     n_max: int | None
-    """images of one class in the balanced original, where the long tail starts; None: the largest class found"""
+    """images per class in the balanced original, the size of class 0 in the long-tailed profile; None where no size is
+    published (see :func:`ltat_fast.data.longtail.fitted_counts`)"""
     pad: int
-    """zeros around an image that a random crop may reach into"""
+    """zeros per side of an image before a random crop"""
     flip: bool
-    """whether a mirrored image still shows its class"""
+    """whether a horizontally flipped image still shows its class"""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What :func:`load_dataset` was asked for."""
+    """The arguments of :func:`load_dataset`."""
 
     name: str
     data_dir: Path | None
     image_size: int | None
     download: bool
-    cache_dir: Path | None
     report: Callable[[str], None]
 
 
@@ -59,32 +63,32 @@ def load_dataset(
     *,
     image_size: int | None = None,
     download: bool = True,
-    cache_dir: Path | None = None,
     report: Callable[[str], None] = print,
 ) -> Dataset:
     """Load the dataset called ``name``, one of :data:`DATASETS`.
 
     Args:
-        data_dir: where its files lie or are downloaded to; None is :data:`DEFAULT_DATA_DIR`. Unused by digits-lt,
-            required by imagefolder-lt.
-        image_size: resize to this many pixels a side (tinyimagenet-lt and imagefolder-lt only)
-        download: fetch what is missing
-        cache_dir: where decoded images are kept; None is beside the data, or the user's cache directory when the data
-            cannot be written to
-        report: called with each line worth telling the user
+        data_dir: the folder that holds the files of the dataset, or to which they are downloaded; None is
+            :data:`DEFAULT_DATA_DIR`. digits-lt does not use it, imagefolder-lt requires it. Decoded images are cached
+            in ``data_dir/.ltat_fast_cache``, or in the user's cache folder if ``data_dir`` is not writable.
+        image_size: resize the images to this many pixels per side (tinyimagenet-lt and imagefolder-lt only)
+        download: download missing files
+        report: called with each line for the user
 
     Raises:
-        UserError: an unknown name, or data that is missing, damaged or not what its name says.
+        UserError: an unknown name, or missing, damaged or inconsistent data.
     """
     if name not in DATASETS:
         raise UserError(f"unknown dataset {name!r}; choose from {', '.join(DATASETS)}")
-    return _checked(DATASETS[name](Request(name, data_dir, image_size, download, cache_dir, report)))
+    dataset = DATASETS[name](Request(name, data_dir, image_size, download, report))
+    _check(dataset)
+    return dataset
 
 
 def _digits(request: Request) -> Dataset:
-    """scikit-learn's 1797 handwritten digits, 8x8 grey. 60 of each class, drawn once and for all, are the test set.
+    """Load scikit-learn's 1,797 handwritten digits, 8x8 grey. The test set is a fixed draw of 60 images per class.
 
-    What remains of the smallest class, 114 images, starts the long tail: every class can then give its full count.
+    ``n_max`` is the 114 images that remain of the smallest class, so that every class can fill its count.
     """
     from sklearn.datasets import load_digits
 
@@ -108,7 +112,7 @@ def _digits(request: Request) -> Dataset:
 
 
 def _tiny_imagenet(request: Request) -> Dataset:
-    """Tiny-ImageNet from its official tree, unpacked or downloaded when ``data_dir`` holds only the zip or nothing."""
+    """Load Tiny-ImageNet from its official tree; unpack the zip file, or download it first, if the tree is missing."""
     data_dir = request.data_dir or DEFAULT_DATA_DIR
     root = data_dir / "tiny-imagenet-200"
     if not root.is_dir() and (data_dir / "val" / "val_annotations.txt").exists():
@@ -116,23 +120,24 @@ def _tiny_imagenet(request: Request) -> Dataset:
     if not root.is_dir():
         archive = fetch(TINY_IMAGENET, data_dir, request.download, request.report)
         root = unpack(archive, data_dir, root.name, request.report)
-    return _decoded(request, scan_tiny_imagenet(root, request.report), n_max=500)
+    return _load_tree(request, scan_tiny_imagenet(root, request.report), n_max=500)
 
 
 def _image_folder(request: Request) -> Dataset:
+    """Load any tree of ``train/<class>/*`` and ``test/<class>/*``."""
     if request.data_dir is None:
         raise UserError("imagefolder-lt needs --data-dir, a folder with train/<class>/* and test/<class>/*")
-    return _decoded(request, scan_image_folder(request.data_dir, request.report), n_max=None)
+    return _load_tree(request, scan_image_folder(request.data_dir, request.report), n_max=None)
 
 
-def _decoded(request: Request, tree: Tree, n_max: int | None) -> Dataset:
+def _load_tree(request: Request, tree: Tree, n_max: int | None) -> Dataset:
+    """Load the images of ``tree``, from the cache if it has them."""
     if request.image_size is not None and not 1 <= request.image_size <= isqrt(MAX_PIXELS):
         raise UserError(f"the image size must be between 1 and {isqrt(MAX_PIXELS):,} pixels, got {request.image_size}")
-    beside = (request.data_dir or DEFAULT_DATA_DIR) / ".ltat_fast_cache"
-    arrays = prepare(tree, request.image_size, [request.cache_dir or beside, user_cache()], request.report)
-    train, test = (
-        ImageSet(arrays[f"{split}.images"], arrays[f"{split}.labels"], tree.class_names) for split in ("train", "test")
-    )
+    cache_folders = [(request.data_dir or DEFAULT_DATA_DIR) / ".ltat_fast_cache", user_cache_folder()]
+    arrays = load_or_decode(tree, request.image_size, cache_folders, request.report)
+    train = ImageSet(arrays["train.images"], arrays["train.labels"], tree.class_names)
+    test = ImageSet(arrays["test.images"], arrays["test.labels"], tree.class_names)
     return Dataset(request.name, train, test, n_max, pad=4, flip=True)
 
 
@@ -149,6 +154,7 @@ def _cifar100(request: Request) -> Dataset:
 
 
 def _cifar(request: Request, published: type, n_max: int) -> Dataset:
+    """Load CIFAR-10 or CIFAR-100; ``published`` is torchvision's class, for addresses and checksums."""
     _refuse_resize(request, 32)
     root = request.data_dir or DEFAULT_DATA_DIR
     archive = Archive(published.url, published.tgz_md5)
@@ -157,7 +163,7 @@ def _cifar(request: Request, published: type, n_max: int) -> Dataset:
 
 
 def _svhn(request: Request) -> Dataset:
-    """Street numbers, without the extra images. A mirrored digit is another digit or none, so no flip."""
+    """Load SVHN's cropped digits without the "extra" split. No flip: a flipped digit is another digit or none."""
     from ltat_fast._torchvision import torchvision
 
     _refuse_resize(request, 32)
@@ -171,23 +177,25 @@ def _svhn(request: Request) -> Dataset:
     return Dataset(request.name, image_set("train"), image_set("test"), n_max=None, pad=4, flip=False)
 
 
-def _checked(dataset: Dataset) -> Dataset:
-    """``dataset``, if each of its images has a label, each label is a class, and each class has an image."""
-    for split in ("train", "test"):
-        part: ImageSet = getattr(dataset, split)
+def _check(dataset: Dataset) -> None:
+    """Raise UserError unless each image has a label, each label is a class, and each class has an image."""
+    for split, part in (("train", dataset.train), ("test", dataset.test)):
         if len(part.images) != len(part.labels):
             raise UserError(f"{dataset.name}: {len(part.images):,} {split} images have {len(part.labels):,} labels")
-        if len(part.labels) and not 0 <= part.labels.min() <= part.labels.max() < len(part.class_names):
-            raise UserError(f"{dataset.name}: a {split} label is none of its {len(part.class_names)} classes")
+        outside = part.labels[(part.labels < 0) | (part.labels >= len(part.class_names))]
+        if len(outside):
+            raise UserError(f"{dataset.name}: the {split} label {outside[0]} is not in 0..{len(part.class_names) - 1}")
         counts = np.bincount(part.labels, minlength=len(part.class_names))
         if not counts.all():
             raise UserError(f"{dataset.name}: class {part.class_names[counts.argmin()]!r} has no {split} image")
-    return dataset
 
 
 def _refuse_resize(request: Request, native: int) -> None:
     if request.image_size not in (None, native):
-        raise UserError(f"{request.name} has {native}x{native} images; --image-size is for folders of images")
+        raise UserError(
+            f"{request.name} has {native}x{native} images and cannot be resized; remove --image-size "
+            "(only tinyimagenet-lt and imagefolder-lt take it)"
+        )
 
 
 DATASETS: dict[str, Callable[[Request], Dataset]] = {

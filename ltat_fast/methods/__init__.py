@@ -1,4 +1,4 @@
-"""The training methods, by the name ``--method`` takes. A new one is a file here and a line below."""
+"""The training methods, keyed by the name that ``--method`` takes. A new method is one file here and one line below."""
 
 from ltat_fast.methods.adaad import AdaAd
 from ltat_fast.methods.adaiad import AdaIad

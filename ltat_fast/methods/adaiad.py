@@ -1,8 +1,14 @@
-"""AdaIAD: IAD-I on AdaAD's examples, with the teacher's predictions taken there too (Huang et al., "Boosting Accuracy
-and Robustness of Student Models via Adaptive Adversarial Distillation", CVPR 2023).
+"""AdaIAD: IAD-I with the attack of AdaAD, and with the teacher's target at the adversarial image. With
+a = teacher_weight, t = temperature, b = trust_power:
 
-The authors' code defaults to temperature 30; the tables of the IGDM paper fit temperature 1. Otherwise as
-:mod:`ltat_fast.methods.iad` and :mod:`ltat_fast.methods.adaad`.
+    L = a t^2 KL(T(x') / t || S(x') / t) + a mean_i (1 - w_i) KL(S(x_i) || S(x'_i)) + (1 - a) CE(S(x), y)
+    w_i = softmax(T(x'_i))[y_i]^b,   x' = PGD on KL(T(x') || S(x'))
+
+Source: Huang et al., "Boosting Accuracy and Robustness of Student Models via Adaptive Adversarial Distillation", CVPR
+2023.
+
+Departures from the authors' code, besides those of :mod:`ltat_fast.methods.distillation`:
+- Their default temperature is 30. Ours is 1, which fits the tables of the IGDM paper.
 """
 
 from dataclasses import dataclass

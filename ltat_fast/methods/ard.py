@@ -1,9 +1,15 @@
-"""ARD: the clean predictions of a robust teacher, on PGD examples (Goldblum, Fowl, Feizi, Goldstein, "Adversarially
-Robust Distillation", AAAI 2020).
+"""ARD: adversarially robust distillation. With a = teacher_weight and t = temperature:
 
-The attack ascends cross-entropy. Defaults are those of the IGDM paper's comparison, teacher_weight 1 and temperature 1.
-The authors' own code uses temperature 30, divides the KL by the number of classes (``--loss-scale``), and attacks in
-train mode from a start that is not clipped.
+    L = a t^2 KL(T(x) / t || S(x') / t) + (1 - a) CE(S(x), y),   x' = PGD on CE
+
+Source: Goldblum, Fowl, Feizi, Goldstein, "Adversarially Robust Distillation", AAAI 2020.
+
+The defaults are those of the comparison in the IGDM paper: teacher_weight 1 and temperature 1.
+
+Departures from the authors' code, besides those of :mod:`ltat_fast.methods.distillation`:
+- Their temperature is 30.
+- Their KL is divided by the number of classes (``--loss-scale``).
+- Their attack runs in train mode, from a start that is not clipped.
 """
 
 from dataclasses import dataclass
@@ -16,18 +22,24 @@ from ltat_fast.methods.distillation import Distillation, kl, widen
 
 @dataclass
 class Ard(Distillation):
-    """min_w  a t^2 KL(T(x) / t || S(x') / t) + (1 - a) CE(S(x), y),  a = teacher_weight, t = temperature."""
+    """min_w  a t^2 KL(T(x) / t || S(x') / t) + (1 - a) CE(S(x), y),   a = teacher_weight, t = temperature."""
 
     name: ClassVar[str] = "ard"
 
     teacher_weight: float = 1.0
-    """weight of the teacher's predictions; the rest goes to cross-entropy on the clean image"""
+    """weight a of the KL between teacher and student; cross-entropy on the clean image has weight 1 - a"""
     temperature: float = 1.0
-    """temperature of the KL"""
+    """temperature t of the KL"""
+
+    def check(self):
+        super().check()
+        self._require_share("teacher_weight")
+        self._require_positive("temperature")
 
     def distill(self, at, y, progress):
-        distilled = kl(at.teacher("clean"), at.student("adv"), self.temperature).mean()
-        loss, parts = self.teacher_weight * self.temperature**2 * distilled, {"kl": distilled.detach()}
+        divergence = kl(at.teacher("clean"), at.student("adv"), self.temperature).mean()
+        loss = self.teacher_weight * self.temperature**2 * divergence
+        parts = {"kl": divergence.detach()}
         if self.teacher_weight < 1:
             ce = F.cross_entropy(widen(at.student("clean")), y)
             loss = loss + (1 - self.teacher_weight) * ce

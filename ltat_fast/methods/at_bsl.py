@@ -1,9 +1,16 @@
-"""AT-BSL: balanced softmax on PGD examples (Yue et al., "Revisiting Adversarial Training under Long-Tailed
-Distributions", CVPR 2024; balanced softmax by Ren et al., NeurIPS 2020).
+"""AT-BSL: adversarial training with balanced softmax.
 
-As the authors' code: the attack ascends plain cross-entropy from a Gaussian start; the prior enters the loss alone,
-never the attack and never the test. Their code has no tau, which is tau = 1. Departure: the start is clipped to [0, 1],
-theirs after the first step alone.
+    L = -log softmax(f(x') + tau log n)[y],   x' = PGD on CE,   n: training images per class
+
+Source: Yue, Mou, Wang, Zhao, "Revisiting Adversarial Training under Long-Tailed Distributions", CVPR 2024. Balanced
+softmax: Ren et al., "Balanced Meta-Softmax for Long-Tailed Visual Recognition", NeurIPS 2020, eq. 3.
+
+As in the authors' code:
+- The attack ascends plain cross-entropy from a Gaussian start.
+- Only the loss knows the class prior. The attack and the evaluation do not.
+- tau is 1 (their code has no tau).
+
+Departure: the start of the attack is clipped to [0, 1] (theirs only after the first step).
 """
 
 from dataclasses import dataclass
@@ -21,7 +28,7 @@ class AtBsl(Method):
     noise: ClassVar[str] = "gaussian"
 
     tau: float = 1.0
-    """strength of the class prior in the balanced softmax"""
+    """strength tau of the class prior in the balanced softmax"""
 
     def loss(self, model, x, x_adv, y, progress):
         loss = balanced_softmax_kl(model(x_adv), y, self.context.class_counts, tau=self.tau)

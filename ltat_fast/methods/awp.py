@@ -1,16 +1,25 @@
-"""AWP: adversarial weight perturbation (Wu et al., "Adversarial Weight Perturbation Helps Robust Generalization",
-NeurIPS 2020, eq. 8 and 10). For every weight tensor w_l of more than one dimension, convolutions and the classifier:
+"""AWP: adversarial weight perturbation. For every weight tensor w_l with more than one dimension (convolutions and the
+classifier):
 
-    d_l = ||w_l|| g_l / ||g_l||,  g = gradient of L(w) on the batch;   w <- SGD(w + gamma d) - gamma d
+    d_l = ||w_l|| g_l / ||g_l||,   g = gradient of L(w) on the batch
+    w <- SGD(w + gamma d) - gamma d
 
-L is the loss of the base, on the adversarial examples of the unperturbed weights. As in the authors' code, momentum
-and weight decay act at the perturbed weights; the loss logged is the one there. gamma is 0.01 from the first epoch on
-PGD-AT, 0.005 from epoch 10 on TRADES. The authors' proxy network and its learning rate drop out of d; what is left of
-them is that g is measured in train mode and leaves no trace in the statistics of batch norm.
+L is the loss of the base method (PGD-AT or TRADES) on adversarial examples of the unperturbed weights.
 
-Departures: the attack runs in eval mode, inputs are not normalised, and there is no forward in train mode for logging;
-in the authors' PGD-AT variant all three differ, and the first and last feed batch norm. Before its first active epoch
-the perturbation is there with gamma 0, so that a captured step stays valid: same weights, same price.
+Source: Wu, Xia, Wang, "Adversarial Weight Perturbation Helps Robust Generalization", NeurIPS 2020, eq. 8 and 10.
+
+As in the authors' code:
+- Momentum and weight decay act at the perturbed weights, and the logged loss is the loss there.
+- gamma is 0.01 from the first epoch with PGD-AT, and 0.005 from epoch 10 with TRADES.
+- g is measured in train mode and leaves the statistics of batch norm unchanged. Their code takes g from a copy of the
+  network, a proxy; the learning rate of the proxy cancels in d.
+
+Departures:
+- The attack runs in eval mode (theirs with PGD-AT: in train mode, which updates batch norm).
+- Inputs are not normalised (theirs with PGD-AT: normalised).
+- There is no extra train-mode forward for logging (theirs with PGD-AT has one, which updates batch norm).
+- Before the first active epoch the perturbation runs with gamma 0, so that a captured step stays valid. The weights are
+  those of the base method; the cost per step is that of AWP.
 """
 
 from dataclasses import dataclass
@@ -26,34 +35,37 @@ from ltat_fast.methods.trades import Trades
 
 @dataclass
 class Awp(Method):
-    """min_w max_d  L(w + d),  ||d_l|| <= gamma ||w_l||,  with L of PGD-AT or TRADES."""
+    """min_w max_d  L(w + d),   ||d_l|| <= gamma ||w_l||,   L of PGD-AT or TRADES."""
 
     name: ClassVar[str] = "awp"
 
     awp_base: Literal["pgd-at", "trades"] = "pgd-at"
-    """the method whose attack and loss are used"""
+    """base method, whose attack and loss are used"""
     awp_gamma: float | None = None
-    """size of the perturbation relative to the weights; 0.01 on pgd-at, 0.005 on trades if not given"""
+    """size gamma of the perturbation relative to the weights; None: 0.01 with pgd-at, 0.005 with trades"""
     awp_from: int | None = None
-    """first epoch, counted from 1, with a perturbation; 1 on pgd-at, 10 on trades if not given"""
+    """first epoch (counted from 1) with a perturbation; None: 1 with pgd-at, 10 with trades"""
     beta: float = 6.0
-    """weight of the divergence of TRADES"""
+    """weight beta of the KL of TRADES"""
     balanced: bool = False
-    """balanced softmax in the base: AT-BSL for pgd-at, trades --balanced for trades"""
+    """use balanced softmax in the base method: at-bsl instead of pgd-at, trades --balanced instead of trades"""
 
     def __post_init__(self) -> None:
         if self.awp_base == "trades":
-            self.base, self._gamma, self._from = Trades(self.beta, self.balanced), 0.005, 10
+            self.base = Trades(self.beta, self.balanced)
+            default_gamma, default_from = 0.005, 10
         else:
-            self.base, self._gamma, self._from = AtBsl() if self.balanced else PgdAt(), 0.01, 1
-        self._gamma = self._gamma if self.awp_gamma is None else self.awp_gamma
-        self._from = self._from if self.awp_from is None else self.awp_from
-        self.noise, self.flat_start = self.base.noise, self.base.flat_start
+            self.base = AtBsl() if self.balanced else PgdAt()
+            default_gamma, default_from = 0.01, 1
+        self._gamma = default_gamma if self.awp_gamma is None else self.awp_gamma
+        self._from = default_from if self.awp_from is None else self.awp_from
+        self.noise = self.base.noise
+        self.needs_fp32_attack = self.base.needs_fp32_attack
 
-    def setup(self, setting):
-        super().setup(setting)
-        self.base.setup(setting)
-        self.strength = torch.zeros((), device=setting.class_counts.device)
+    def setup(self, context):
+        super().setup(context)
+        self.base.setup(context)
+        self.strength = torch.zeros((), device=context.class_counts.device)
         self.on_epoch_start(0)
 
     def state(self):
@@ -73,12 +85,13 @@ class Awp(Method):
 
     def update(self, model, optimizer, loss):
         weights = [p for p in model.parameters() if p.ndim > 1]
-        buffers = [(b, b.clone()) for b in model.buffers()]
-        # backward, not autograd.grad: in several processes it is what averages the gradient over them.
+        buffers = list(model.buffers())
+        buffers_before = [buffer.clone() for buffer in buffers]
+        # backward(), not autograd.grad: DistributedDataParallel averages gradients over processes in backward() only.
         optimizer.zero_grad(set_to_none=True)
         loss()[0].backward()
         with torch.no_grad():
-            for buffer, before in buffers:
+            for buffer, before in zip(buffers, buffers_before, strict=True):
                 buffer.copy_(before)
             original = [w.clone() for w in weights]
             norms = torch.stack(torch._foreach_norm(weights))
@@ -88,7 +101,7 @@ class Awp(Method):
             torch._foreach_copy_(weights, perturbed)
         result = super().update(model, optimizer, loss)
         with torch.no_grad():
-            # What the optimizer did, added to a copy: subtracting gamma d would not give w back to the last bit.
+            # Add the optimizer's change to a copy of w. Subtracting gamma d would not restore w to the last bit.
             torch._foreach_sub_(weights, perturbed)
             torch._foreach_add_(weights, original)
         return result

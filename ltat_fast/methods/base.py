@@ -1,7 +1,8 @@
-"""What a training method is: hyper-parameters, what the attack ascends, what the student descends.
+"""The interface of a training method: hyper-parameters, attack objective, training loss.
 
-A method is a dataclass. Its fields are its hyper-parameters and become command-line flags; :data:`ltat_fast.methods.
-METHODS` lists the classes. The engine owns everything else: data, attack loop, frozen twin, precision, compilation.
+A method is a dataclass. Its fields are its hyper-parameters and become command-line flags; the string below a field is
+the help text of its flag. :data:`ltat_fast.methods.METHODS` lists all methods. The trainer owns everything else: data,
+attack loop, frozen twins, precision, compilation, checkpoints.
 """
 
 import math
@@ -16,15 +17,15 @@ from torch import Tensor, nn
 from ltat_fast.errors import UserError
 
 Model = Callable[[Tensor], Tensor]
-LossOf = Callable[[], tuple[Tensor, dict]]
+LossClosure = Callable[[], tuple[Tensor, dict]]
 
 
 @dataclass
 class MethodContext:
-    """What a method may know of the run it is in, handed to :meth:`Method.setup`.
+    """What a run tells its method, once, through :meth:`Method.setup`.
 
-    class_counts: int64 ``(C,)`` on the training device, training images of each class.
-    teacher: frozen, images to float32 logits; None where the method asks for none.
+    class_counts: int64 ``(C,)`` on the training device, number of training images per class.
+    teacher: frozen network from images to float32 logits; None if the method needs no teacher.
     """
 
     class_counts: Tensor
@@ -33,74 +34,99 @@ class MethodContext:
 
 @dataclass
 class Method:
-    """Base of all methods; as it stands, the attack ascends cross-entropy with hard labels."""
+    """Base class of all methods. By default the attack ascends cross-entropy with hard labels."""
 
     name: ClassVar[str]
     noise: ClassVar[Literal["uniform", "gaussian"]] = "uniform"
+    """Start noise of the training attack: uniform in the eps-ball, or 0.001 N(0, 1)."""
     teacher: ClassVar[Literal["none", "balanced", "robust", "natural"]] = "none"
-    """trained by the run unless one is given: PGD-AT on the balanced re-sampling, PGD-AT on all of the data, or
-    standard training on all of it"""
-    flat_start: ClassVar[bool] = False
-    """The attack starts where its objective is all but flat: in bfloat16 the sign of that gradient is half noise, so
-    the attack runs in float32 unless the user says otherwise"""
-    attacks: ClassVar[bool] = True
-    """False: ``x_adv`` is ``x``"""
-    differentiates_twice: ClassVar[bool] = False
-    """The loss holds a gradient of the student's. Neither torch.compile nor synchronised batch norm can differentiate
-    that, so the student is not compiled, and more than one process is refused."""
+    """Kind of teacher that the run trains if ``--teacher`` gives none. balanced: PGD-AT on the class-balanced
+    re-sampling. robust: PGD-AT on all training images. natural: standard training on all training images."""
+    needs_fp32_attack: ClassVar[bool] = False
+    """True if the objective is nearly flat at the start of the attack. In bfloat16 many signs of such a gradient are
+    wrong, so ``--attack-precision auto`` runs the attack in float32."""
+    uses_attack: ClassVar[bool] = True
+    """False: the run skips the attack, and ``x_adv`` is ``x``."""
+    needs_double_backward: ClassVar[bool] = False
+    """True if the loss contains an input gradient of the student. torch.compile and synchronised batch norm cannot
+    differentiate that, so the student is not compiled, and the run needs a single process."""
 
     def check(self) -> None:
-        """Refuse hyper-parameters that cannot work: here, numbers that are negative or not finite.
-
-        Raises UserError.
-        """
+        """Raise UserError if a hyper-parameter is invalid. Here: if a number is negative or not finite."""
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, int | float) and not 0 <= value < math.inf:
-                raise UserError(f"--{field.name.replace('_', '-')} must be 0 or more, not {value:g}")
+                raise UserError(f"{_flag(field.name)} must be 0 or more and finite, not {value:g}")
 
-    def setup(self, setting: MethodContext) -> None:
-        """Called once before training starts."""
-        self.context = setting
+    def _require_positive(self, name: str) -> None:
+        """Raise UserError if the hyper-parameter ``name`` is 0. :meth:`check` has already refused negative values."""
+        if getattr(self, name) == 0:
+            raise UserError(f"{_flag(name)} must be above 0, not 0")
+
+    def _require_share(self, *names: str) -> None:
+        """Raise UserError if one of the hyper-parameters ``names`` is above 1."""
+        for name in names:
+            value = getattr(self, name)
+            if value > 1:
+                raise UserError(f"{_flag(name)} must be between 0 and 1, not {value:g}")
+
+    def setup(self, context: MethodContext) -> None:
+        """Keep ``context``. The trainer calls this once, before training starts."""
+        self.context = context
 
     def wrap_model(self, model: nn.Module, class_counts: Tensor) -> nn.Module:
-        """The network this method trains and exports, from a plain one; called before any weight is trained or loaded.
+        """Return the network that this method trains and exports, made from the plain network ``model``.
 
-        class_counts: int64 ``(C,)`` on the CPU.
+        The trainer calls this before it trains or loads any weight. class_counts: int64 ``(C,)`` on the CPU.
         """
         return model
 
     def on_epoch_start(self, epoch: int) -> None:
-        """Called before the steps of ``epoch``, counted from 0; not when an interrupted epoch goes on."""
+        """Update what changes per epoch. ``epoch`` counts from 0.
+
+        The trainer calls this before the first step of an epoch, and does not call it again when it resumes in the
+        middle of an epoch.
+        """
 
     def state(self) -> dict[str, Tensor]:
-        """Tensors the method itself changes while training: saved with the run and, on resume, copied back into."""
+        """Return the tensors that the method itself changes in training.
+
+        The trainer saves them with the run. On resume it copies the saved values into them.
+        """
         return {}
 
     def target(self, frozen: Model, x: Tensor, y: Tensor) -> Tensor:
-        """What :meth:`objective` compares with, computed once a batch: labels here, clean predictions for TRADES."""
+        """Return the target of :meth:`objective`, computed once per batch: labels here, clean predictions in TRADES."""
         return y
 
     def objective(self, x_adv: Tensor, logits: Tensor, target: Tensor) -> Tensor:
-        """What the attack ascends: a scalar, summed over the batch."""
+        """Return the scalar that the attack ascends, summed over the batch.
+
+        x_adv: ``(B, C, H, W)``. logits: ``(B, K)`` of the frozen student at ``x_adv``. target: from :meth:`target`.
+        """
         return F.cross_entropy(logits, target, reduction="sum")
 
     def loss(self, model: Model, x: Tensor, x_adv: Tensor, y: Tensor, progress: Tensor) -> tuple[Tensor, dict]:
-        """What the student descends.
+        """Return the training loss, a scalar, and its named parts.
 
         model: the student in train mode. x, x_adv: ``(B, C, H, W)`` in [0, 1]. y: int64 ``(B,)``.
-        progress: 0-dim, epoch / epochs with the epoch counted from 1.
-        Returns the scalar loss and its named parts, detached 0-dim tensors, to be averaged over the epoch and logged.
+        progress: 0-dim tensor, epoch / epochs, where the first epoch is 1.
+        The parts are detached 0-dim tensors. The trainer averages them over the epoch and logs them.
         """
         raise NotImplementedError
 
-    def update(self, model: nn.Module, optimizer: torch.optim.Optimizer, loss: LossOf) -> tuple[Tensor, dict]:
-        """One update of the weights of ``model``: ``loss()`` is :meth:`loss` on the batch at hand, in its precision.
+    def update(self, model: nn.Module, optimizer: torch.optim.Optimizer, loss: LossClosure) -> tuple[Tensor, dict]:
+        """Update the weights of ``model`` once and return the result of ``loss()``.
 
-        Returns what ``loss()`` returned at the weights before the update. No synchronisation with the device.
+        loss: evaluates :meth:`loss` on the current batch, in the precision of the run.
+        An override must not wait for the device.
         """
         optimizer.zero_grad(set_to_none=True)
         value, parts = loss()
         value.backward()
         optimizer.step()
         return value.detach(), parts
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

@@ -1,15 +1,21 @@
-"""LTAT: long-tailed adversarial training with a balanced self-teacher (Cho, Lee, Kim, ICLR 2025).
+"""LTAT: long-tailed adversarial training with a balanced self-teacher.
 
-Stage 1 trains the teacher with PGD-AT on a class-balanced re-sampling of the long tail. Stage 2 trains the student on
-the whole long tail:
+Stage 1 trains the teacher f_T with PGD-AT on a class-balanced re-sampling of the long-tailed data. Stage 2 trains the
+student f on all of the long-tailed data:
 
-    L = BSL(f(x'), y)  +  kl_weight KL(f_T(x') || f(x'))  +  alpha_e KL(softmax dT || softmax dS)
+    L  = BSL(f(x'), y) + kl_weight KL(f_T(x') || f(x')) + alpha_e KL(softmax dT || softmax dS),   x' = PGD on CE
+    alpha_e = alpha * epoch / epochs, or alpha with --ramp constant
     dS = f(x + d) - f(x - d),   dT = f_T(x + d) - f_T(x - d),   d = x' - x
 
-The last term is indirect gradient matching (IGDM; Lee, Cho, Kim, ICLR 2025, eq. 8): by Taylor's argument the logit
-differences stand for the input gradients, and no second derivative is needed. ``x - d`` is not clipped: the difference
-must stay symmetric. The paper's algorithm box is not public; which terms it holds is inferred (docs/ltat.md), so the
-weights are flags.
+Sources: Cho, Lee, Kim, "Long-tailed Adversarial Training with Self-Distillation", ICLR 2025. Last term: Lee, Cho, Kim,
+"Indirect Gradient Matching for Adversarial Robust Distillation" (IGDM), ICLR 2025, eq. 8.
+
+The last term is indirect gradient matching: to first order the logit differences are products of input gradients with
+2 d, so it matches input gradients without a second derivative.
+
+- The text of the paper that we could read lacks its Algorithm 1. We inferred the terms of the loss (docs/ltat.md), so
+  their weights are flags.
+- x - d is not clipped, because the difference must stay symmetric.
 """
 
 from dataclasses import dataclass
@@ -18,68 +24,66 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ltat_fast.errors import UserError
 from ltat_fast.methods.base import Method
+from ltat_fast.models.joint_batch import forward_each
 from ltat_fast.ops import balanced_softmax_kl, igdm_loss
 
 
 @dataclass
 class Ltat(Method):
-    """min_w  BSL + kl_weight KL + alpha_e IGDM, against a frozen balanced self-teacher."""
+    """min_w  BSL(f(x'), y) + kl_weight KL(teacher || student) + alpha IGDM,   teacher: frozen, from balanced data."""
 
     name: ClassVar[str] = "ltat"
     teacher: ClassVar[str] = "balanced"
 
     alpha: float = 20.0
-    """weight of the indirect gradient matching"""
+    """weight alpha of indirect gradient matching (IGDM)"""
     ramp: Literal["linear", "constant"] = "linear"
-    """linear: alpha grows as epoch / epochs, as in the IGDM paper"""
+    """growth of alpha; linear: alpha * epoch / epochs, as in the IGDM paper; constant: alpha in every epoch"""
     kl_weight: float = 0.0
-    """weight of KL(teacher || student) on the adversarial example"""
+    """weight of KL(teacher || student), with the student at the adversarial example x'"""
     temperature: float = 1.0
-    """temperature of that KL"""
+    """temperature of KL(teacher || student)"""
     kl_target: Literal["adv", "clean"] = "adv"
-    """where the teacher is asked for that KL: at x', or at x as ARD does"""
+    """image on which the teacher predicts for KL(teacher || student): adversarial x', or clean x as in ARD"""
     tau: float = 1.0
-    """strength of the class prior in the balanced softmax"""
+    """strength tau of the class prior in the balanced softmax"""
     noise: Literal["uniform", "gaussian"] = "uniform"
-    """start of the attack: uniform in the ball, or 0.001 N(0, 1) as AT-BSL"""
+    """start noise of the attack: uniform in the eps-ball, or 0.001 N(0, 1) as in AT-BSL"""
 
     def check(self) -> None:
         super().check()
-        if self.temperature == 0:
-            raise UserError("--temperature must be above 0")
+        self._require_positive("temperature")
 
     def loss(self, model, x, x_adv, y, progress):
-        distilling, matching = self.kl_weight > 0, self.alpha > 0
-        points = {"adv": x_adv, "minus": 2 * x - x_adv} if matching else {}
-        if distilling:
+        use_kl, use_igdm = self.kl_weight > 0, self.alpha > 0
+        points = {"adv": x_adv, "minus": 2 * x - x_adv} if use_igdm else {}
+        if use_kl:
             points[self.kl_target] = x_adv if self.kl_target == "adv" else x
-        taught = self._taught(points)
+        teacher = self._teacher_logits(points)
 
-        plus = model(x_adv)
+        plus, *minus = forward_each(model, *([x_adv, points["minus"]] if use_igdm else [x_adv]))
         loss = balanced_softmax_kl(
             plus,
             y,
             self.context.class_counts,
-            taught[self.kl_target] if distilling else None,
+            teacher[self.kl_target] if use_kl else None,
             tau=self.tau,
             kl_weight=self.kl_weight,
             temperature=self.temperature,
         )
-        parts = {"bsl_kl" if distilling else "bsl": loss.detach()}
-        if matching:
-            # Two calls here: in train mode a joint batch would mix the batch statistics of the two points.
-            igdm = igdm_loss(plus, model(points["minus"]), taught["adv"], taught["minus"])
+        parts = {"bsl_kl" if use_kl else "bsl": loss.detach()}
+        if use_igdm:
+            igdm = igdm_loss(plus, minus[0], teacher["adv"], teacher["minus"])
             alpha = self.alpha * progress if self.ramp == "linear" else self.alpha
             loss = loss + alpha * igdm
             parts["igdm"] = igdm.detach()
         return loss, parts
 
-    def _taught(self, points: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The teacher's logits, in one call: it is in eval mode, so its batch does not matter."""
+    def _teacher_logits(self, points: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the teacher's logits ``(B, C)`` at each of ``points``. One joint batch is exact in eval mode."""
         if not points:
             return {}
         with torch.no_grad():
-            logits = self.context.teacher(torch.cat([*points.values()]))
+            logits = self.context.teacher(torch.cat(list(points.values())))
         return dict(zip(points, logits.chunk(len(points)), strict=True))

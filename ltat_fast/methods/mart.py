@@ -1,15 +1,21 @@
-"""MART: misclassification-aware adversarial training (Wang et al., "Improving Adversarial Robustness Requires
-Revisiting Misclassified Examples", ICLR 2020, eq. 11), with p = softmax f(x), q = softmax f(x'):
+"""MART: misclassification-aware adversarial training. With p = softmax f(x) and q = softmax f(x'):
 
     L = mean [ -log q_y - log(1.0001 - max_{k != y} q_k + 1e-12) ]
       + beta mean [ (1.0000001 - p_y) sum_k p_k (log p_k - log(q_k + 1e-12)) ]
 
-The constants and the gradient through every p are those of the authors' code. The attack ascends cross-entropy from a
-Gaussian start. beta is 5, the authors' for ResNet-18, and by preset 6 for WRN-34-10.
+Source: Wang, Zou, Yi, Bailey, Ma, Gu, "Improving Adversarial Robustness Requires Revisiting Misclassified Examples",
+ICLR 2020, eq. 11.
 
-Departures: the start is clipped to [0, 1]. 1 - q_k is computed as the sum of the other probabilities, the same number
-without the cancellation where q_k is near 1. The threat model and the schedule are those of the run, not the authors'
-(ResNet-18: lr 0.01, weight decay 3.5e-3; WRN: lr 0.1, weight decay 7e-4).
+As in the authors' code:
+- The constants are theirs, and the gradient flows through every p.
+- The attack ascends cross-entropy from a Gaussian start.
+- beta is 5 (their value for ResNet-18); the preset of WRN-34-10 sets 6.
+
+Departures:
+- The start of the attack is clipped to [0, 1].
+- 1 - q_k is computed as the sum of the other probabilities. The number is the same, without cancellation near q_k = 1.
+- Threat model and schedule are those of the run (theirs: learning rate 0.01 and weight decay 3.5e-3 for ResNet-18, 0.1
+  and 7e-4 for WRN).
 """
 
 import math
@@ -24,15 +30,15 @@ from ltat_fast.methods.base import Method
 
 @dataclass
 class Mart(Method):
-    """min_w  boosted cross-entropy on x' + beta (1 - f(x)[y]) KL(f(x) || f(x'))."""
+    """min_w  boosted CE on x' + beta (1 - f(x)[y]) KL(f(x) || f(x'))."""
 
     name: ClassVar[str] = "mart"
     noise: ClassVar[str] = "gaussian"
 
     beta: float = 5.0
-    """weight of the divergence between clean and adversarial prediction"""
+    """weight beta of the KL between clean and adversarial prediction"""
     balanced: bool = False
-    """log class counts added to the logits of the boosted cross-entropy, as AT-BSL does to PGD-AT's (ours)"""
+    """add log class counts to the logits of the boosted cross-entropy (our extension, as AT-BSL extends PGD-AT)"""
 
     def loss(self, model, x, x_adv, y, progress):
         clean, adv = model(x), model(x_adv)
@@ -52,5 +58,5 @@ class Mart(Method):
 
 
 def _sum_of_others(log_p: Tensor, chosen: Tensor) -> Tensor:
-    """1 - p[chosen], for probabilities (B, C) of which ``chosen`` marks one a row."""
+    """Return 1 - p[chosen], ``(B,)``. log_p: ``(B, C)``. chosen: bool ``(B, C)``, True once per row."""
     return log_p.exp().masked_fill(chosen, 0.0).sum(1)

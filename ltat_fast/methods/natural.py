@@ -1,4 +1,9 @@
-"""Standard training: cross-entropy on clean images, the teacher of IGD and the yardstick of what robustness costs."""
+"""Standard training, without an attack.
+
+    L = CE(f(x), y)
+
+It trains the teacher of IGD, and it shows how much clean accuracy robustness costs.
+"""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -13,7 +18,7 @@ class Natural(Method):
     """min_w  CE(f(x), y)."""
 
     name: ClassVar[str] = "natural"
-    attacks: ClassVar[bool] = False
+    uses_attack: ClassVar[bool] = False
 
     def loss(self, model, x, x_adv, y, progress):
         loss = F.cross_entropy(model(x).float(), y)

@@ -1,5 +1,11 @@
-"""PGD-AT: cross-entropy on PGD examples (Madry et al., "Towards Deep Learning Models Resistant to Adversarial
-Attacks", ICLR 2018, eq. 2.1). Also what trains the balanced self-teacher of LTAT.
+"""PGD-AT: adversarial training on PGD examples.
+
+    L = CE(f(x'), y),   x' = PGD on CE
+
+Source: Madry, Makelov, Schmidt, Tsipras, Vladu, "Towards Deep Learning Models Resistant to Adversarial Attacks", ICLR
+2018, eq. 2.1.
+
+PGD-AT also trains the balanced self-teacher of LTAT and the robust teacher of the distillation methods.
 """
 
 from dataclasses import dataclass
@@ -12,7 +18,7 @@ from ltat_fast.methods.base import Method
 
 @dataclass
 class PgdAt(Method):
-    """min_w  CE(f(x'), y)  with x' = PGD on CE."""
+    """min_w  CE(f(x'), y),   x' = PGD on CE."""
 
     name: ClassVar[str] = "pgd-at"
 

@@ -1,20 +1,28 @@
-"""REAT (Li, Xu, Zhang, "Alleviating the Effect of Data Imbalance on Adversarial Training", 2023): balanced softmax, and
-a term on the features h of the adversarial examples of tail classes.
+"""REAT: balanced softmax, and a term on the features h of the adversarial examples of tail classes.
 
-    L = BSL(f(x'), y) + L_tail
-    q = softmax h over its d coordinates,  KL_bj = KL(q_b || q_j) with q_b held constant
-    W_bj = -+ (omega_{y_b} + omega_{y_j}), minus where y_b = y_j;   omega_c = sqrt(N / n_c)
-    L_tail = mean over tail samples b of  mean_j(KL_bj) / d * mean_j(W_bj)         as the authors' code computes it
-                                          mean_j(W_bj KL_bj)                       pairwise, as it seems to be meant
+    L = BSL(f(x'), y) + tail_weight L_tail,   x' = PGD on CE with class weights
+    KL_bj = KL(q_b || q_j),   q = softmax of h over its d coordinates,   q_b without gradient
+    W_bj = omega_{y_b} + omega_{y_j},   with a minus sign if y_b = y_j;   omega_c = sqrt(N / n_c)
+    L_tail = mean over tail samples b of  mean_j(KL_bj) / d * mean_j(W_bj)         "as-coded": the authors' code
+                                          mean_j(W_bj KL_bj)                       "pairwise": what seems to be intended
 
-Tail classes are the rarer ones, from rank 2 floor(C / 3) + 1 on, counted from 0 (the authors' code takes the index,
-which is the rank on its datasets); of three classes there is none. The attack ascends cross-entropy with a weight for
-each class, the inverse effective number (Cui et al. 2019) of adversarial examples that were predicted as it in the
-epoch before: E_c = (1 - b^m_c) / (1 - b), b = (n_c - 1) / n_c. A positive weight cannot change the sign of a sample's
-gradient, so this leaves the examples as they are; it is here because it is part of the method.
+Source: Li, Xu, Zhang, "Alleviating the Effect of Data Imbalance on Adversarial Training", 2023.
 
-Departures: the start is clipped; no forward for logging; quadratic loops over the batch are matrices; the schedule of
-the run (theirs: 80 epochs). In several processes pairs are formed within a process.
+Tail classes: sort the C classes from frequent to rare; those from rank 2 floor(C / 3) + 1 on (the first rank is 0) are
+tail classes. With three classes there are none. The authors' code uses the class index, which equals the rank on its
+datasets.
+
+Class weights of the attack: the inverse effective number (Cui et al., CVPR 2019) of the m_c adversarial examples that
+the student predicted as class c in the previous epoch, E_c = (1 - b^m_c) / (1 - b) with b = (n_c - 1) / n_c. A positive
+weight cannot change the sign of a sample's gradient, so the weights do not change the examples. They are here because
+they are part of the method.
+
+Departures:
+- The start of the attack is clipped to [0, 1].
+- There is no extra forward for logging.
+- Matrix operations replace the authors' quadratic loops over the batch.
+- The schedule is that of the run (theirs: 80 epochs).
+- With several processes, pairs are formed within each process.
 """
 
 from dataclasses import dataclass
@@ -36,23 +44,23 @@ class Reat(Method):
     name: ClassVar[str] = "reat"
 
     tail_weight: float = 1.0
-    """weight of the tail feature term"""
+    """weight of the tail feature term L_tail"""
     tail_form: Literal["as-coded", "pairwise"] = "as-coded"
-    """as-coded: mean divergence times mean pair weight, what the published numbers come from; pairwise: each
-    divergence times its pair's weight"""
+    """form of L_tail; as-coded: mean KL times mean pair weight, as in the code of the published numbers; pairwise: mean
+    of each KL times the weight of its pair"""
 
     def wrap_model(self, model, class_counts):
         model.features_in_training = True
         return model
 
-    def setup(self, setting):
-        super().setup(setting)
-        counts = self._counts = setting.class_counts.clamp(min=1)
-        rank = counts.argsort(descending=True, stable=True).argsort()
-        self._is_tail = rank > len(counts) // 3 * 2
-        self._omega = (counts.sum() / counts).sqrt()
-        self.class_weights = effective_number_weights(counts, counts)
-        self.predicted = torch.zeros_like(counts)
+    def setup(self, context):
+        super().setup(context)
+        self._counts = context.class_counts.clamp(min=1)
+        rank = self._counts.argsort(descending=True, stable=True).argsort()
+        self._is_tail = rank > len(self._counts) // 3 * 2
+        self._omega = (self._counts.sum() / self._counts).sqrt()
+        self.class_weights = effective_number_weights(self._counts, self._counts)
+        self.predicted = torch.zeros_like(self._counts)
 
     def state(self):
         return {"class_weights": self.class_weights, "predicted": self.predicted}
@@ -76,6 +84,7 @@ class Reat(Method):
         return bsl + self.tail_weight * tail, {"bsl": bsl.detach(), "tail": tail.detach()}
 
     def _tail_term(self, features: Tensor, y: Tensor) -> Tensor:
+        """Return L_tail of the batch, a scalar; 0 if the batch has no tail sample. features: ``(B, d)``."""
         log_q = features.log_softmax(1)
         kl = F.kl_div(log_q[None], log_q.detach()[:, None], reduction="none", log_target=True).sum(2)
         omega = self._omega[y]
@@ -89,7 +98,10 @@ class Reat(Method):
 
 
 def effective_number_weights(counts: Tensor, seen: Tensor) -> Tensor:
-    """Float32 ``(C,)`` of sum C: inverse effective numbers of ``seen`` samples of classes with ``counts`` samples."""
+    """Return class weights: float32 ``(C,)`` with sum C, proportional to inverse effective numbers.
+
+    counts: ``(C,)``, training images per class. seen: ``(C,)``, samples per class whose effective number is taken.
+    """
     counts = counts.double()
     weights = 1 / (counts * (1 - ((counts - 1) / counts) ** seen) + 1e-5)
     return (weights * len(weights) / weights.sum()).float()

@@ -1,21 +1,31 @@
-"""RoBal (Wu et al., "Adversarial Robustness under Long-Tailed Distribution", CVPR 2021): a cosine classifier, margins
-and a prior in the loss, and a shift of the class boundaries after training.
+"""RoBal: a cosine classifier, margins and a class prior in the loss, and shifted class boundaries after training.
 
-    c_k = <h / ||h||, W_k / (||W_k|| + g)>                                          h: pooled features
-    L   = CE(u, y) + beta KL(softmax c(x) || softmax c(x'))
-    u_k = s (c_k(x') - [k = y] M_k) + tau_b log pi_k,   M_k = m + (tau_m / s) log(n_k / n_min),   s = 10
-    exported logits  z_k = s c_k - tau_p log pi_k,  or c_k where there is no shift
+    c_k = <h / ||h||, W_k / (||W_k|| + g)>,   h: pooled features
+    L   = CE(u, y) + beta KL(softmax c(x) || softmax c(x')),   x' = PGD on CE(c(x'), y)
+    u_k = s (c_k(x') - [k = y] M_k) + tau_b log pi_k,   M_k = m + (tau_m / s) log(n_k / n_min),   pi_k = n_k / N
+    exported logits: z_k = s c_k - tau_p log pi_k if tau_p > 0, else z_k = c_k
 
-``--robal-config N`` favours clean accuracy, ``R`` robustness: :data:`CONFIGS`, the authors' numbers for WRN-34-10 on
-the two CIFAR. Other datasets take those of CIFAR-10, as later code for Tiny-ImageNet does with R. As in the authors'
-code, the attack of training and the KL see the bare cosines: no scale, margin, prior or shift; the gradient flows
-through both sides of the KL; CIFAR-10's R has no shift and is tested on the bare cosines, whose small scale blunts PGD,
-so let AutoAttack judge. ``--no-posthoc`` leaves out the others' shift and trains the same weights, up to rounding.
+Source: Wu, Liu, Huang, Wang, Lin, "Adversarial Robustness under Long-Tailed Distribution", CVPR 2021.
 
-Departures: symmetric start noise (theirs is positive, a slip); one clean forward and then one adversarial forward
-(theirs are four, one of weight 0, so batch norm saw the clean batch twice); a step schedule that does not decay every
-epoch from 60 on, as theirs does by a slip; threat model, batch size and schedule of the run. Their log(q + 1e-12) in
-the KL is log q: a softmax of cosines stays far above.
+``--robal-config N`` favours clean accuracy, ``R`` favours robustness. :data:`CONFIGS` has the authors' numbers, for
+WRN-34-10 on CIFAR-10 and CIFAR-100. Other datasets use the numbers of CIFAR-10; later public code for Tiny-ImageNet
+does the same with R.
+
+As in the authors' code:
+- The training attack and the KL use the plain cosines c: no scale, margin, prior or shift.
+- The gradient flows through both arguments of the KL.
+- R on CIFAR-10 has no shift and is evaluated on the plain cosines. Their small scale weakens PGD, so compare such runs
+  by AutoAttack.
+
+``--no-posthoc`` exports without the shift and trains the same weights, up to rounding.
+
+Departures:
+- The start noise is symmetric (theirs is positive only, an apparent slip).
+- There is one clean forward, then one adversarial forward (theirs: four, two of each, and one clean forward has weight
+  0; so batch norm counts each batch twice).
+- The learning rate follows the schedule of the run (theirs is multiplied again in every epoch from 60 on, an apparent
+  slip). Threat model and batch size are those of the run too.
+- The KL uses log q (theirs: log(q + 1e-12); a softmax of cosines is far above 1e-12).
 """
 
 from dataclasses import dataclass
@@ -25,13 +35,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ltat_fast.errors import UserError
 from ltat_fast.methods.base import Method
 from ltat_fast.models.cosine import CosineClassifier
 from ltat_fast.ops import balanced_softmax_kl
 
 
 class Numbers(NamedTuple):
+    """The numbers of one configuration; the fields of :class:`Robal` with the same names explain them."""
+
     margin: float
     tau_b: float
     tau_m: float
@@ -50,43 +61,44 @@ CONFIGS: dict[tuple[str, str], Numbers] = {
 
 @dataclass
 class Robal(Method):
-    """min_w  margin loss on x' + beta KL(c(x) || c(x')),  with a cosine classifier."""
+    """min_w  CE(u(x'), y) + beta KL(softmax c(x) || softmax c(x')),   c: logits of a cosine classifier."""
 
     name: ClassVar[str] = "robal"
 
     robal_config: Literal["N", "R"] = "R"
-    """the authors' configuration for natural or for robust accuracy; the next flags change single numbers of it"""
+    """configuration of the authors: N for natural accuracy, R for robust accuracy; the flags below override single
+    numbers of it"""
     robal_dataset: Literal["cifar10", "cifar100"] = "cifar10"
-    """whose numbers of it"""
+    """dataset for which the authors chose the numbers of the configuration"""
     margin: float | None = None
-    """margin m of every class"""
+    """margin m of every class; None: by configuration"""
     tau_b: float | None = None
-    """strength of the class prior in the loss"""
+    """strength tau_b of the class prior in the loss; None: by configuration"""
     tau_m: float | None = None
-    """growth of the margin with the log of the class count"""
+    """growth tau_m of the margin with the log of the class count; None: by configuration"""
     beta: float | None = None
-    """weight of the divergence between clean and adversarial prediction"""
+    """weight beta of the KL between clean and adversarial prediction; None: by configuration"""
     norm_offset: float | None = None
-    """g, added to the norm of the weights of a class"""
+    """offset g on the norm of the class weights in the classifier; None: by configuration"""
     tau_p: float | None = None
-    """strength of the shift of the boundaries after training"""
+    """strength tau_p of the boundary shift after training; None: by configuration"""
     scale: float = 10.0
-    """s, of the cosines in the loss and beside a shift"""
+    """scale s of the cosines in the loss, and in exported logits that have a shift"""
     posthoc: bool = True
-    """export the network with its shift"""
+    """export the network with its boundary shift"""
 
     @property
     def numbers(self) -> Numbers:
+        """The numbers of the configuration, with those given as flags in their place."""
         given = {name: getattr(self, name) for name in Numbers._fields if getattr(self, name) is not None}
         return CONFIGS[self.robal_dataset, self.robal_config]._replace(**given)
 
     def check(self):
         super().check()
-        if self.scale == 0:
-            raise UserError("--scale must be above 0")
+        self._require_positive("scale")
 
     def exported(self, class_counts: Tensor) -> tuple[float, Tensor]:
-        """Scale and shift ``(C,)`` that make exported logits of cosines."""
+        """Return scale and shift ``(C,)`` of the exported logits, scale * cosines - shift. class_counts: ``(C,)``."""
         tau_p = self.numbers.tau_p if self.posthoc else 0.0
         counts = class_counts.clamp(min=1)
         return self.scale if tau_p else 1.0, tau_p * (counts / counts.sum()).log()
@@ -95,16 +107,17 @@ class Robal(Method):
         model.fc = CosineClassifier(model.feature_dim, self.numbers.norm_offset, *self.exported(class_counts))
         return model
 
-    def setup(self, setting):
-        super().setup(setting)
-        counts = setting.class_counts.clamp(min=1)
+    def setup(self, context):
+        super().setup(context)
+        counts = context.class_counts.clamp(min=1)
         margins = self.numbers.margin + self.numbers.tau_m / self.scale * (counts / counts.min()).log()
-        self._margin_of_label = torch.diag(margins)
-        self._exported = self.exported(setting.class_counts)
+        self._margin_of_label = torch.diag(margins)  # row y: M_y in column y, 0 elsewhere
+        self._exported = self.exported(context.class_counts)
 
     def objective(self, x_adv, logits, target):
-        scale, shift = self._exported  # the frozen network exports; back to its cosines
-        return F.cross_entropy((logits + shift) / scale, target, reduction="sum")
+        scale, shift = self._exported
+        cosines = (logits + shift) / scale  # undo the export: a network in eval mode returns exported logits
+        return F.cross_entropy(cosines, target, reduction="sum")
 
     def loss(self, model, x, x_adv, y, progress):
         clean, adv = model(x), model(x_adv)

@@ -1,42 +1,60 @@
-"""RSLAD: the teacher's clean predictions as labels everywhere, in the attack too (Zi, Zhao, Ma, Jiang, "Revisiting
-Adversarial Robustness Distillation: Robust Soft Labels Make Student Better", ICCV 2021).
+"""RSLAD: robust soft label adversarial distillation. The teacher's clean predictions replace the labels in the loss and
+in the attack. With l = adversarial_weight and s = loss_scale:
 
-The attack ascends KL(T(x) || S(x')) with T(x) fixed, from a Gaussian start. The authors' code averages over classes
-too, times 10 on CIFAR-100; both that and CIFAR-10's come to a tenth of the KL, hence loss_scale. The published IGDM
-weights of RSLAD assume it. Departures as in :mod:`ltat_fast.methods.distillation`.
+    L = s [ l KL(T(x) || S(x')) + (1 - l) KL(T(x) || S(x)) ],   x' = PGD on KL(T(x) || S(x'))
+
+Source: Zi, Zhao, Ma, Jiang, "Revisiting Adversarial Robustness Distillation: Robust Soft Labels Make Student Better",
+ICCV 2021.
+
+As in the authors' code:
+- The attack starts from Gaussian noise.
+- loss_scale is 0.1. Their code averages the KL over classes too, and multiplies by 10 on CIFAR-100: on CIFAR-10 and on
+  CIFAR-100 this is a tenth of the KL. The published IGDM weights of RSLAD appear to assume this scale.
+
+Departures: those of :mod:`ltat_fast.methods.distillation`.
 """
 
 from dataclasses import dataclass
 from typing import ClassVar
+
+from torch import Tensor
 
 from ltat_fast.methods.distillation import Distillation, kl
 
 
 @dataclass
 class Rslad(Distillation):
-    """min_w  s [ l KL(T(x) || S(x')) + (1 - l) KL(T(x) || S(x)) ],  l = adversarial_weight, s = loss_scale."""
+    """min_w  s [ l KL(T(x) || S(x')) + (1 - l) KL(T(x) || S(x)) ],   l = adversarial_weight, s = loss_scale."""
 
     name: ClassVar[str] = "rslad"
     noise: ClassVar[str] = "gaussian"
 
     adversarial_weight: float = 5 / 6
-    """weight of the term on the adversarial image; the rest goes to the clean image"""
+    """weight l of the KL on the adversarial image; the KL on the clean image has weight 1 - l"""
     loss_scale: float = 0.1
-    """of the whole loss but IGDM"""
+    """factor s on the loss without IGDM"""
 
-    _labelled = None  # the images the attack last asked the teacher about, and its answer
+    def __post_init__(self) -> None:
+        self._attacked: tuple[Tensor, Tensor] | None = None  # images of the last attack, teacher logits on them
+
+    def check(self):
+        super().check()
+        self._require_share("adversarial_weight")
 
     def target(self, frozen, x, y):
-        self._labelled = x, self.context.teacher(x)
-        return self._labelled[1]
+        logits = self.context.teacher(x)
+        self._attacked = x, logits
+        return logits
 
     def objective(self, x_adv, logits, target):
         return kl(target, logits).sum()
 
     def distill(self, at, y, progress):
-        # A teacher can be ten times the student's size: these very images it is not asked about twice.
-        known = self._labelled is not None and self._labelled[0] is at.x
-        target = self._labelled[1] if known else at.teacher("clean")
+        # A teacher can be ten times larger than the student, so reuse its logits from the attack on the same images.
+        if self._attacked is not None and self._attacked[0] is at.x:
+            target = self._attacked[1]
+        else:
+            target = at.teacher("clean")
         adversarial = kl(target, at.student("adv")).mean()
         clean = kl(target, at.student("clean")).mean()
         loss = self.adversarial_weight * adversarial + (1 - self.adversarial_weight) * clean

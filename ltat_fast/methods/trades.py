@@ -1,16 +1,22 @@
-"""TRADES: clean accuracy traded against stability (Zhang et al., "Theoretically Principled Trade-off between Robustness
-and Accuracy", ICML 2019, eq. 5).
+"""TRADES: adversarial training with a bound on the change of the prediction.
 
-The attack ascends the same divergence from a Gaussian start, its clean prediction in eval mode. There the divergence
-is all but flat: with bf16, 35 to 39 % of the first gradient's signs came out wrong on the digits (2 % of
-cross-entropy's) and the attack reached up to 14 % less, so it runs in float32 (``--attack-precision same`` changes
-that). As in the authors'
-code, the gradient flows through both sides of the KL, the clean prediction included.
+    L = CE(f(x), y) + beta KL(f(x) || f(x')),   x' = PGD on the same KL
 
-Departures: the start is clipped to [0, 1]; one clean forward serves both terms, clean before adversarial. Loss and
-gradient are the same as with the authors' two; the running statistics of batch norm see the clean batch once a step,
-not twice. The threat model and the schedule are those of the run, not the authors' (eps 0.031, step 0.007, weight decay
-2e-4, 76 epochs).
+Source: Zhang, Yu, Jiao, Xing, El Ghaoui, Jordan, "Theoretically Principled Trade-off between Robustness and Accuracy",
+ICML 2019, eq. 5.
+
+As in the authors' code:
+- The attack starts from Gaussian noise, and its clean prediction is taken in eval mode.
+- The gradient of the loss flows through both arguments of the KL.
+
+Departures:
+- The start of the attack is clipped to [0, 1].
+- One clean forward serves both terms (theirs: two). Loss and gradient are the same, but batch norm counts the clean
+  batch once per step, not twice. The clean forward comes before the adversarial one.
+- Threat model and schedule are those of the run (theirs: eps 0.031, step 0.007, weight decay 2e-4, 76 epochs).
+- The attack runs in float32 even in a bf16 run (``--attack-precision same`` changes that). The KL is nearly flat at the
+  start: on the digits 35 to 39 % of the signs of the first gradient were wrong in bf16 (2 % for cross-entropy), and the
+  attack reached up to 14 % less.
 """
 
 from dataclasses import dataclass
@@ -28,12 +34,12 @@ class Trades(Method):
 
     name: ClassVar[str] = "trades"
     noise: ClassVar[str] = "gaussian"
-    flat_start: ClassVar[bool] = True
+    needs_fp32_attack: ClassVar[bool] = True
 
     beta: float = 6.0
-    """weight of the divergence between clean and adversarial prediction"""
+    """weight beta of the KL between clean and adversarial prediction"""
     balanced: bool = False
-    """balanced softmax in place of the cross-entropy, as AT-BSL does for PGD-AT; the attack and the KL know no prior"""
+    """use balanced softmax instead of cross-entropy; attack and KL stay without the class prior"""
 
     def target(self, frozen, x, y):
         return frozen(x).softmax(1)

@@ -1,9 +1,9 @@
-"""The networks, by name. Each takes images in [0, 1], shape (N, C, H, W), any H and W, and gives logits.
+"""The networks, by name. Each maps images (N, C, H, W) in [0, 1], of any H and W, to logits (N, num_classes).
 
-Each has ``features(x)`` (N, d), ``fc`` (the linear classifier), ``feature_dim`` = d, and forward = fc(features(x)).
+Each has ``features(x)`` (N, d), ``fc`` (the linear classifier) and ``feature_dim`` = d; forward(x) = fc(features(x)).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from torch import nn
 
@@ -22,19 +22,12 @@ ARCHS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def build_model(
-    arch: str,
-    num_classes: int,
-    *,
-    in_channels: int = 3,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-) -> nn.Module:
-    """The network called ``arch``, freshly initialised from torch's global generator.
+def build_model(arch: str, num_classes: int, *, in_channels: int = 3) -> nn.Module:
+    """Build the network called ``arch``, one of :data:`ARCHS`, with weights from torch's global generator.
 
-    ``mean`` and ``std`` (one value a channel, in [0, 1] units) normalise inside the network; by default nothing does.
-    Raises :class:`UserError` for an unknown name.
+    Raises:
+        UserError: an unknown name.
     """
     if arch not in ARCHS:
         raise UserError(f"unknown architecture {arch!r}; choose one of {', '.join(ARCHS)}")
-    return ARCHS[arch](num_classes, in_channels=in_channels, mean=mean, std=std)
+    return ARCHS[arch](num_classes, in_channels=in_channels)

@@ -1,4 +1,4 @@
-"""What every network here is: feature maps, global average pooling, one linear layer."""
+"""The parts that all networks share: feature maps, global average pooling, one linear layer in full precision."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class Normalize(nn.Module):
-    """(x - mean) / std a channel. Lives inside the network so that eps keeps its meaning in [0, 1] pixel units."""
+    """Compute (x - mean) / std with one value per channel. Inside a network it leaves eps in [0, 1] pixel units."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
@@ -21,54 +21,66 @@ class Normalize(nn.Module):
 class FullPrecisionLinear(nn.Linear):
     """A linear layer that autocast and a frozen twin leave in the dtype of its weights.
 
-    As the last layer it costs nothing, and losses that subtract logits from logits (IGDM) would lose the difference
-    to a rounding of both.
+    As the last layer it costs almost nothing. Losses that subtract logits from logits (IGDM) need it: the rounding of
+    both to bfloat16 would be larger than their difference.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         x, device = x.to(self.weight.dtype), self.weight.device.type
-        # No autocast: in an exported program, and in shape propagation on "meta".
+        # torch.export and shape propagation on the "meta" device do not support autocast.
         if torch.compiler.is_exporting() or not torch.amp.is_autocast_available(device):
             return super().forward(x)
         with torch.autocast(device, enabled=False):
             return super().forward(x)
 
 
-class ImageClassifier(nn.Module):
-    """Base class: a subclass supplies :meth:`maps`, images (N, C, H, W) in [0, 1] to feature maps (N, d, h, w).
+def with_float32_head(model: nn.Module, num_classes: int) -> nn.Module:
+    """Replace each ``nn.Linear`` of ``num_classes`` outputs by a :class:`FullPrecisionLinear` with the same parameters.
 
-    ``mean`` and ``std`` (one value a channel; both or neither) put a :class:`Normalize` in front.
+    For networks of other packages, whose last layer would otherwise run in the dtype of autocast or of a frozen twin.
+    Layers of derived classes and layers with forward hooks stay as they are.
+
+    Returns:
+        ``model`` itself, changed in place, or the new layer if ``model`` is such a linear layer.
+    """
+    for name, layer in list(model.named_modules(remove_duplicate=False)):
+        if type(layer) is not nn.Linear or layer.out_features != num_classes:
+            continue
+        if layer._forward_hooks or layer._forward_pre_hooks:
+            continue
+        head = FullPrecisionLinear(layer.in_features, num_classes, bias=layer.bias is not None, device="meta")
+        head.weight, head.bias = layer.weight, layer.bias
+        head.train(layer.training)
+        if layer is model:
+            return head
+        model.set_submodule(name, head)
+    return model
+
+
+class ImageClassifier(nn.Module):
+    """Base class of the networks: images (N, C, H, W) in [0, 1] to logits (N, num_classes).
+
+    A subclass implements :meth:`feature_maps`.
     """
 
     features_in_training = False
-    """whether :meth:`forward` gives (logits, pooled features) in train mode, for a loss that reads both"""
+    """whether :meth:`forward` returns (logits, pooled features) in train mode, for losses that need both"""
 
-    def __init__(
-        self,
-        feature_dim: int,
-        num_classes: int,
-        in_channels: int,
-        mean: Sequence[float] | None,
-        std: Sequence[float] | None,
-    ):
+    def __init__(self, feature_dim: int, num_classes: int):
         super().__init__()
-        if (mean is None) != (std is None):
-            raise ValueError("mean and std belong together: give both or neither")
-        if mean is not None and not len(mean) == len(std) == in_channels:
-            raise ValueError(f"mean and std need one value for each of the {in_channels} channels")
         self.feature_dim = feature_dim
-        self.normalize = nn.Identity() if mean is None else Normalize(mean, std)
         self.fc = FullPrecisionLinear(feature_dim, num_classes)
 
-    def maps(self, x: Tensor) -> Tensor:
+    def feature_maps(self, x: Tensor) -> Tensor:
+        """Return the feature maps (N, feature_dim, h, w) of images (N, C, H, W)."""
         raise NotImplementedError
 
     def features(self, x: Tensor) -> Tensor:
-        """Pooled features (N, feature_dim) of images (N, C, H, W)."""
-        return self.maps(self.normalize(x)).mean((2, 3))
+        """Return the pooled features (N, feature_dim) of images (N, C, H, W)."""
+        return self.feature_maps(x).mean((2, 3))
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits (N, num_classes) of images (N, C, H, W)."""
+        """Return the logits (N, num_classes) of images (N, C, H, W)."""
         features = self.features(x)
         logits = self.fc(features)
         return (logits, features) if self.features_in_training and self.training else logits

@@ -1,4 +1,4 @@
-"""The cosine classifier of RoBal (Wu et al., CVPR 2021, section 4.1) and the logits it exports."""
+"""The cosine classifier of RoBal (Wu et al., CVPR 2021, section 4.1)."""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -7,10 +7,13 @@ from .classifier import FullPrecisionLinear
 
 
 class CosineClassifier(FullPrecisionLinear):
-    """Features h (N, d) to c_k = <h / ||h||, W_k / (||W_k|| + g)>, (N, C), in train mode; in eval mode, which is what
-    is attacked, tested and exported, to the logits ``scale`` c - ``shift``.
+    """Map features h (N, d) to cosines c (N, C) in train mode, and to logits ``scale`` * c - ``shift`` in eval mode.
 
-    norm_offset: g. shift: float ``(C,)``, saved with the weights.
+    c_k = <h / ||h||, W_k / (||W_k|| + g)>. Attacks, evaluation and export use the logits of eval mode.
+
+    Args:
+        norm_offset: g
+        shift: float (C,), saved with the weights
     """
 
     def __init__(self, feature_dim: int, norm_offset: float, scale: float, shift: Tensor):

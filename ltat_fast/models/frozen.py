@@ -1,12 +1,13 @@
-"""The frozen twin: what ``model.eval()`` computes, at the price of an attack step.
+"""The frozen twin: a copy of ``model.eval()`` that makes attack steps cheap.
 
-An attack differentiates the loss with respect to the image only. Run on the live network it pays for more: a compiled
-backward also computes every weight gradient (3 units of work where 2 are needed), batch norm is a pass of its own,
-and switching between train() and eval() invalidates compiled code. The twin is a second module tree over the same
-weights, always in eval mode, without parameter gradients, batch norm folded away, in the attack's dtype and layout.
+An attack needs the gradient of the loss with respect to the image only. The live network is expensive for that: a
+compiled backward pass also computes every weight gradient (3 units of work instead of 2), batch norm is a separate pass
+over memory, and switching between train() and eval() invalidates compiled code. The twin is a second module tree for
+the same weights. It is always in eval mode, has no parameter gradients, has its batch norm folded into the
+convolutions, and uses the dtype and memory format of the attack.
 
-Folding: bn(conv(x; W, b)) = conv(x; s W, t + s b) with s = gamma / sqrt(var + eps) and t = beta - s mean, one value
-an output channel. A batch norm that does not follow a convolution (pre-activation networks) becomes x s + t.
+Folding: bn(conv(x; W, b)) = conv(x; s W, t + s b) with s = gamma / sqrt(var + eps) and t = beta - s mean, one value per
+output channel. A batch norm that does not follow a convolution (pre-activation networks) becomes x s + t.
 """
 
 import copy
@@ -14,14 +15,19 @@ import warnings
 from collections import Counter
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ltat_fast.models import fused_conv
 from ltat_fast.models.classifier import FullPrecisionLinear
+from ltat_fast.models.joint_batch import JointBatchNorm2d, JointSyncBatchNorm
 from ltat_fast.models.sync_batch_norm import CpuSyncBatchNorm
+
+STEM_CHANNELS = 8
 
 
 class ChannelAffine(nn.Module):
-    """x * scale + shift, one value of each a channel, for x (N, C, H, W)."""
+    """Compute x * scale + shift for x (N, C, H, W), with one scale and one shift per channel."""
 
     def __init__(self, like: Tensor, dtype: torch.dtype):
         super().__init__()
@@ -30,24 +36,43 @@ class ChannelAffine(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.is_cpu and not x.is_contiguous(memory_format=torch.channels_last):
-            return x * self.scale + self.shift  # addcmul is not vectorised here: 2.5 times slower than these two
+            return x * self.scale + self.shift  # 2.5 times faster than addcmul, which is not vectorised for this case
         return torch.addcmul(self.shift, x, self.scale)
 
 
+class PadChannels(nn.Module):
+    """Append ``number`` channels of zeros to images (N, C, H, W)."""
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.number = number
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(x, (0, 0, 0, 0, 0, self.number))
+
+
 class FrozenTwin(nn.Module):
-    """``model`` in eval mode as a function of the image alone. Images (N, C, H, W) in, logits (N, num_classes) out.
+    """``model`` in eval mode: images (N, C, H, W) to logits (N, num_classes), differentiable in the images only.
 
-    fold_bn: fold batch norm into the convolutions, where :mod:`torch.fx` can see that nothing else reads between them.
-    dtype: compute in this dtype, e.g. ``torch.bfloat16``; None keeps the live one. The image is cast inside, so its
-        gradient comes back in the image's dtype; logits come back in float32. Call it outside autocast.
-    channels_last: convert image and weights to the NHWC layout.
+    Args:
+        fold_bn: fold each batch norm into the convolution before it, if :mod:`torch.fx` can show that nothing else
+            reads the output of the convolution
+        dtype: dtype of the computation, for example ``torch.bfloat16``; None keeps that of ``model``. Images are cast
+            inside, so their gradient has their dtype; logits are cast to float32. Call the twin outside autocast.
+        channels_last: use the channels_last memory format for images and weights
+        fuse_relu: compute convolution, addition and ReLU in one library call (:mod:`ltat_fast.models.fused_conv`)
+        pad_stem: pad the images of a convolution with fewer than 8 input channels to 8 channels of zeros, the number
+            that tensor cores need; the results are the same
 
-    Where nothing needs converting (``fold_bn=False``, the live dtype and layout) the twin shares all live storage, is
-    always up to date, and :meth:`refresh` does nothing. Otherwise it computes with the weights and statistics of the
-    last :meth:`refresh`; call that after every optimiser step. The live model is only ever read, and must keep its
-    tensors: move it to its device first, then build the twin.
+    If nothing needs a conversion (``fold_bn=False``, the dtype and memory format of ``model``), the twin shares the
+    storage of all tensors with ``model``, is always up to date, and :meth:`refresh` does nothing. Otherwise it computes
+    with the weights and statistics of the last :meth:`refresh`, which must follow every optimizer step.
 
-    ``folded`` names the (convolution, batch norm) pairs that were folded.
+    The twin never writes to ``model``. ``model`` must keep its tensors: move it to its device before building the twin.
+
+    Attributes:
+        live: ``model``
+        folded: names of the folded layers, as pairs (convolution, batch norm)
     """
 
     def __init__(
@@ -57,29 +82,36 @@ class FrozenTwin(nn.Module):
         fold_bn: bool = True,
         dtype: torch.dtype | None = None,
         channels_last: bool = False,
+        fuse_relu: bool = False,
+        pad_stem: bool = False,
     ):
         super().__init__()
-        self.dtype, self.fold_bn = dtype, fold_bn
+        self.dtype, self.fold_bn, self.fuse_relu, self.pad_stem = dtype, fold_bn, fuse_relu, pad_stem
         self.memory_format = torch.channels_last if channels_last else torch.preserve_format
-        self.__dict__["live"] = model  # past nn.Module's registration: not a submodule
+        object.__setattr__(self, "live", model)  # nn.Module's own __setattr__ would register it as a submodule
 
         live = dict(named_tensors(model))
-        precise = [module for module in model.modules() if isinstance(module, FullPrecisionLinear)]
-        self._full_precision = {id(t) for module in precise for _, t in named_tensors(module)}
-        shares = not fold_bn and all(self._convert(t).data_ptr() == t.data_ptr() for t in live.values())
-        # Deep-copying with these stand-ins in the memo copies the module tree and no tensor.
+        full_precision = [module for module in model.modules() if isinstance(module, FullPrecisionLinear)]
+        self._keep_dtype = {id(t) for module in full_precision for _, t in named_tensors(module)}
+        shares = (
+            not fold_bn and not pad_stem and all(self._convert(t).data_ptr() == t.data_ptr() for t in live.values())
+        )
+        # deepcopy() does not copy an object that its memo already maps to another. With the converted tensors in the
+        # memo it copies only the module tree.
         memo = {id(t): self._convert(t, copy=not shares) for t in live.values()}
         for p in model.parameters():
             memo[id(p)] = nn.Parameter(memo[id(p)], requires_grad=False)
         self.net = copy.deepcopy(model, memo).eval()
 
-        # What refresh() reads and writes. Scales and shifts are in the live precision.
-        self._norms: list[tuple[nn.Module, Tensor, Tensor]] = []  # live batch norm, its scale, its shift
-        self._biased: list[tuple[Tensor, Tensor, Tensor]] = []  # live bias of a folded convolution, scale, shift
-        self._scaled: list[
-            tuple[Tensor, Tensor, Tensor]
-        ] = []  # live weight, scale shaped to multiply it, folded weight
-        self._copied: list[tuple[Tensor, Tensor]] = []  # source, destination
+        # What refresh() reads and writes. Scales and shifts have the dtype of the live model.
+        # (live batch norm, its scale, its shift)
+        self._norms: list[tuple[nn.Module, Tensor, Tensor]] = []
+        # (live bias of a folded convolution, scale, shift)
+        self._biased: list[tuple[Tensor, Tensor, Tensor]] = []
+        # (live weight of a folded convolution, scale in a shape that broadcasts to it, folded weight)
+        self._scaled: list[tuple[Tensor, Tensor, Tensor]] = []
+        # (source, destination)
+        self._copied: list[tuple[Tensor, Tensor]] = []
         self.folded = tuple(foldable_pairs(self.net)) if fold_bn else ()
         if fold_bn:
             self._fold()
@@ -87,18 +119,25 @@ class FrozenTwin(nn.Module):
             written = {id(folded) for _, _, folded in self._scaled} | {id(t) for _, t in self._copied}
             rest = {id(t): (live[name], t) for name, t in named_tensors(self.net) if name in live}
             self._copied += [pair for key, pair in rest.items() if key not in written]
+        if pad_stem:
+            self._pad_stem()
+        if fuse_relu and (graph := trace(self.net)) is not None:
+            self.net = fused_conv.fuse_relu(self.net, graph)
         self.refresh()
 
     def _convert(self, t: Tensor, copy: bool = False) -> Tensor:
-        """``t`` in the twin's dtype and layout; ``t``'s own storage where it has them already, unless ``copy``."""
-        convert = self.dtype is not None and t.is_floating_point() and id(t) not in self._full_precision
+        """Return ``t`` in the dtype and memory format of the twin.
+
+        The result shares the storage of ``t`` if nothing has to be converted and ``copy`` is not set.
+        """
+        convert = self.dtype is not None and t.is_floating_point() and id(t) not in self._keep_dtype
         dtype = self.dtype if convert else t.dtype
         layout = self.memory_format if t.dim() == 4 else torch.preserve_format
         return t.detach().to(dtype=dtype, memory_format=layout, copy=copy)
 
     @torch.no_grad()
     def _fold(self) -> None:
-        """Replace every batch norm: by nothing behind a convolution, by a :class:`ChannelAffine` elsewhere."""
+        """Replace each batch norm by an identity if it is folded, otherwise by a :class:`ChannelAffine`."""
         conv_before = {bn: conv for conv, bn in self.folded}
         for bn_name in [name for name, module in self.net.named_modules() if is_plain_norm(module)]:
             live_bn = self.live.get_submodule(bn_name)
@@ -118,9 +157,28 @@ class FrozenTwin(nn.Module):
                 self._copied += [(scale.view(-1, 1, 1), replacement.scale), (shift.view(-1, 1, 1), replacement.shift)]
             self.net.set_submodule(bn_name, replacement)
 
+    def _pad_stem(self) -> None:
+        """Give each convolution of fewer than 8 input channels zeros as further channels of images and weights."""
+        for name, conv in list(self.net.named_modules()):
+            if type(conv) is not nn.Conv2d or conv.in_channels >= STEM_CHANNELS or conv.groups != 1:
+                continue
+            own = conv.weight
+            weight = own.new_zeros(len(own), STEM_CHANNELS, *own.shape[2:])
+            weight = weight.to(memory_format=self.memory_format)
+            used = weight[:, : conv.in_channels]
+            used.copy_(own)
+            self._scaled = [(w, s, used if folded is own else folded) for w, s, folded in self._scaled]
+            self._copied = [(source, used if target is own else target) for source, target in self._copied]
+            padding = PadChannels(STEM_CHANNELS - conv.in_channels)
+            conv.weight, conv.in_channels = nn.Parameter(weight, requires_grad=False), STEM_CHANNELS
+            self.net.set_submodule(name, nn.Sequential(padding, conv))
+
     @torch.no_grad()
     def refresh(self) -> None:
-        """Take over the live weights: no allocation that lasts, no synchronisation, every address as before."""
+        """Update the twin from the live weights and statistics.
+
+        Safe inside a CUDA graph: no lasting allocation, no synchronisation, and every tensor keeps its address.
+        """
         if self._norms:
             norms, scale, shift = zip(*self._norms, strict=True)
             torch._foreach_copy_(scale, [bn.running_var for bn in norms])
@@ -133,7 +191,7 @@ class FrozenTwin(nn.Module):
             bias, scale, shift = zip(*self._biased, strict=True)
             torch._foreach_addcmul_(shift, bias, scale)
         for weight, scale, folded in self._scaled:
-            # One by one: foreach has no fused path for a broadcast. Not mul(out=): 5 times slower across dtypes on CPU.
+            # foreach has no fused path for a broadcast. mul(out=) is 5 times slower on CPU if the dtypes differ.
             folded.copy_(weight * scale)
         if self._copied:
             source, destination = zip(*self._copied, strict=True)
@@ -144,39 +202,49 @@ class FrozenTwin(nn.Module):
         return logits if self.dtype is None else logits.float()
 
     def train(self, mode: bool = True) -> "FrozenTwin":
-        """Stays in eval mode, whatever ``mode`` says."""
+        """Stay in eval mode; ``mode`` is ignored."""
         return super().train(False)
 
     def _apply(self, fn, recurse=True):
-        raise RuntimeError("a FrozenTwin follows its live model: move or cast that, then build a new twin")
+        raise RuntimeError("a FrozenTwin cannot be moved or cast: move or cast its live model, then build a new twin")
 
     def __deepcopy__(self, memo):
-        """The twin of the copied model (of a model copied by the same call, if the caller's object holds both)."""
+        """Return a twin of the copied live model; one deepcopy of an object that holds both keeps them together."""
         channels_last = self.memory_format is torch.channels_last
         live = copy.deepcopy(self.live, memo)
-        return FrozenTwin(live, fold_bn=self.fold_bn, dtype=self.dtype, channels_last=channels_last)
+        options = {"fold_bn": self.fold_bn, "fuse_relu": self.fuse_relu, "pad_stem": self.pad_stem}
+        return FrozenTwin(live, dtype=self.dtype, channels_last=channels_last, **options)
 
     def __reduce_ex__(self, protocol):
-        raise TypeError("a FrozenTwin is a view of a live model and is not pickled: save that model's weights")
+        raise TypeError("a FrozenTwin cannot be pickled: save the weights of its live model instead")
 
 
 def named_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
-    """Every parameter and buffer under every name it goes by."""
+    """Return all parameters and buffers; a shared tensor appears under each of its names."""
     return [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
 
 
-NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, CpuSyncBatchNorm)
+NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, CpuSyncBatchNorm, JointBatchNorm2d, JointSyncBatchNorm)
 
 
 class _Tracer(torch.fx.Tracer):
-    """Takes a layer derived from one of torch's as one node, as it does those of torch."""
+    """A tracer that also treats our own layers and subclasses of torch's layers as single nodes."""
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return isinstance(module, (*NORMS, nn.Linear)) or super().is_leaf_module(module, name)
+        return isinstance(module, (*NORMS, nn.Linear, ChannelAffine)) or super().is_leaf_module(module, name)
+
+
+def trace(net: nn.Module) -> torch.fx.Graph | None:
+    """Return the torch.fx graph of ``net``, or None, with a warning, if it cannot be traced."""
+    try:
+        return _Tracer().trace(net)
+    except Exception as error:  # tracing runs the network's own code, which can raise any exception
+        warnings.warn(f"nothing is folded or fused: {type(net).__name__} cannot be traced ({error})", stacklevel=4)
+        return None
 
 
 def is_plain_norm(module: nn.Module) -> bool:
-    """A batch norm over (N, C, H, W) whose eval mode is a fixed affine map, and that nobody has hooked into."""
+    """Whether ``module`` is a batch norm over (N, C, H, W) that is a fixed affine map in eval mode and has no hooks."""
     return type(module) in NORMS and module.affine and module.running_var is not None and not has_hooks(module)
 
 
@@ -185,15 +253,13 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def foldable_pairs(net: nn.Module) -> list[tuple[str, str]]:
-    """Names of (convolution, batch norm) such that the batch norm is all that ever reads the convolution.
+    """Return the names (convolution, batch norm) of all pairs that can be folded.
 
-    Both are called once, their weights belong to nobody else, and the convolution is a plain ``nn.Conv2d``. A network
-    that :mod:`torch.fx` cannot trace (control flow on data) gives a warning and no pairs.
+    The convolution is a plain ``nn.Conv2d`` and only the batch norm reads its output. Both are called once, and no
+    other module shares their weights. A network that :mod:`torch.fx` cannot trace (data-dependent control flow) gives
+    a warning and no pairs.
     """
-    try:
-        graph = _Tracer().trace(net)
-    except Exception as error:  # tracing runs the network's own Python, which may raise anything
-        warnings.warn(f"batch norm is not folded: {type(net).__name__} cannot be traced ({error})", stacklevel=3)
+    if (graph := trace(net)) is None:
         return []
     modules = dict(net.named_modules())
     calls = Counter(node.target for node in graph.nodes if node.op == "call_module")

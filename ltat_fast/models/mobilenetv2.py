@@ -1,4 +1,4 @@
-"""MobileNetV2 (Sandler et al. 2018) as the CIFAR literature runs it: stride 1 at the stem, relu rather than relu6."""
+"""MobileNetV2 (Sandler et al. 2018) in the version of the CIFAR literature: stem of stride 1, relu instead of relu6."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ STEM, HEAD = 32, 1280
 class InvertedResidual(nn.Module):
     """Expand (1x1), filter each channel (3x3 depthwise), project (1x1, no relu).
 
-    A shortcut is added where the stride is 1: the identity, or bn(conv1x1) where the width changes.
+    Blocks of stride 1 add a shortcut: the identity, or bn(conv1x1) if the width changes.
     """
 
     def __init__(self, in_width: int, width: int, expansion: int, stride: int):
@@ -30,9 +30,10 @@ class InvertedResidual(nn.Module):
         self.depthwise, self.bn2 = conv3x3(hidden, hidden, stride, groups=hidden), nn.BatchNorm2d(hidden)
         self.project, self.bn3 = conv1x1(hidden, width), nn.BatchNorm2d(width)
         self.shortcut = None
-        if stride == 1:
-            same = in_width == width
-            self.shortcut = nn.Sequential() if same else nn.Sequential(conv1x1(in_width, width), nn.BatchNorm2d(width))
+        if stride == 1 and in_width == width:
+            self.shortcut = nn.Identity()
+        elif stride == 1:
+            self.shortcut = nn.Sequential(conv1x1(in_width, width), nn.BatchNorm2d(width))
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.expand(x)), inplace=True)
@@ -42,8 +43,8 @@ class InvertedResidual(nn.Module):
 
 
 class MobileNetV2(ImageClassifier):
-    def __init__(self, num_classes: int, in_channels: int, mean=None, std=None):
-        super().__init__(HEAD, num_classes, in_channels, mean, std)
+    def __init__(self, num_classes: int, in_channels: int):
+        super().__init__(HEAD, num_classes)
         self.conv1, self.bn1 = conv3x3(in_channels, STEM), nn.BatchNorm2d(STEM)
         blocks = []
         in_width = STEM
@@ -54,6 +55,6 @@ class MobileNetV2(ImageClassifier):
         self.blocks = nn.Sequential(*blocks)
         self.conv2, self.bn2 = conv1x1(in_width, HEAD), nn.BatchNorm2d(HEAD)
 
-    def maps(self, x: Tensor) -> Tensor:
+    def feature_maps(self, x: Tensor) -> Tensor:
         out = self.blocks(F.relu(self.bn1(self.conv1(x)), inplace=True))
         return F.relu(self.bn2(self.conv2(out)), inplace=True)

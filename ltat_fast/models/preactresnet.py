@@ -1,4 +1,4 @@
-"""Pre-activation residual networks (He et al. 2016b), narrow and wide (Zagoruyko and Komodakis 2016)."""
+"""Pre-activation residual networks (He et al. 2016b) and wide ones (Zagoruyko and Komodakis 2016)."""
 
 import math
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from .classifier import ImageClassifier, conv1x1, conv3x3
 
 
 class PreActBlock(nn.Module):
-    """a = relu(bn x); conv(relu(bn(conv a))) + shortcut, which is x, or conv1x1(a) where the shape changes."""
+    """Compute conv(relu(bn(conv a))) + shortcut with a = relu(bn x); the shortcut is x, or conv1x1 a for new shapes."""
 
     def __init__(self, in_width: int, width: int, stride: int):
         super().__init__()
@@ -28,12 +28,13 @@ class PreActBlock(nn.Module):
 
 
 class PreActResNet(ImageClassifier):
-    """A bare 3x3 stem, ``depth`` blocks a stage, then bn and relu. Every stage but the first halves the resolution."""
+    """A 3x3 convolution of width ``stem``, one stage of ``depth`` blocks per entry of ``widths``, then bn and relu.
 
-    def __init__(
-        self, stem: int, widths: Sequence[int], depth: int, num_classes: int, in_channels: int, mean=None, std=None
-    ):
-        super().__init__(widths[-1], num_classes, in_channels, mean, std)
+    Every stage except the first halves the resolution.
+    """
+
+    def __init__(self, stem: int, widths: Sequence[int], depth: int, num_classes: int, in_channels: int):
+        super().__init__(widths[-1], num_classes)
         self.conv1 = conv3x3(in_channels, stem)
         blocks = []
         in_width = stem
@@ -44,17 +45,17 @@ class PreActResNet(ImageClassifier):
         self.blocks = nn.Sequential(*blocks)
         self.bn = nn.BatchNorm2d(in_width)
 
-    def maps(self, x: Tensor) -> Tensor:
+    def feature_maps(self, x: Tensor) -> Tensor:
         return F.relu(self.bn(self.blocks(self.conv1(x))), inplace=True)
 
 
-def preactresnet18(num_classes: int, **kwargs) -> PreActResNet:
-    return PreActResNet(64, (64, 128, 256, 512), 2, num_classes, **kwargs)
+def preactresnet18(num_classes: int, in_channels: int) -> PreActResNet:
+    return PreActResNet(64, (64, 128, 256, 512), 2, num_classes, in_channels)
 
 
-def wrn_34_10(num_classes: int, **kwargs) -> PreActResNet:
-    """WRN-34-10: (34 - 4) / 6 = 5 blocks a stage, widths 10 * (16, 32, 64), no dropout, its authors' initialisation."""
-    model = PreActResNet(16, (160, 320, 640), 5, num_classes, **kwargs)
+def wrn_34_10(num_classes: int, in_channels: int) -> PreActResNet:
+    """WRN-34-10: (34 - 4) / 6 = 5 blocks per stage, widths 10 * (16, 32, 64), no dropout, authors' initialisation."""
+    model = PreActResNet(16, (160, 320, 640), 5, num_classes, in_channels)
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels

@@ -1,4 +1,4 @@
-"""Post-activation residual networks (He et al. 2016a) with a 3x3 stem of stride 1 and no pooling after it."""
+"""Residual networks (He et al. 2016a) for small images: a 3x3 stem of stride 1, without pooling."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from .classifier import ImageClassifier, conv1x1, conv3x3
 
 
 class BasicBlock(nn.Module):
-    """relu( bn(conv(relu(bn(conv x)))) + shortcut x ); the shortcut is bn(conv1x1) where the shape changes."""
+    """Compute relu(bn(conv(relu(bn(conv x)))) + shortcut x); the shortcut is x, or bn(conv1x1 x) for a new shape."""
 
     def __init__(self, in_width: int, width: int, stride: int):
         super().__init__()
@@ -28,13 +28,13 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(ImageClassifier):
-    """A stem as wide as the first stage, then one stage per entry of ``widths``, ``depth`` basic blocks each.
+    """A stem of width ``widths[0]``, then one stage of ``depth`` basic blocks per entry of ``widths``.
 
-    The first stage keeps the resolution, every later one halves it.
+    Every stage except the first halves the resolution.
     """
 
-    def __init__(self, widths: Sequence[int], depth: int, num_classes: int, in_channels: int, mean=None, std=None):
-        super().__init__(widths[-1], num_classes, in_channels, mean, std)
+    def __init__(self, widths: Sequence[int], depth: int, num_classes: int, in_channels: int):
+        super().__init__(widths[-1], num_classes)
         self.conv1 = conv3x3(in_channels, widths[0])
         self.bn1 = nn.BatchNorm2d(widths[0])
         blocks = []
@@ -45,14 +45,14 @@ class ResNet(ImageClassifier):
                 in_width = width
         self.blocks = nn.Sequential(*blocks)
 
-    def maps(self, x: Tensor) -> Tensor:
+    def feature_maps(self, x: Tensor) -> Tensor:
         return self.blocks(F.relu(self.bn1(self.conv1(x)), inplace=True))
 
 
-def resnet18(num_classes: int, **kwargs) -> ResNet:
-    return ResNet((64, 128, 256, 512), 2, num_classes, **kwargs)
+def resnet18(num_classes: int, in_channels: int) -> ResNet:
+    return ResNet((64, 128, 256, 512), 2, num_classes, in_channels)
 
 
-def smallresnet(num_classes: int, **kwargs) -> ResNet:
-    """Seven 3x3 convolutions, 78 thousand parameters: for the 8x8 digits, quick tests and CPU demos."""
-    return ResNet((16, 32, 64), 1, num_classes, **kwargs)
+def smallresnet(num_classes: int, in_channels: int) -> ResNet:
+    """A ResNet with seven 3x3 convolutions and 78,000 parameters, for the 8x8 digits, quick tests and CPU demos."""
+    return ResNet((16, 32, 64), 1, num_classes, in_channels)

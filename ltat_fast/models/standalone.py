@@ -1,7 +1,8 @@
-"""A trained network in a folder of its own, loaded with torch and safetensors alone.
+"""Load an exported network with torch and safetensors only.
 
-``python -m ltat_fast.export`` writes this file into such a folder too, behind the network's own code and that of
-:mod:`~ltat_fast.models.classifier` and :mod:`~ltat_fast.models.cosine`: nothing here may use more of this package.
+``python -m ltat_fast.export`` copies the code of this file into the export folder, together with the code of the
+network, :mod:`~ltat_fast.models.classifier` and :mod:`~ltat_fast.models.cosine`. So it may not import anything else of
+this package.
 """
 
 import json
@@ -17,13 +18,14 @@ WEIGHTS, CARD = "model.safetensors", "card.json"
 
 
 def load(folder: Path, network: Callable[..., nn.Module]) -> nn.Module:
-    """The network in ``folder``, in eval mode: images (N, C, H, W), float32 in [0, 1], to logits (N, num_classes).
+    """Load the network in ``folder``, in eval mode: float32 images (N, C, H, W) in [0, 1] to logits (N, num_classes).
 
-    network: what builds its architecture.
+    Args:
+        network: builds the architecture, called with ``num_classes`` and ``in_channels``
     """
     card = json.loads((folder / CARD).read_text())["architecture"]
     tensors = load_file(folder / WEIGHTS)
-    model = network(card["num_classes"], in_channels=card["in_channels"], mean=card["mean"], std=card["std"])
+    model = network(card["num_classes"], in_channels=card["in_channels"])
     if card["cosine"]:
         model.fc = CosineClassifier(model.feature_dim, shift=tensors["fc.shift"], **card["cosine"])
     model.load_state_dict(tensors)

@@ -1,12 +1,14 @@
-"""Batch norm whose statistics are those of the global batch, not of one process's share of it."""
+"""Batch norm with the statistics of the global batch instead of one process's share of it."""
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ltat_fast.models.joint_batch import batches_in_this_call
+
 
 def synchronise_batch_norm(model: nn.Module) -> nn.Module:
-    """``model``, its batch statistics now taken over the global batch and not over each process's share."""
+    """Synchronise the batch norm layers of ``model``, in place, if there is more than one process; return ``model``."""
     if not (dist.is_initialized() and dist.get_world_size() > 1):
         return model
     if next(model.parameters()).is_cuda:
@@ -21,27 +23,30 @@ def synchronise_batch_norm(model: nn.Module) -> nn.Module:
 
 
 class CpuSyncBatchNorm(nn.BatchNorm2d):
-    """What ``nn.SyncBatchNorm``, which is for GPUs alone, does: batch statistics over all processes, shares equal."""
+    """``nn.SyncBatchNorm`` for CPUs: batch statistics over all processes, which must have shares of equal size."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
-        x32 = x.float()
-        moments = torch.stack([x32.mean((0, 2, 3)), x32.square().mean((0, 2, 3))])
-        mean, square = _MeanOverProcesses.apply(moments)
-        variance = (square - mean.square()).clamp_min(0)  # rounding can take it below
+        number = batches_in_this_call()
+        batches = x.float().view(number, -1, *x.shape[1:])
+        moments = torch.stack([batches.mean((1, 3, 4)), batches.square().mean((1, 3, 4))])
+        mean, square = _MeanOverProcesses.apply(moments)  # (number, C) each
+        variance = (square - mean.square()).clamp_min(0)  # rounding can make it negative
         with torch.no_grad():
-            n = x.numel() / x.shape[1] * dist.get_world_size()
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * (n / (n - 1)), self.momentum)
-            self.num_batches_tracked += 1
+            n = x.numel() / x.shape[1] / number * dist.get_world_size()
+            for batch in range(number):
+                self.running_mean.lerp_(mean[batch], self.momentum)
+                self.running_var.lerp_(variance[batch] * (n / (n - 1)), self.momentum)
+            self.num_batches_tracked += number
         scale = self.weight * torch.rsqrt(variance + self.eps)
         shift = self.bias - mean * scale
-        return (x32 * scale[:, None, None] + shift[:, None, None]).to(x.dtype)
+        normalised = batches * scale[:, None, :, None, None] + shift[:, None, :, None, None]
+        return normalised.to(x.dtype).view(x.shape)
 
 
 class _MeanOverProcesses(torch.autograd.Function):
-    """The mean of a tensor over processes; every process's loss counts, so the gradient is the mean as well."""
+    """Mean of a tensor over processes. Its gradient is a mean too, because every process has a loss."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:

@@ -1,8 +1,14 @@
-"""Fused operators for adversarial training, usable without the rest of the package.
+"""Fused operators for adversarial training. They need torch, and nothing else of this package.
+
+pgd_init              random start of an attack: noise, projection on the eps-ball, clamp
+pgd_step              step of an attack: sign ascent, projection on the eps-ball, clamp
+balanced_softmax_kl   balanced softmax (or cross-entropy) plus distillation
+igdm_loss             indirect gradient matching: kl, l1 or l2
 
 >>> from ltat_fast.ops import pgd_init, pgd_step, balanced_softmax_kl, igdm_loss
 
-Each has a plain-torch twin named ``<op>_ref``: the definition of what it computes, and what runs where no kernel does.
+Each ``<op>_ref`` is the definition of the op in plain torch. It also runs where no kernel can. ``backend_info`` returns
+which kernel each op runs on each device.
 """
 
 from ltat_fast.ops.backends import backend_info

@@ -1,8 +1,9 @@
-"""A registered operator ``ltat::<name>``: one schema, a kernel for each device, a shortcut past the dispatcher.
+"""A registered operator ``ltat::<name>``: one schema, one kernel per device, and a direct call for eager code.
 
-The dispatcher brings torch.compile, torch.export, dispatch modes and tensor subclasses, and costs tens of
-microseconds a call once autograd is registered from Python: more than the loss kernels take. So an eager call on plain
-tensors goes straight to the kernel, and every other call through ``torch.ops.ltat``. Both run the same kernel.
+The dispatcher supports torch.compile, torch.export, dispatch modes and tensor subclasses. It also costs tens of
+microseconds per call when autograd is registered from Python, which is more than the loss kernels take. So an eager
+call on plain tensors calls the kernel directly. Every other call goes through ``torch.ops.ltat``. Both run the same
+kernel.
 """
 
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from ltat_fast import _ext
 
 try:
     from torch._C import _are_functorch_transforms_active, _len_torch_dispatch_stack, _len_torch_function_stack
-except ImportError:  # private names, gone in some future torch: take no shortcut there
+except ImportError:  # private names, which a future torch may drop: then no call is direct
 
     def _are_functorch_transforms_active() -> bool:
         return False
@@ -29,35 +30,42 @@ except ImportError:  # private names, gone in some future torch: take no shortcu
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _PLAIN_TYPES = {Tensor, torch.nn.Parameter, type(None), float, int, str}
 _LIBRARY = torch.library.Library("ltat", "FRAGMENT")
+OPERATORS: list["Operator"] = []  # every operator, in order of definition
 
 
 class Operator:
-    """``ltat::<name>``, callable. ``kernels`` maps a device type to the function that runs on it."""
+    """A callable operator ``ltat::<name>``.
 
-    def __init__(self, schema: str, *, fake: Callable, cuda: Callable | None):
+    ``kernels`` maps a device type to the function that runs there. The functions come from the C++ extension, if it is
+    loaded, and from Triton, if it can run here.
+    """
+
+    def __init__(self, schema: str, *, fake: Callable, triton: Callable | None = None, public: str | None = None):
         """
-        schema: the text that csrc/ gives to TORCH_LIBRARY; defined here instead where the extension is absent.
-        fake: allocates outputs of the true shapes, dtypes and strides.
-        cuda: the CUDA kernel; None where csrc/ registers it or there is none.
+        schema: name, arguments and results. torch raises RuntimeError if a C++ function of the extension does not fit.
+        fake: allocates outputs with the true shapes, dtypes and strides.
+        triton: CUDA function, if the kernel is written in Triton.
+        public: name of the public function that calls this operator. ``backend_info`` lists it.
         """
         name = schema[: schema.index("(")]
         self.schema = f"ltat::{schema}"
+        self.public = public
+        self.triton = triton
         self.kernels = {}
+        for device in ("cpu", "cuda"):
+            if (kernel := getattr(_ext.C, f"{name}_{device}", None)) is not None:
+                self.kernels[device] = kernel
         self.autograd = getattr(_ext.C, f"{name}_autograd", None)
-        if _ext.HAS_EXT:
-            self.kernels["cpu"] = getattr(_ext.C, name)
-            if hasattr(_ext.C, f"{name}_cuda"):
-                self.kernels["cuda"] = getattr(_ext.C, f"{name}_cuda")
-        else:
-            _LIBRARY.define(schema)
-        if cuda is not None:
-            self.kernels["cuda"] = cuda
-            torch.library.impl(f"ltat::{name}", "CUDA", cuda, lib=_LIBRARY)
+        _LIBRARY.define(schema)
+        if triton is not None and not triton_why_not():
+            self.kernels["cuda"] = triton
+            torch.library.impl(f"ltat::{name}", "CUDA", triton, lib=_LIBRARY)
         torch.library.register_fake(f"ltat::{name}", fake, lib=_LIBRARY)
         self.dispatched = getattr(torch.ops.ltat, name).default
+        OPERATORS.append(self)
 
     def runs_on(self, tensor: Tensor) -> bool:
-        """Whether a kernel takes this call. If not, plain torch does: float64 on CUDA, torch.func, forward-mode AD."""
+        """Return whether a kernel runs this call. If not (float64 on CUDA, torch.func, forward AD), run plain torch."""
         device = tensor.device.type
         return (
             device in self.kernels
@@ -76,7 +84,7 @@ class Operator:
 
 
 def is_plain_call(*args) -> bool:
-    """Whether nothing but the kernel has to see this call: eager, ordinary tensors, no mode active."""
+    """Return whether a direct call of the kernel is right: eager, ordinary tensors, no mode active."""
     return not (
         torch.compiler.is_compiling()
         or _len_torch_dispatch_stack()
@@ -87,7 +95,7 @@ def is_plain_call(*args) -> bool:
 
 
 def no_double_backward(name: str) -> Callable:
-    """The autograd formula of a backward operator: a clear error."""
+    """Return the autograd formula of a backward operator, which raises a clear error."""
 
     def raise_error(ctx, *grads):
         raise RuntimeError(f"{name} cannot be differentiated twice; use {name}_ref, which can")
@@ -96,13 +104,13 @@ def no_double_backward(name: str) -> Callable:
 
 
 def triton_why_not() -> str:
-    """Why no Triton kernel can run here, or ''."""
+    """Return the reason why no Triton kernel can run here, or ''."""
     if torch.version.cuda is None and torch.version.hip is None:
         return "this torch is a CPU build"
     if find_spec("triton") is None:
         return "Triton is not installed"
     if find_spec("ltat_fast.kernels") is None:
-        return "ltat_fast.kernels is not installed: pip install, rather than a path on PYTHONPATH, puts it there"
+        return "ltat_fast.kernels is not installed: run pip install instead of setting PYTHONPATH"
     return ""
 
 
@@ -128,7 +136,7 @@ def check_logits(name: str, logits: Tensor) -> None:
 
 
 def check_like(name: str, tensor: Tensor, reference_name: str, reference: Tensor) -> None:
-    """``tensor`` must be floating point and have the shape and device of ``reference``."""
+    """Raise unless ``tensor`` is floating point and has the shape and device of ``reference``."""
     check_float(name, tensor)
     if tensor.shape != reference.shape:
         shape, expected = tuple(tensor.shape), tuple(reference.shape)

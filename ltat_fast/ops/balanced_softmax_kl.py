@@ -1,4 +1,4 @@
-"""Balanced softmax cross-entropy plus distillation, fused: loss and gradient without a (B, C) intermediate.
+"""Balanced softmax cross-entropy plus distillation: fused loss and gradient, without a (B, C) intermediate.
 
     b_c    = log(n_c^tau)                                    class prior; n_c = 0 excludes class c, and 0^0 = 1
     BSL    = -log softmax(z + b)[y]                          (Ren et al. 2020, eq. 3; AT-BSL: tau = 1)
@@ -7,9 +7,10 @@
 
     d loss / d z = softmax(z + b) - onehot(y) + (kl_weight / T) * (Q - P);   the teacher gets no gradient
 
-Student logits z and teacher logits t: (B, C), float32, bfloat16 or float16 (float64 on the CPU); labels y: (B,), int64;
-class counts n: (C,). Everything is computed from logits in log space, relative to the row's maximum, so that logits of
-1e4 and masks of -inf are exact. Used by at_bsl, robal, reat and ltat; with tau = 0 and a teacher it is the loss of ARD.
+Student logits z and teacher logits t have shape (B, C) and dtype float32, bfloat16 or float16 (float64 on the CPU).
+Labels y have shape (B,) and dtype int64, class counts n have shape (C,). Arithmetic is in log space and relative to the
+maximum of the row, so that logits of 1e4 and masks of -inf are exact. The methods at_bsl, robal, reat and ltat use this
+loss. With tau = 0 and a teacher it is the loss of ARD.
 """
 
 from collections.abc import Sequence
@@ -19,7 +20,6 @@ from math import inf
 import torch
 from torch import Tensor
 
-from ltat_fast import _ext
 from ltat_fast.ops._operator import (
     Operator,
     check_dense,
@@ -27,7 +27,6 @@ from ltat_fast.ops._operator import (
     check_logits,
     check_reduction,
     no_double_backward,
-    triton_why_not,
 )
 
 
@@ -55,7 +54,7 @@ def balanced_softmax_kl_ref(
 
 
 def _loss_and_stats(logits, labels, class_counts, teacher_logits, tau, kl_weight, temperature, reduction):
-    """Empty outputs. ``stats``: maximum and log-sum of each softmax by row, for the backward."""
+    """Allocate the outputs. ``stats`` holds the maximum and log-sum of each softmax per row, for the backward."""
     rows, dtype = logits.shape[0], torch.promote_types(logits.dtype, torch.float32)
     loss = logits.new_empty((rows,) if reduction == "none" else (), dtype=dtype)
     return loss, logits.new_empty((2 if teacher_logits is None else 6, rows), dtype=dtype)
@@ -89,7 +88,7 @@ def _backward_cuda(
 
 
 def _launchable(logits, labels, class_counts, teacher_logits):
-    """The strides that the launchers take: any between rows, 1 between classes."""
+    """Return the tensors with strides that the launchers accept: any stride between rows, stride 1 between classes."""
 
     def unit_columns(t):
         return t if t is None or t.stride(1) == 1 else t.contiguous()
@@ -97,18 +96,18 @@ def _launchable(logits, labels, class_counts, teacher_logits):
     return unit_columns(logits), labels.contiguous(), class_counts.contiguous(), unit_columns(teacher_logits)
 
 
-_triton = triton_why_not() == ""
 _forward = Operator(
     "balanced_softmax_kl(Tensor logits, Tensor labels, Tensor class_counts, Tensor? teacher_logits, float tau, "
     "float kl_weight, float temperature, str reduction) -> (Tensor, Tensor)",
     fake=_loss_and_stats,
-    cuda=_forward_cuda if _triton else None,
+    triton=_forward_cuda,
+    public="balanced_softmax_kl",
 )
 _backward = Operator(
     "balanced_softmax_kl_backward(Tensor grad_loss, Tensor logits, Tensor labels, Tensor class_counts, "
     "Tensor? teacher_logits, Tensor stats, float tau, float kl_weight, float temperature, str reduction) -> Tensor",
     fake=_grad_logits,
-    cuda=_backward_cuda if _triton else None,
+    triton=_backward_cuda,
 )
 
 
@@ -139,30 +138,34 @@ def balanced_softmax_kl(
     temperature: float = 1.0,
     reduction: str = "mean",
 ) -> Tensor:
-    """``BSL(logits + tau * log class_counts) + kl_weight * KL(teacher || student)``; formulas at the top of this file.
+    """Return ``BSL(logits + tau * log class_counts) + kl_weight * KL(teacher || student)``.
 
-    logits: (B, C), any strides; the only argument that gets a gradient (of its dtype, contiguous).
+    The formulas are at the top of this file.
+
+    logits: (B, C), any strides. Only this argument gets a gradient, which is contiguous and has its dtype.
     labels: (B,), any integer dtype, each in [0, C).
-    class_counts: samples of each class in the training set, (C,), >= 0: a tensor on the device of ``logits``, or a
-        sequence, whose copy on the device is kept for the next call. A count of 0 excludes the class, and makes the
-        loss of a sample of that class +inf.
-    teacher_logits: (B, C) or None. Promoted to a common dtype with ``logits`` if the two differ.
-    tau: strength of the prior, >= 0; 0 is plain cross-entropy.   temperature: > 0.   kl_weight: 0 leaves the KL out.
+    class_counts: number of training samples per class, (C,), >= 0: a tensor on the device of ``logits``, or a sequence.
+        The device copy of a sequence is kept for the next call. A count of 0 excludes the class: the loss of a sample
+        of that class is +inf.
+    teacher_logits: (B, C) or None. If its dtype differs from that of ``logits``, both are promoted to a common dtype.
+    tau: strength of the prior, >= 0. 0 is plain cross-entropy.
+    kl_weight: weight of the KL. 0 leaves the KL out.
+    temperature: temperature of the KL, > 0.
     reduction: "mean" over the batch, "sum", or "none".
 
-    Returns float32 (float64 for float64): shape () or, for "none", (B,). An empty batch sums to 0 and averages to NaN.
+    Returns float32 (float64 for float64) of shape (), or (B,) for "none". The sum of an empty batch is 0, its mean NaN.
 
-    Nothing synchronises with the device. So a label out of range or a negative count raises ValueError on the CPU, and
-    on CUDA (a label under torch.func too) makes the losses and gradients it touches NaN. Differentiating twice raises
-    RuntimeError.
+    The call does not synchronise with the device. So a label out of range or a negative count raises ValueError only on
+    the CPU. On CUDA it makes the affected losses and gradients NaN, and so does such a label under torch.func.
+    Differentiating twice raises RuntimeError.
 
-    Raises ValueError for shapes, devices or numbers that do not fit, TypeError for dtypes.
+    Raises ValueError for shapes, devices or numbers that do not fit, TypeError for dtypes that do not fit.
     """
     check_logits("logits", logits)
     check_reduction(reduction)
     if not (0 <= tau < inf and 0 < temperature < inf and -inf < kl_weight < inf):
         numbers = f"{tau=}, {temperature=} and {kl_weight=}"
-        raise ValueError(f"need tau >= 0, temperature > 0 and a kl_weight, all finite, got {numbers}")
+        raise ValueError(f"need tau >= 0, temperature > 0 and kl_weight, all finite, got {numbers}")
     labels = _checked_labels(labels, logits)
     class_counts = _checked_counts(class_counts, logits)
     if kl_weight == 0:
@@ -190,7 +193,10 @@ def balanced_softmax_kl(
 
 
 def _nan_for_wrong_labels(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """What the CUDA kernels do with a label out of range; torch's gather would end the process's use of the device."""
+    """Make the row of a label out of range NaN, as the CUDA kernels do.
+
+    torch's gather would instead raise a device-side assertion, after which the process cannot use the device.
+    """
     wrong = (labels < 0) | (labels >= logits.shape[1])
     return logits + torch.where(wrong, float("nan"), 0.0).to(logits)[:, None], labels.masked_fill(wrong, 0)
 
@@ -204,9 +210,9 @@ def _checked_labels(labels: Tensor, logits: Tensor) -> Tensor:
     if labels.shape != logits.shape[:1]:
         raise ValueError(f"labels must have shape ({logits.shape[0]},), got {tuple(labels.shape)}")
     if labels.device != logits.device:
-        raise ValueError(f"labels are on {labels.device}, but logits is on {logits.device}")
-    if logits.device.type == "cpu" and not _ext.HAS_EXT and not torch.compiler.is_compiling():
-        # what the C++ kernel would do
+        raise ValueError(f"labels are on {labels.device}, but logits are on {logits.device}")
+    if logits.device.type == "cpu" and "cpu" not in _forward.kernels and not torch.compiler.is_compiling():
+        # as the C++ kernel does
         wrong = labels[(labels < 0) | (labels >= logits.shape[1])]
         if wrong.numel():
             raise ValueError(f"label {wrong[0].item()} is outside [0, {logits.shape[1]})")
@@ -216,8 +222,9 @@ def _checked_labels(labels: Tensor, logits: Tensor) -> Tensor:
 def _checked_counts(class_counts: Tensor | Sequence[float], logits: Tensor) -> Tensor:
     if not isinstance(class_counts, Tensor):
         counts = tuple(float(n) for n in class_counts)
-        if not all(0 <= n < inf for n in counts):
-            raise ValueError("class_counts must not be negative, infinite or NaN")
+        for n in counts:
+            if not 0 <= n < inf:
+                raise ValueError(f"class_counts must not be negative, infinite or NaN, got {n}")
         compiling = torch.compiler.is_compiling()
         class_counts = (_on_device.__wrapped__ if compiling else _on_device)(counts, logits.device)
     check_dense("class_counts", class_counts)
@@ -226,7 +233,9 @@ def _checked_counts(class_counts: Tensor | Sequence[float], logits: Tensor) -> T
     if class_counts.shape != logits.shape[1:]:
         raise ValueError(f"class_counts must have shape ({logits.shape[1]},), got {tuple(class_counts.shape)}")
     if class_counts.device != logits.device:
-        raise ValueError(f"class_counts is on {class_counts.device}, but logits is on {logits.device}: move it once")
+        raise ValueError(
+            f"class_counts are on {class_counts.device}, but logits are on {logits.device}: move the counts there once"
+        )
     return class_counts if class_counts.dtype in (torch.float32, torch.int64) else class_counts.float()
 
 

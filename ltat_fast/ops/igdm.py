@@ -1,4 +1,4 @@
-"""Indirect gradient matching, fused: loss and gradients without a (B, C) intermediate.
+"""Indirect gradient matching: fused loss and gradients, without a (B, C) intermediate.
 
     a = student(x + d) - student(x - d),   b = teacher(x + d) - teacher(x - d)      logit differences, a ~ 2 J_student d
     kl   sum_k P_k (log P_k - log Q_k)     P = softmax(b), Q = softmax(a); 0 log 0 = 0     (Lee et al. 2025, eq. 8)
@@ -7,8 +7,8 @@
     d loss / d student_plus = G,   d loss / d student_minus = -G
     kl   G = Q - P                         l1   G = sign(a - b)                            l2   G = 2 (a - b)
 
-Four logit tensors (B, C), float32, bfloat16 or float16 (float64 on the CPU), computed in float32. The teacher gets no
-gradient. Used by ltat, and by any distillation method as an added term.
+The four logit tensors have shape (B, C) and dtype float32, bfloat16 or float16 (float64 on the CPU). Arithmetic is
+float32. The teacher gets no gradient. The method ltat uses this loss, and every distillation method can add it.
 Source: Lee, Cho and Kim, "Indirect Gradient Matching for Adversarial Robust Distillation", ICLR 2025.
 """
 
@@ -60,18 +60,17 @@ def _grads(grad_loss, student_plus, *_):
     return tuple(torch.empty_like(student_plus, memory_format=torch.contiguous_format) for _ in range(2))
 
 
-# The CUDA kernels are C++ too, and registered there.
+# The CUDA kernels are C++ too: csrc/igdm_cuda.cpp registers them.
 _forward = Operator(
     "igdm(Tensor student_plus, Tensor student_minus, Tensor teacher_plus, Tensor teacher_minus, str divergence, "
     "str reduction) -> Tensor",
     fake=_loss,
-    cuda=None,
+    public="igdm_loss",
 )
 _backward = Operator(
     "igdm_backward(Tensor grad_loss, Tensor student_plus, Tensor student_minus, Tensor teacher_plus, "
     "Tensor teacher_minus, str divergence, str reduction) -> (Tensor, Tensor)",
     fake=_grads,
-    cuda=None,
 )
 
 
@@ -98,17 +97,20 @@ def igdm_loss(
     divergence: str = "kl",
     reduction: str = "mean",
 ) -> Tensor:
-    """Distance between the student's and the teacher's change of logits from x - d to x + d; formulas at the top.
+    """Return the distance between the changes of the student's and of the teacher's logits from x - d to x + d.
 
-    student_plus, student_minus: logits at x + d and at x - d, (B, C); they get the gradients.
-    teacher_plus, teacher_minus: the teacher's, (B, C); no gradient. Differing dtypes are promoted to a common one.
-    divergence: "kl" (the paper's), "l1" or "l2" (squared), each summed over classes.
+    The formulas are at the top of this file.
+
+    student_plus, student_minus: student logits at x + d and at x - d, (B, C). They get the gradients.
+    teacher_plus, teacher_minus: teacher logits at x + d and at x - d, (B, C). They get no gradient. If the dtypes
+        of the four tensors differ, all are promoted to a common dtype.
+    divergence: "kl" (as in the paper), "l1" or "l2" (squared), summed over the classes.
     reduction: "mean" over the batch, "sum", or "none".
 
-    Returns float32 (float64 for float64): shape () or, for "none", (B,). An empty batch sums to 0 and averages to NaN.
-    Nothing synchronises with the device. Differentiating twice raises RuntimeError.
+    Returns float32 (float64 for float64) of shape (), or (B,) for "none". The sum of an empty batch is 0, its mean NaN.
+    The call does not synchronise with the device. Differentiating twice raises RuntimeError.
 
-    Raises ValueError for shapes, devices or names that do not fit, TypeError for dtypes.
+    Raises ValueError for shapes, devices or names that do not fit, TypeError for dtypes that do not fit.
     """
     check_logits("student_plus", student_plus)
     check_like("student_minus", student_minus, "student_plus", student_plus)

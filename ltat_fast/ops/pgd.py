@@ -1,20 +1,20 @@
-"""Start point and ascent step of projected gradient descent in an L_inf ball (Madry et al. 2018, section 2.1).
+"""Start point and ascent step of projected gradient descent (PGD) in an L_inf ball (Madry et al. 2018, section 2.1).
 
     start   x_adv = clip(project(x + noise))
     step    x_adv = clip(project(x_adv + step_size * sign(grad)))
     project(v) = min(max(v, x - eps), x + eps),     clip = clamp to [lower, upper],     sign(0) = sign(NaN) = 0
 
-Any shape, the same for all tensors of a call. float32, bfloat16 and float16, computed in float32 and rounded once;
-float64 on the CPU. Neither op has a gradient: sign is flat, and an attack is a constant of the outer loss. Used by
-every attack, and so by every training method.
+All tensors of a call have the same shape, which can be any shape. Dtypes are float32, bfloat16 and float16, computed in
+float32 and rounded once, and float64 on the CPU. Neither op has a gradient: the gradient of sign is zero, and the outer
+loss treats an attack as a constant. Every attack uses these ops, and so does every training method.
 """
 
 import torch
 from torch import Tensor
 
-from ltat_fast.ops._operator import Operator, check_float, check_like, is_plain_call, triton_why_not
+from ltat_fast.ops._operator import Operator, check_float, check_like, is_plain_call
 
-GAUSSIAN_STD = 1e-3  # of the start noise of TRADES, MART and AT-BSL, whatever eps is
+GAUSSIAN_STD = 1e-3  # standard deviation of the start noise of TRADES, MART and AT-BSL; it does not depend on eps
 
 
 def pgd_init_ref(
@@ -26,7 +26,7 @@ def pgd_init_ref(
     lower: float = 0.0,
     upper: float = 1.0,
 ) -> Tensor:
-    """Plain-torch :func:`pgd_init`: the same distribution, not the same draws."""
+    """Plain-torch :func:`pgd_init`. It has the same distribution, but draws other numbers."""
     centre = x.detach().to(torch.promote_types(x.dtype, torch.float32))
     draw = torch.empty_like(centre)
     if noise == "uniform":
@@ -72,16 +72,16 @@ def _pgd_step_cuda(x_adv, grad, x, step_size, eps, lower, upper):
 def _pgd_step_out_cuda(x_adv, grad, x, step_size, eps, lower, upper, out):
     from ltat_fast.kernels.pgd import launch_step
 
-    dense = torch.empty_like(out)  # has the strides of out, unless out is a slice with no memory order to walk
+    dense = torch.empty_like(out)  # has the strides of out, unless out is not dense, such as a slice
     target = out if _same_strides(dense, out) else dense
-    grad = grad.sign() if grad.dtype == torch.float64 else grad  # 1e-60 is 0 in the kernel's float32
+    grad = grad.sign() if grad.dtype == torch.float64 else grad  # the kernel's float32 would round 1e-60 to 0
     launch_step(*(_in_layout_of(target, t) for t in (x_adv, grad, x)), target, step_size, eps, lower, upper)
     if target is not out:
         out.copy_(target)
 
 
 def _same_strides(a: Tensor, b: Tensor) -> bool:
-    """Where it matters: a dimension with one element has no stride."""
+    """Return whether the strides agree. Dimensions with one element are ignored: their stride has no effect."""
     return a.stride() == b.stride() or all(
         size == 1 or i == j for size, i, j in zip(a.shape, a.stride(), b.stride(), strict=True)
     )
@@ -91,22 +91,23 @@ def _in_layout_of(out: Tensor, tensor: Tensor) -> Tensor:
     return tensor if _same_strides(out, tensor) else torch.empty_like(out, dtype=tensor.dtype).copy_(tensor)
 
 
-_triton = triton_why_not() == ""
 _pgd_init = Operator(
     "pgd_init(Tensor x, Tensor seed, float eps, float std, float lower, float upper, str noise) -> Tensor",
     fake=lambda x, *_: torch.empty_like(x),
-    cuda=_pgd_init_cuda if _triton else None,
+    triton=_pgd_init_cuda,
+    public="pgd_init",
 )
 _pgd_step = Operator(
     "pgd_step(Tensor x_adv, Tensor grad, Tensor x, float step_size, float eps, float lower, float upper) -> Tensor",
     fake=lambda x_adv, *_: torch.empty_like(x_adv),
-    cuda=_pgd_step_cuda if _triton else None,
+    triton=_pgd_step_cuda,
+    public="pgd_step",
 )
 _pgd_step_out = Operator(
     "pgd_step_out(Tensor x_adv, Tensor grad, Tensor x, float step_size, float eps, float lower, float upper, "
     "Tensor(a!) out) -> ()",
     fake=lambda *_: None,
-    cuda=_pgd_step_out_cuda if _triton else None,
+    triton=_pgd_step_out_cuda,
 )
 
 
@@ -119,16 +120,17 @@ def pgd_init(
     lower: float = 0.0,
     upper: float = 1.0,
 ) -> Tensor:
-    """Random start of an attack: a new tensor like ``x`` (dtype, layout), in the eps-ball and in [lower, upper].
+    """Return the random start of an attack: a new tensor in the eps-ball around ``x`` and in [lower, upper].
 
-    x: any shape, float32, bfloat16 or float16 (float64 on the CPU).
-    eps: radius of the ball, in the units of ``x`` (8/255 for images in [0, 1]), >= 0.
+    x: any shape, float32, bfloat16 or float16 (float64 on the CPU). The result has its dtype and layout.
+    eps: radius of the ball, >= 0, in the units of ``x`` (8/255 for images in [0, 1]).
     noise: "uniform", U(-eps, eps) (Madry et al. 2018), or "gaussian", N(0, 0.001^2) projected on the ball (TRADES).
-    generator: of the device of ``x``; one number is drawn from it, on the device, without a synchronisation. None is
-        the device's default generator, which a captured CUDA graph advances by itself. torch.compile takes only None.
+    generator: a generator on the device of ``x``. One number is drawn from it on the device, without synchronisation.
+        None is the default generator of the device, which a captured CUDA graph advances by itself. torch.compile
+        supports only None.
 
-    The result does not require grad. The noise is a function of that one number and of the position in memory: it does
-    not depend on the number of threads, and channels_last images get other noise than contiguous ones.
+    The result does not require grad. The noise is a function of the drawn number and of the position in memory. So it
+    does not depend on the number of threads, and channels_last images get other noise than contiguous images.
 
     Raises TypeError for another dtype, ValueError for a negative eps, an empty range or an unknown noise.
     """
@@ -137,7 +139,7 @@ def pgd_init(
     if noise not in ("uniform", "gaussian"):
         raise ValueError(f"noise must be 'uniform' or 'gaussian', got {noise!r}")
     if eps == float("inf"):
-        raise ValueError("eps must be finite: there is no start point in a ball without bound")
+        raise ValueError("eps must be finite to draw a start point, got inf")
     x = x.detach()
     if not _pgd_init.runs_on(x):
         return pgd_init_ref(x, eps, noise, generator, lower=lower, upper=upper)
@@ -155,20 +157,21 @@ def pgd_step(
     upper: float = 1.0,
     out: Tensor | None = None,
 ) -> Tensor:
-    """One step of an attack: sign ascent, projection on the eps-ball around ``x`` and clamp, in one pass over memory.
+    """Take one step of an attack: sign ascent, projection on the eps-ball around ``x``, clamp, in one pass over memory.
 
-    x_adv, x: current point and ball centre, one shape and dtype: float32, bfloat16 or float16 (float64 on the CPU).
-    grad: gradient of what the attack ascends; same shape, any of these dtypes.
-    step_size, eps: in the units of ``x``. A negative step descends, as a targeted attack does.
-    out: written and returned if given; may be ``x_adv``, which is the cheapest. May require grad: its data are set, as
-        by ``out.data.copy_``, and autograd will refuse to use an older version of it.
+    x_adv, x: current point and centre of the ball. They have the same shape and the same dtype: float32, bfloat16 or
+        float16 (float64 on the CPU).
+    grad: gradient of the objective of the attack. It has the same shape, and any of these dtypes.
+    step_size, eps: in the units of ``x``. A negative step size descends, as a targeted attack does.
+    out: if given, the result is written to it and it is returned. ``out=x_adv`` is the cheapest call. It may require
+        grad: only its data are set, as by ``out.data.copy_``, and autograd refuses to use an older version of it.
 
-    Returns a tensor like ``x_adv`` (dtype, layout) that does not require grad. All layouts are taken; no copy is made
-    where the tensors share one, contiguous or channels_last. In half precision the ball holds up to the rounding of the
-    stored value.
+    Returns a tensor with the dtype and layout of ``x_adv`` that does not require grad. Every layout works. No tensor is
+    copied if all have the same layout, contiguous or channels_last. In half precision the result is in the ball up to
+    the rounding of the stored value.
 
     Raises ValueError for different shapes or devices, a negative eps, an empty range or an ``out`` that partly overlaps
-    an input; TypeError for another or mixed dtype.
+    an input. Raises TypeError for another dtype or mixed dtypes.
     """
     check_float("x_adv", x_adv)
     check_like("grad", grad, "x_adv", x_adv)
@@ -177,7 +180,7 @@ def pgd_step(
         raise TypeError(f"x is {x.dtype}, but x_adv is {x_adv.dtype}")
     _check_ball(eps, lower, upper)
     if isinstance(step_size, Tensor) or not -float("inf") <= step_size <= float("inf"):
-        raise ValueError(f"step_size must be a number, got {step_size}")
+        raise ValueError(f"step_size must be a number and not NaN, got {step_size}")
     x_adv, grad, x = x_adv.detach(), grad.detach(), x.detach()
     if out is None:
         if not _pgd_step.runs_on(x_adv):
@@ -206,7 +209,7 @@ def _check_ball(eps: float, lower: float, upper: float) -> None:
 
 
 def _check_overlap(out: Tensor, *inputs: Tensor) -> None:
-    """An input may be ``out`` itself, element for element; any other overlap would be read after it was written."""
+    """Raise if ``out`` overlaps an input without being that input: the kernel would read values that it has written."""
 
     def span(t: Tensor) -> tuple[int, int]:
         reach = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
@@ -216,4 +219,4 @@ def _check_overlap(out: Tensor, *inputs: Tensor) -> None:
     for t in inputs if out.numel() else ():
         start, stop = span(t)
         if start < last and first < stop and not (start == first and _same_strides(out, t) and t.dtype == out.dtype):
-            raise ValueError("out overlaps an input without being it")
+            raise ValueError("out overlaps an input but is not that input: pass the input itself or other memory")

@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from ltat_fast import __version__
-from ltat_fast.config import ratio
+from ltat_fast.config import parse_fraction
 from ltat_fast.reporting import charts, findings, protocol
 from ltat_fast.reporting.figure import Style, styles
 from ltat_fast.reporting.headline import headline, names
@@ -92,7 +92,7 @@ def _view(study: Study, shown: Gallery) -> dict:
         "gallery": shown,
         "pictured": pictured,
         "zeros": list(zip(pictured, shown.zeros, strict=True)),
-        "amplified": 1 / (2 * ratio(study.config.eps)),
+        "amplified": 1 / (2 * parse_fraction(study.config.eps)),
         "gradients": charts.gradient_histograms(
             shown.gradients, [m.name for m in pictured], [m.style for m in pictured]
         ),

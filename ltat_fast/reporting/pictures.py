@@ -18,7 +18,7 @@ from ltat_fast.analysis.gradients import input_gradient
 from ltat_fast.analysis.inequality import saliency
 from ltat_fast.attacks import AttackConfig, pgd
 from ltat_fast.attacks.objectives import cross_entropy
-from ltat_fast.config import ratio
+from ltat_fast.config import parse_fraction
 from ltat_fast.data import load_dataset, longtail, resident
 from ltat_fast.errors import UserError
 from ltat_fast.models.frozen import FrozenTwin
@@ -151,7 +151,7 @@ def _examples(shown: Gallery, study: Study, data: Splits, models: list[nn.Module
     firsts = [int((labels == order[p]).nonzero()[0]) for p in places if (labels == order[p]).any()]
     x = to_unit(data.test.images[firsts].to(data.test.labels.device))
     y = data.test.labels[firsts]
-    eps = ratio(study.config.eps)
+    eps = parse_fraction(study.config.eps)
     attack = AttackConfig(eps, eps / 4, STEPS)
     predictions, attacked, maps = [], [], []
     for model in models:

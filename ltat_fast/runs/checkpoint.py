@@ -1,7 +1,7 @@
-"""The state that a stage of training resumes from: weights, optimizer and progress in one file.
+"""The state from which a stage resumes: weights, optimizer and progress.
 
-``resume.safetensors`` holds everything, so that no two files can disagree. The state saved before it is kept beside it,
-for the case that the disk damages the newest one.
+One file, ``resume.safetensors``, holds all of it, so that two files cannot disagree. The previous state is kept in
+``resume.previous.safetensors``, in case the disk damages the newest one.
 """
 
 import os
@@ -19,9 +19,11 @@ from ltat_fast.runs.weights import load_weights, read_weights, write_weights
 
 @dataclass
 class Progress:
-    """Where a stage is. ``epoch`` epochs and ``step`` steps of the next one are done.
+    """Position and results of a stage.
 
-    skipped: epoch and step, from 0, of the batch that was left out because it gave numbers that are not finite.
+    epoch: number of finished epochs. step: number of steps taken in the next epoch. best: epoch and scores of the best
+    epoch. sums: :meth:`TrainStep.totals` of the current epoch. seconds: time spent in the current epoch. skipped: epoch
+    and step, from 0, of the batch that is skipped because it gave numbers that are not finite.
     """
 
     epoch: int = 0
@@ -33,17 +35,18 @@ class Progress:
     skipped: list[int] = field(default_factory=list)
 
 
-def previous_of(path: Path) -> Path:
-    """Where the state saved before the one in ``path`` is."""
+def previous_state_file(path: Path) -> Path:
+    """Return the file that keeps the state saved before the one in ``path``."""
     return path.with_name(f"{path.stem}.previous{path.suffix}")
 
 
 def has_state(path: Path) -> bool:
-    return path.exists() or previous_of(path).exists()
+    """Return whether ``path`` or its previous state exists."""
+    return path.exists() or previous_state_file(path).exists()
 
 
 def training_tensors(model: nn.Module, optimizer: torch.optim.SGD, method: dict[str, Tensor]) -> dict[str, Tensor]:
-    """All that a step reads and changes. method: tensors the training method keeps between steps."""
+    """Return all tensors that a step changes, by name. method: :meth:`Method.state`."""
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     tensors |= {f"method.{name}": tensor for name, tensor in method.items()}
     for name, parameter in model.named_parameters():
@@ -61,7 +64,10 @@ def restore(
     arch: str,
     method: dict[str, Tensor],
 ) -> None:
-    """The inverse of :func:`training_tensors`, in place: a captured step knows these tensors by their addresses."""
+    """Load the result of :func:`training_tensors`, read from the file ``source``.
+
+    The tensors are overwritten in place, because a captured step uses their addresses.
+    """
     weights = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
     load_weights(model, weights, source, arch)
     for name, tensor in method.items():
@@ -74,18 +80,23 @@ def restore(
 def save_state(
     path: Path, model: nn.Module, optimizer: torch.optim.SGD, progress: Progress, method: dict[str, Tensor]
 ) -> None:
-    """Everything a bit-exact continuation needs; random streams are functions of the place and need no storing."""
-    write_weights(path, training_tensors(model, optimizer, method), vars(progress), previous=previous_of(path))
+    """Write everything that a bit-equal resumption needs.
+
+    Random streams need no storage, because they depend only on the position in the run.
+    """
+    tensors = training_tensors(model, optimizer, method)
+    write_weights(path, tensors, vars(progress), previous=previous_state_file(path))
 
 
 def load_state(
     path: Path, model: nn.Module, optimizer: torch.optim.SGD, arch: str, method: dict[str, Tensor]
 ) -> Progress:
-    """The inverse of :func:`save_state`, in place: from ``path``, or, where that is damaged, from the state before it.
+    """Load the state in ``path``, in place, or the previous state if that file is damaged. Return its progress.
 
-    A damaged file is set aside, so that the next save does not put it in the place of the one that is whole.
+    The damaged file is renamed, so that the next save does not overwrite the previous state with it. Raises UserError
+    if no undamaged state is left.
     """
-    tensors, metadata, source = _newest(path)
+    tensors, metadata, source = _read_newest(path)
     restore(tensors, source, model, optimizer, arch, method)
     try:
         return Progress(**metadata)
@@ -93,9 +104,10 @@ def load_state(
         raise UserError(f"{source} is not the saved state of a run") from None
 
 
-def _newest(path: Path) -> tuple[dict[str, Tensor], dict, Path]:
-    previous = previous_of(path)
-    if not path.exists():  # a save was cut off between its two renames
+def _read_newest(path: Path) -> tuple[dict[str, Tensor], dict, Path]:
+    """Return tensors, metadata and path of the newest undamaged state."""
+    previous = previous_state_file(path)
+    if not path.exists():  # a save was killed between its two renames
         return *read_weights(previous), previous
     try:
         return *read_weights(path), path
@@ -105,9 +117,9 @@ def _newest(path: Path) -> tuple[dict[str, Tensor], dict, Path]:
         try:
             content = read_weights(previous)
         except UserError:
-            raise UserError(f"{error}, and so is {previous}: nothing is left to go on from") from None
+            raise UserError(f"{error}, and so is {previous}: no state is left to resume from") from None
         damaged = path.with_name(f"{path.name}.damaged")
         with files.oserror_as_user_error(damaged):
             os.replace(path, damaged)
-        log.say(f"WARNING: {error}; it is now {damaged.name}, and the run goes on from {previous.name}")
+        log.say(f"WARNING: {error}; renamed it to {damaged.name}, resuming from {previous.name}")
         return *content, previous

@@ -15,8 +15,8 @@ from ltat_fast.runs.splits import Splits
 PACKAGES = ("ltat-fast", "torch", "torchvision", "triton", "numpy", "pyautoattack")  # their versions change results
 
 
-def describe_environment(device: torch.device, dtype: torch.dtype, data: Splits) -> dict:
-    """The content of RUN/env.json: what it would take to see the same numbers again."""
+def describe_environment(device: torch.device, dtype: torch.dtype, splits: Splits) -> dict:
+    """Return the content of RUN/env.json: everything needed to get the same numbers again."""
     gpu = torch.cuda.get_device_name() if device.type == "cuda" else None
     return {
         "command": shlex.join(sys.argv),
@@ -29,8 +29,8 @@ def describe_environment(device: torch.device, dtype: torch.dtype, data: Splits)
         "precision": str(dtype).removeprefix("torch."),
         "ops": {op: backends[device.type] for op, backends in backend_info().items()},
         "git": git_revision(),
-        "index_hash": data.index_hash,
-        "class_counts": data.counts,
+        "index_hash": splits.index_hash,
+        "class_counts": splits.counts,
     }
 
 
@@ -42,11 +42,13 @@ def _version(package: str) -> str | None:
 
 
 def git_revision() -> str | None:
-    """The commit of the code that is running, with "+" if it was changed since; None outside a checkout."""
+    """Return the commit of the running code, with "+" if tracked files have changes. None outside a git checkout."""
     here = Path(__file__).resolve().parent
     try:
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)
-        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True)
-    except OSError:
+        changes = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True)
+    except OSError:  # git is not installed
         return None
-    return commit.stdout.strip() + ("+" if changed.stdout.strip() else "") if commit.returncode == 0 else None
+    if commit.returncode != 0:
+        return None
+    return commit.stdout.strip() + ("+" if changes.stdout.strip() else "")

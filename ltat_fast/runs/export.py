@@ -138,9 +138,7 @@ def accuracy(result: Result) -> dict:
 def architecture(model: nn.Module, origin: dict) -> dict:
     """What is needed, besides the weights, to build ``model`` again."""
     known = {name: origin[name] for name in ("arch", "num_classes", "in_channels")}
-    known |= {"mean": None, "std": None, "cosine": None}
-    if isinstance(model.normalize, classifier.Normalize):
-        known |= {name: getattr(model.normalize, name).flatten().tolist() for name in ("mean", "std")}
+    known["cosine"] = None
     if isinstance(model.fc, cosine.CosineClassifier):
         known["cosine"] = {"norm_offset": model.fc.norm_offset, "scale": model.fc.scale}
     return known

@@ -6,7 +6,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from ltat_fast.config import ratio
+from ltat_fast.config import parse_fraction
 from ltat_fast.errors import UserError
 from ltat_fast.runs.json_object import JsonObject, is_count, is_integer, is_number, is_text, list_of, optional
 from ltat_fast.runs.results import EvalFile
@@ -14,7 +14,7 @@ from ltat_fast.runs.results import EvalFile
 NEEDED = {"dataset", "method", "arch", "imbalance_ratio", "select_on", "seed", "eps"}
 
 
-def fraction(text: str) -> Fraction:
+def exact_fraction(text: str) -> Fraction:
     """The exact value of "8/255" or "0.1". Raises ValueError or ZeroDivisionError for anything else."""
     numerator, _, denominator = text.partition("/")
     return Fraction(numerator) / Fraction(denominator or 1)
@@ -75,7 +75,7 @@ class RunConfig:
 def is_fraction(value: Any) -> bool:
     """Whether ``value`` is a text such as "8/255" or "0.031", above 0 and at most 1."""
     try:
-        return is_text(value) and ratio(value) > 0 and fraction(value) > 0
+        return is_text(value) and parse_fraction(value) > 0 and exact_fraction(value) > 0
     except (UserError, ValueError, ZeroDivisionError):
         return False
 
@@ -91,6 +91,7 @@ class Environment:
     gpu: str | None = None
     machine: str | None = None
     precision: str | None = None
+    threads: int | None = None
     git: str | None = None
     index_hash: str | None = None
     """tells one selection of training images from another"""
@@ -107,6 +108,7 @@ class Environment:
         texts = ("command", "python", "gpu", "machine", "precision", "git", "index_hash")
         return cls(
             packages={name: packages.take(name, optional(is_text)) for name in packages.content},
+            threads=content.take("threads", optional(is_count), None),
             class_counts=tuple(content.take("class_counts", list_of(is_count), ())),
             **{name: content.take(name, optional(is_text), None) for name in texts},
         )

@@ -19,6 +19,7 @@ from ltat_fast import files
 from ltat_fast.attacks.by_name import parse_attacks
 from ltat_fast.config import Config
 from ltat_fast.errors import UserError
+from ltat_fast.flags import parse_args
 from ltat_fast.runs import log
 from ltat_fast.runs.finished import FinishedRun
 from ltat_fast.runs.results import CHECKPOINTS
@@ -89,7 +90,7 @@ def conflict(job: Job) -> str | None:
         return None
     try:
         with contextlib.redirect_stderr(io.StringIO()):
-            asked = configuration.parse_args(["--out", str(job.run_dir), *job.flags])
+            asked = parse_args(["--out", str(job.run_dir), *job.flags])
         changed = configuration.differences(*configuration.load(job.run_dir), *asked)
     except SystemExit:
         return f"python -m ltat_fast.train does not take {shlex.join(job.flags)}"

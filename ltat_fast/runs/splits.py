@@ -1,4 +1,4 @@
-"""The images of a run, as its configuration selects them: training, test and selection split on the device."""
+"""The images of a run, selected by its configuration: training, test and selection split, on the device."""
 
 from dataclasses import dataclass
 
@@ -25,7 +25,12 @@ class DeviceImages:
 
 @dataclass
 class Splits:
-    """The images of a run. counts: training images a class, after holding out. select: what picks the best epoch."""
+    """The images of a run.
+
+    select: images that select the best epoch. counts: training images per class, without held-out images. groups:
+    classes by group, such as "tail". index_hash: hash of the selected training indices. pad: pixels of padding before
+    a random crop. flip: whether images are flipped at random.
+    """
 
     train: DeviceImages
     test: DeviceImages
@@ -47,7 +52,7 @@ class Splits:
 
 
 def load_splits(config: Config, device: torch.device) -> Splits:
-    """Read, cut to the long tail, put on the device, and say what was found."""
+    """Read the images, select the long tail, copy the splits to the device and print what they hold."""
     dataset = load_dataset(config.dataset, config.data_dir, image_size=config.image_size, report=log.say)
     tailed = longtail.make_long_tailed(dataset, config.imbalance_ratio)
     test = DeviceImages(resident(dataset.test.images, device), resident(dataset.test.labels, device))
@@ -56,15 +61,15 @@ def load_splits(config: Config, device: torch.device) -> Splits:
     if config.select_on == "heldout":
         kept, held = longtail.holdout_split(labels, np.arange(len(labels)), config.heldout)
         if len(held) == 0:
-            raise UserError(f"--select-on heldout: {config.heldout:g} of each class holds out no image at all")
+            raise UserError(f"--select-on heldout: {config.heldout:g} of each class holds out no image")
         select = DeviceImages(resident(images[held], device), resident(labels[held], device))
         images, labels, indices = images[kept], labels[kept], indices[kept]
     counts = np.bincount(labels, minlength=len(tailed.class_names)).tolist()
     index_hash = longtail.index_hash(indices)
     log.say(
         f"{config.dataset}: {len(labels):,} training images in {len(counts)} classes "
-        f"({max(counts)} to {min(counts)} a class), index hash {index_hash}; {len(test):,} test images"
-        + (f"; {len(select):,} held out to select on" if select is not test else "")
+        f"({max(counts)} to {min(counts)} per class), index hash {index_hash}; {len(test):,} test images"
+        + (f"; {len(select):,} held-out images for selection" if select is not test else "")
     )
     return Splits(
         DeviceImages(resident(images, device), resident(labels, device)),
@@ -79,14 +84,15 @@ def load_splits(config: Config, device: torch.device) -> Splits:
     )
 
 
-def balanced_indices(config: Config, data: Splits) -> np.ndarray:
-    """The teacher's class-balanced re-sampling of the training images: gamma * (smallest class) images a class."""
-    largest, smallest = max(data.counts), min(data.counts)
+def balanced_indices(config: Config, splits: Splits) -> np.ndarray:
+    """Draw the teacher's balanced set: indices of gamma * (size of the smallest class) training images per class."""
+    largest, smallest = max(splits.counts), min(splits.counts)
     gamma = config.gamma or max(1.0, largest / smallest / 2)
     per_class = max(1, round(gamma * smallest))
-    log.say(f"teacher's balanced set: {per_class} images a class, {per_class * data.num_classes:,} in all")
-    return longtail.balanced_indices(data.train.labels.cpu().numpy(), per_class)
+    log.say(f"teacher's balanced set: {per_class} images per class, {per_class * splits.num_classes:,} in all")
+    return longtail.balanced_indices(splits.train.labels.cpu().numpy(), per_class)
 
 
-def counts_tensor(data: Splits, device: torch.device) -> Tensor:
-    return torch.tensor(data.counts, dtype=torch.int64, device=device)
+def counts_tensor(splits: Splits, device: torch.device) -> Tensor:
+    """Return the training images per class as int64 ``(num_classes,)``."""
+    return torch.tensor(splits.counts, dtype=torch.int64, device=device)

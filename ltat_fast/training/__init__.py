@@ -1,1 +1,1 @@
-"""What turns a method into a trained model: the step, its schedule, checkpoints, evaluation, the record of a run."""
+"""Training of one method: the step and its backends, a stage of epochs, recovery, teachers, evaluation."""

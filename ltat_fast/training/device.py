@@ -1,6 +1,7 @@
-"""Which device and precision a run uses, and why: decided once, said at start-up."""
+"""Choice of device and precision. A run decides both once and prints them at start-up."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -11,7 +12,10 @@ from ltat_fast.errors import UserError
 
 @dataclass(frozen=True)
 class Hardware:
-    """device: where the run is. dtype: of the forward passes in training. why: a phrase for the start-up line."""
+    """Where a run computes and in which precision.
+
+    dtype: dtype of the forward passes in training. why: the reason for this choice, printed at start-up.
+    """
 
     device: torch.device
     dtype: torch.dtype
@@ -20,7 +24,7 @@ class Hardware:
 
 @contextlib.contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
-    """Whether float32 convolutions and matrix products on a GPU may run in TF32, while open."""
+    """Allow or forbid TF32 for float32 convolutions and matrix products on a GPU, inside a ``with`` block."""
     switches = [torch.backends.cudnn, torch.backends.cuda.matmul]
     before = [switch.allow_tf32 for switch in switches]
     try:
@@ -33,20 +37,22 @@ def tf32(allowed: bool) -> Iterator[None]:
 
 
 def without_tf32() -> contextlib.AbstractContextManager[None]:
-    """Turn TF32 off while open: torch by default lets convolutions on a GPU round to 10 bits of mantissa."""
+    """Forbid TF32 inside a ``with`` block. By default, torch uses it in convolutions: 10 bits of mantissa."""
     return tf32(False)
 
 
 def cpu_has_bf16() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware (AVX512-bf16 or AMX); without, bf16 is slower than float32."""
+    """Return whether this CPU has bfloat16 in hardware (AVX512-bf16 or AMX). Emulation is slower than float32."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def choose(device: str = "auto", precision: str = "auto") -> Hardware:
-    """Resolve ``--device`` and ``--precision``. Raises UserError for a GPU that is not there."""
+    """Resolve ``--device`` and ``--precision``. Raise UserError if "cuda" is requested and no GPU is usable."""
     if device == "cuda" and not torch.cuda.is_available():
-        build = "this torch is a CPU build" if torch.version.cuda is None else "torch finds no usable GPU or driver"
-        raise UserError(f"--device cuda: no CUDA device ({build}); use --device cpu, or see python -m ltat_fast.doctor")
+        reason = "this torch is a CPU build" if torch.version.cuda is None else "torch finds no usable GPU or driver"
+        raise UserError(
+            f"--device cuda: no CUDA device ({reason}); use --device cpu, or run python -m ltat_fast.doctor for details"
+        )
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -58,16 +64,14 @@ def choose(device: str = "auto", precision: str = "auto") -> Hardware:
         dtype = torch.bfloat16 if has_bf16 else torch.float32
         why = f"{name}, {'bf16 in hardware' if has_bf16 else 'no bf16 in hardware'}"
     else:
-        dtype, why = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision], f"{name}, as asked"
+        dtype, why = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision], f"{name}, as requested"
         if dtype == torch.bfloat16 and not has_bf16:
             why += ", slow: no bf16 in hardware"
     return Hardware(torch.device(device), dtype, why)
 
 
 def make_deterministic() -> None:
-    """Ask torch for deterministic kernels. CPU runs are deterministic for a fixed number of threads without this."""
-    import os
-
+    """Select deterministic CUDA kernels. On a CPU, runs with the same number of threads are always deterministic."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False

@@ -1,7 +1,7 @@
-"""Many processes as one run: who this process is, gradients and batch statistics over all of them, agreement.
+"""Several processes that train as one: their ranks, averaged gradients, common decisions.
 
-Started by torchrun, each process takes its share of every global batch; batch norm sees the whole global batch, and
-gradients are averaged by DistributedDataParallel, so that N processes follow the loss curve of one.
+torchrun starts the processes, and each takes its share of every global batch. Batch norm uses statistics of the whole
+global batch, and DistributedDataParallel averages the gradients, so that N processes follow the loss curve of one.
 """
 
 import contextlib
@@ -20,17 +20,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ltat_fast.errors import UserError
 
-JOIN_WITHIN = datetime.timedelta(minutes=5)  # from the first process to the last; torch would wait for half an hour
+JOIN_TIMEOUT = datetime.timedelta(minutes=5)  # for all processes to join; torch's own default is 30 minutes
 
-# The flag has a new name since torch 2.13, and the old one warns.
-_BUFFERS = "forward_sync_buffers"
-if _BUFFERS not in inspect.signature(DistributedDataParallel.__init__).parameters:
-    _BUFFERS = "broadcast_buffers"
+# torch 2.13 renamed this argument, and warns about the old name.
+_SYNC_BUFFERS = "forward_sync_buffers"
+if _SYNC_BUFFERS not in inspect.signature(DistributedDataParallel.__init__).parameters:
+    _SYNC_BUFFERS = "broadcast_buffers"
 
 
 @dataclass(frozen=True)
 class World:
-    """rank: of this process among ``size``. local_rank: among those of this machine."""
+    """Place of this process: ``rank`` among all ``size`` processes, ``local_rank`` among those of this machine."""
 
     rank: int = 0
     size: int = 1
@@ -41,25 +41,28 @@ class World:
         return self.rank == 0
 
 
-def launched() -> World:
-    """What torchrun says of this process; a world of one without it."""
+def world_from_environment() -> World:
+    """Read the world from the environment variables of torchrun. Without torchrun, return a world of one process."""
     if "WORLD_SIZE" not in os.environ:
         return World()
-    rank, size, local_rank = (int(os.environ.get(*d)) for d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    return World(rank, size, local_rank)
+    return World(
+        rank=int(os.environ.get("RANK", 0)),
+        size=int(os.environ["WORLD_SIZE"]),
+        local_rank=int(os.environ.get("LOCAL_RANK", 0)),
+    )
 
 
 def start(use_cuda: bool) -> World:
-    """Join the processes that torchrun started: NCCL between GPUs, gloo between CPUs.
+    """Join the process group of torchrun: NCCL on GPUs, gloo on CPUs.
 
-    Raises UserError if they are not all there in time.
+    Raises UserError if not all processes join within :data:`JOIN_TIMEOUT`.
     """
-    world = launched()
+    world = world_from_environment()
     if world.size > 1:
         if use_cuda:
             torch.cuda.set_device(world.local_rank)
         try:
-            store, rank, size = next(dist.rendezvous("env://", timeout=JOIN_WITHIN))
+            store, rank, size = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))
             dist.init_process_group("nccl" if use_cuda else "gloo", store=store, rank=rank, world_size=size)
         except dist.DistError as error:
             reason = str(error).splitlines()[0]
@@ -67,27 +70,30 @@ def start(use_cuda: bool) -> World:
     return world
 
 
-def is_loss_of_a_process(error: RuntimeError) -> bool:
-    """Whether ``error`` is what a collective raises when another process is gone. Gloo gives it no type of its own."""
+def is_lost_process_error(error: RuntimeError) -> bool:
+    """Return whether a collective raised ``error`` because another process died.
+
+    Gloo has no exception type for this, so the message decides.
+    """
     return dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error))
 
 
 def current() -> World:
-    """This process in the group it has joined; a world of one if in none."""
-    return launched() if dist.is_initialized() else World()
+    """Return the world of the joined process group, or a world of one process if there is no group."""
+    return world_from_environment() if dist.is_initialized() else World()
 
 
 def stop() -> None:
-    """Leave the group, if there is one."""
+    """Leave the process group, if this process has joined one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def leave_broken(status: int) -> NoReturn:
-    """End this process at once, in a group that has lost a member.
+def exit_after_lost_process(status: int) -> NoReturn:
+    """Exit at once with ``status``, without the shutdown of the interpreter.
 
-    What DDP had under way stays with gloo's threads. One that lets go of it while the interpreter shuts down aborts
-    the process ("terminate called without an active exception"), so nothing is shut down.
+    After another process died, gloo's threads still hold unfinished work of DDP. If a thread releases it during the
+    shutdown, the process aborts with "terminate called without an active exception".
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -95,10 +101,10 @@ def leave_broken(status: int) -> NoReturn:
 
 
 def wrap(model: nn.Module) -> nn.Module:
-    """``model`` with gradients averaged over all processes; ``model`` itself where there is one.
+    """Wrap ``model`` in DistributedDataParallel. With a single process, return ``model`` itself.
 
-    Buffers are not broadcast: synchronised batch norm keeps them equal, and LTAT's two forwards before one backward
-    would have the second overwrite what the first needs.
+    Buffers are not broadcast. Synchronised batch norm already keeps them equal, and the second of LTAT's two forward
+    passes would overwrite buffers that the backward pass of the first one needs.
     """
     world = current()
     if world.size == 1:
@@ -107,34 +113,36 @@ def wrap(model: nn.Module) -> nn.Module:
     return DistributedDataParallel(
         model,
         device_ids=[world.local_rank] if on_gpu else None,
-        **{_BUFFERS: False},
+        **{_SYNC_BUFFERS: False},
         gradient_as_bucket_view=True,
     )
 
 
 def mean_over_processes(x: Tensor) -> Tensor:
-    """In place. Divided after the sum: NCCL alone knows an average."""
+    """Average ``x`` over all processes, in place. Sum, then divide: only NCCL has an average."""
     if dist.is_initialized():
         dist.all_reduce(x)
         x /= dist.get_world_size()
     return x
 
 
-def largest_of_processes(x: Tensor) -> Tensor:
-    """In place, element by element."""
+def max_over_processes(x: Tensor) -> Tensor:
+    """Take the element-wise maximum of ``x`` over all processes, in place."""
     if dist.is_initialized():
         dist.all_reduce(x, op=dist.ReduceOp.MAX)
     return x
 
 
 def any_process(flag: bool, device: torch.device) -> bool:
-    """Whether ``flag`` is set in at least one process; all must ask."""
-    return bool(largest_of_processes(torch.tensor(float(flag), device=device))) if dist.is_initialized() else flag
+    """Return whether ``flag`` is true in at least one process. All processes must call this function."""
+    if not dist.is_initialized():
+        return flag
+    return bool(max_over_processes(torch.tensor(float(flag), device=device)))
 
 
 @contextlib.contextmanager
 def main_first() -> Iterator[None]:
-    """The main process goes through the body alone; the others after it, and find what it has prepared."""
+    """Run the ``with`` block in the main process first, then in the others, which find what it has prepared."""
     is_main = current().is_main
     if not is_main:
         wait()
@@ -144,17 +152,17 @@ def main_first() -> Iterator[None]:
 
 
 def wait() -> None:
-    """Until every process is here."""
+    """Wait until every process has called this function."""
     if dist.is_initialized():
         dist.barrier()
 
 
 def gather_in_turn(parts: list[Tensor]) -> list[Tensor]:
-    """The parts of all processes, where process r holds parts r, r + size, r + 2 size, ... of the whole."""
+    """Return the parts of all processes in order. Process r holds parts r, r + size, r + 2 size, ... of the whole."""
     world = current()
     if world.size == 1:
         return parts
-    everyone: list[list[Tensor]] = [[]] * world.size
-    dist.all_gather_object(everyone, parts)
-    total = sum(len(theirs) for theirs in everyone)
-    return [everyone[i % world.size][i // world.size] for i in range(total)]
+    by_rank: list = [None] * world.size
+    dist.all_gather_object(by_rank, parts)
+    total = sum(len(share) for share in by_rank)
+    return [by_rank[i % world.size][i // world.size] for i in range(total)]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ltat_fast.attacks.by_name import AUTOATTACK, correct_under, parse_attacks
 from ltat_fast.attacks.checks import Check, run_checks
-from ltat_fast.config import Config, ratio
+from ltat_fast.config import Config
 from ltat_fast.models.frozen import FrozenTwin
 from ltat_fast.pixels import to_unit
 from ltat_fast.runs import log
@@ -57,7 +57,7 @@ def evaluate(
         x, y = images[places.to(images.device)], labels[places.to(images.device)]
         part = (world.rank, world.size)
         with without_tf32():
-            mine = correct_under(name, frozen, x, y, eps, batch_size=batch_size, places=places, part=part)
+            mine = correct_under(name, frozen, x, y, eps, batch_size=batch_size, indices=places, part=part)
         correct = torch.cat(distributed.gather_in_turn(list(mine.split(batch_size))))
         used = np.isin(np.arange(len(images)), chosen) if len(chosen) < len(images) else None
         results[name] = Result.from_correct(correct, y, groups, num_classes, used)
@@ -128,7 +128,7 @@ def _evaluate_weights(
         if attack == first:
             checks = scores.known_checks()
             if missing(checks):
-                checks = check(model(), data.test.images, data.test.labels, ratio(config.eps), log.say)
+                checks = check(model(), data.test.images, data.test.labels, config.attack_config.eps, log.say)
             if is_main:
                 scores.add_checks(checks)
         images = min(limit for limit in (len(data.test), config.limit_eval, _limits(config).get(attack)) if limit)
@@ -160,7 +160,7 @@ def evaluate_model(
         attacks,
         data.groups,
         data.num_classes,
-        ratio(config.eps),
+        config.attack_config.eps,
         batch_size=config.eval_batch_size,
         limits=_limits(config),
         say=say,

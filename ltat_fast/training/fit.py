@@ -1,4 +1,4 @@
-"""One stage of training, the teacher's or the student's: epochs of steps, evaluated, recorded, saved, resumable."""
+"""The training loop of one stage, teacher or student: steps, evaluation, records, saving and resuming."""
 
 import time
 from dataclasses import replace
@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from ltat_fast.models.joint_batch import allow_joint_calls
 from ltat_fast.models.sync_batch_norm import synchronise_batch_norm
 from ltat_fast.runs import checkpoint, log
 from ltat_fast.runs.checkpoint import Progress
@@ -19,37 +20,37 @@ from ltat_fast.training.signals import Interrupted, StopOnSignal
 from ltat_fast.training.stage import Stage
 from ltat_fast.training.step import TrainStep, frozen_twin, make_optimizer
 
-AGREE_EVERY = 10  # steps between the moments at which several processes agree to save or to stop
-# Recorded, but not worth the terminal's width, or shown in a form of their own.
-NOT_IN_LINE = {"epoch", "steps", "lr", "seconds", "images_per_second"}
-NOT_IN_LINE |= {"share_of_ceiling", "zero_gradients", "sign_disagreement"}
-CHECK_EVERY = 50  # steps between looks at the device: for a loss that is not finite, and for the progress bar
+AGREE_EVERY = 10  # number of steps after which several processes agree whether to save or to stop
+CHECK_EVERY = 50  # number of steps after which the host reads the sums: to check the loss, and for the progress bar
+# Entries of a record that its line on the terminal omits, or shows in another form.
+NOT_PRINTED = {"epoch", "steps", "lr", "seconds", "images_per_second"}
+NOT_PRINTED |= {"share_of_ceiling", "zero_gradients", "sign_disagreement"}
 
 
 def fit(stage: Stage, hardware: Hardware) -> Progress:
-    """Train ``stage`` to its end, from wherever its folder says it is.
+    """Train ``stage`` to its end, from the state in its folder if there is one.
 
-    Raises :class:`Diverged` and :class:`Interrupted`.
+    Raises :class:`Diverged` if a loss or a weight is not finite, and :class:`Interrupted` after a signal.
     """
-    synchronise_batch_norm(stage.model)
-    optimizer = make_optimizer(stage.model, stage.lr, stage.momentum, stage.weight_decay)
+    allow_joint_calls(synchronise_batch_norm(stage.model))
+    optimizer = make_optimizer(stage.model, stage.config.lr, stage.config.momentum, stage.config.weight_decay)
     progress = Progress()
     if checkpoint.has_state(stage.state_file):
-        progress = recovery.last_good_state(stage, optimizer)
+        progress = recovery.load_last_good_state(stage, optimizer)
         if progress.finished:
             log.say(f"{stage.name}: already trained, {progress.epoch} epochs")
             return progress
-        log.say(f"{stage.name}: goes on after epoch {progress.epoch}, step {progress.step}")
+        log.say(f"{stage.name}: resumes after epoch {progress.epoch}, step {progress.step}")
     wrapped = distributed.wrap(stage.model)
 
     def build(backend: str) -> TrainStep:
         return train_step(stage, optimizer, hardware, backend, wrapped)
 
     x, y = next(stage.loader.batches(progress.epoch))
-    step = choose_backend(stage.backend, build, x, y)
+    step = choose_backend(stage.config.compile, build, x, y, stage.config.run_dir / ".capturing")
     flops = speed.flops_per_image(build("eager"), x, y)
     ceiling = speed.matmul_ceiling(hardware.device, hardware.dtype)
-    log.say(f"{stage.name}: {flops / 1e9:.3g} GFLOP an image; matrix products reach {ceiling / 1e12:.3g} TFLOP/s")
+    log.say(f"{stage.name}: {flops / 1e9:.3g} GFLOP per image; matrix products reach {ceiling / 1e12:.3g} TFLOP/s")
     record = log.StageLog(stage.folder, progress.epoch) if distributed.current().is_main else log.NoLog()
     try:
         with StopOnSignal() as stop:
@@ -65,13 +66,14 @@ def train_step(
     backend: str = "eager",
     train_model: nn.Module | None = None,
 ) -> TrainStep:
-    """The training step of ``stage``; its attack in the precision that the stage asks for."""
-    twin = frozen_twin(stage.model, replace(hardware, dtype=torch.float32) if stage.attack_fp32 else hardware)
+    """Return the training step of ``stage``. The other arguments are those of :class:`TrainStep`."""
+    attack_hardware = replace(hardware, dtype=torch.float32) if stage.attacks_in_fp32 else hardware
+    twin = frozen_twin(stage.model, attack_hardware)
     return TrainStep(stage.model, stage.method, optimizer, stage.attack, hardware, backend, train_model, twin)
 
 
 class _Fit:
-    """The loop of :func:`fit`. In several processes each runs it; what is decided here is decided alike in all."""
+    """The loop of :func:`fit`. Every process runs it, and all processes make the same decisions."""
 
     def __init__(
         self,
@@ -82,7 +84,7 @@ class _Fit:
         stop: StopOnSignal,
         seconds_per_image: float,
     ):
-        """seconds_per_image: what a step takes for each image at the ceiling of one device's matrix products."""
+        """seconds_per_image: time of a step per image, at the rate of one device's largest matrix products."""
         self.stage, self.step, self.progress, self.record, self.stop = stage, step, progress, record, stop
         self.seconds_per_image = seconds_per_image
         self.check_batch = next(stage.loader.batches(0))
@@ -92,25 +94,25 @@ class _Fit:
 
     def run(self) -> Progress:
         if not checkpoint.has_state(self.stage.state_file):
-            self._save()  # there always is a good state to go back to
+            self._save()  # so that there always is a good state to return to
         while not self.progress.finished:
             try:
-                self._epoch()
+                self._train_epoch()
             except Diverged as diverged:
-                self.progress = recovery.without_bad_batch(self.stage, self.step, diverged)
+                self.progress = recovery.skip_bad_batch(self.stage, self.step, diverged)
                 self._save()
         return self.progress
 
-    def _epoch(self) -> None:
+    def _train_epoch(self) -> None:
         started = time.monotonic() - self.progress.seconds
         self.step.restart(self.progress.sums)
         if self.progress.step == 0:
             self.stage.method.on_epoch_start(self.progress.epoch)
-        done = self._steps(started)
+        done = self._train_steps(started)
         self._end_epoch(done, time.monotonic() - started)
 
-    def _steps(self, started: float) -> int:
-        """The steps of an epoch, from where it was left; how many of them are done."""
+    def _train_steps(self, started: float) -> int:
+        """Take the remaining steps of the epoch and return how many of its steps are done."""
         stage, step, epoch, done = self.stage, self.step, self.progress.epoch, self.progress.step
         with log.progress_bar(f"{stage.name} epoch {epoch + 1}/{stage.epochs}", self.per_epoch, done) as bar:
             for x, y in stage.loader.batches(epoch, start=done):
@@ -126,11 +128,11 @@ class _Fit:
                     self.progress.step, self.progress.sums = done, self._totals(done)
                     self.progress.seconds = time.monotonic() - started
                     self._save()
-                    self._stop_if_asked(f"in epoch {epoch + 1}, step {done}")
+                    self._stop_if_signalled(f"in epoch {epoch + 1}, step {done}")
         return done
 
     def _end_epoch(self, done: int, seconds: float) -> None:
-        """Record and evaluate the epoch; save, so that a resumed run begins with the next."""
+        """Evaluate and record the epoch, then save the state from which the next epoch starts."""
         stage, progress, epoch = self.stage, self.progress, self.progress.epoch + 1
         totals = self._totals(done)
         steps = int(totals.pop("steps"))
@@ -145,37 +147,40 @@ class _Fit:
 
         finished = epoch == stage.epochs or self._out_of_steps(done)
         scores = {}
-        if stage.evaluate and (stage.evaluate_when(epoch - 1) or finished):
-            scores = stage.evaluate(stage.model)
+        if (selection := stage.selection) and (selection.after(epoch - 1) or finished):
+            scores = selection.evaluate(stage.model)
             entry |= scores
-            if stage.method.attacks:
+            if stage.method.uses_attack:
                 entry |= gradient_health(self.step, *self.check_batch)
-            if scores[stage.select_by] > progress.best.get(stage.select_by, -1.0):
+            if scores[selection.by] > progress.best.get(selection.by, -1.0):
                 progress.best = {"epoch": epoch, **scores}
                 self._save_weights("best", epoch, scores)
         self.record.epoch(entry)
         if finished:
             self._save_weights("last", epoch, scores)
-        # The state goes last: a run that dies before it repeats this epoch, and writes all of the above again.
+        # Save the state last: a run killed before this point repeats the epoch and writes all of the above again.
         progress.epoch, progress.finished, progress.step, progress.sums, progress.seconds = epoch, finished, 0, {}, 0.0
         self._save()
         log.say(f"{stage.name} {_line(entry, stage.epochs)}")
-        self._stop_if_asked(f"after epoch {epoch}")
+        self._stop_if_signalled(f"after epoch {epoch}")
 
     def _out_of_steps(self, done: int) -> bool:
-        most = self.stage.max_steps
-        return most is not None and self.progress.epoch * self.per_epoch + done >= most
+        max_steps = self.stage.config.max_steps
+        return max_steps is not None and self.progress.epoch * self.per_epoch + done >= max_steps
 
     def _time_to_save(self, done: int) -> bool:
-        if done % (AGREE_EVERY if self.world.size > 1 else 1):
+        if self.world.size > 1 and done % AGREE_EVERY != 0:
             return False
         minutes = (time.monotonic() - self.last_save) / 60
-        return distributed.any_process(bool(self.stop.asked) or minutes > self.stage.save_minutes, self.step.device)
+        due = self.stop.signal_name is not None or minutes > self.stage.config.save_minutes
+        return distributed.any_process(due, self.step.device)
 
     def _save(self) -> None:
         if self.world.is_main:
-            kept = self.stage.method.state()
-            checkpoint.save_state(self.stage.state_file, self.stage.model, self.step.optimizer, self.progress, kept)
+            method_state = self.stage.method.state()
+            checkpoint.save_state(
+                self.stage.state_file, self.stage.model, self.step.optimizer, self.progress, method_state
+            )
         self.last_save = time.monotonic()
 
     def _save_weights(self, which: str, epoch: int, scores: dict[str, float]) -> None:
@@ -183,19 +188,20 @@ class _Fit:
             card = self.stage.card(epoch) | {"scores": scores}
             write_weights(self.stage.checkpoints / f"{which}.safetensors", self.stage.model.state_dict(), card)
 
-    def _stop_if_asked(self, where: str) -> None:
-        if distributed.any_process(bool(self.stop.asked), self.step.device):
-            raise Interrupted(f"stopped by {self.stop.asked or 'another process'} {where}; state saved")
+    def _stop_if_signalled(self, where: str) -> None:
+        if distributed.any_process(self.stop.signal_name is not None, self.step.device):
+            raise Interrupted(f"stopped by {self.stop.signal_name or 'another process'} {where}; state saved")
 
     def _totals(self, done: int) -> dict[str, float]:
-        """The sums of the epoch so far. Raises :class:`Diverged` if loss or weights are not finite numbers."""
+        """Return the sums of the epoch so far. Raise :class:`Diverged` if the loss or a weight is not finite."""
         totals = self.step.totals()
-        if what := recovery.not_finite(self.step, totals):
+        if what := recovery.find_non_finite(self.step, totals):
             raise Diverged(what, self.progress.epoch, done)
         return totals
 
 
 def _line(entry: dict, epochs: int) -> str:
-    numbers = "  ".join(f"{name} {value:.4g}" for name, value in entry.items() if name not in NOT_IN_LINE)
+    """Return the line that the terminal shows for an epoch."""
+    numbers = "  ".join(f"{name} {value:.4g}" for name, value in entry.items() if name not in NOT_PRINTED)
     rate = f"{entry['seconds']:.1f} s  {entry['images_per_second']:.0f} images/s"
     return f"{entry['epoch']:>3}/{epochs}  lr {entry['lr']:.4g}  {numbers}  {rate}"

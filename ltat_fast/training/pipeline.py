@@ -8,8 +8,7 @@ from torch import nn
 
 from ltat_fast import config as configuration
 from ltat_fast import seeding
-from ltat_fast.attacks import AttackConfig
-from ltat_fast.config import Config, ratio
+from ltat_fast.config import Config
 from ltat_fast.data import DeviceLoader
 from ltat_fast.errors import UserError
 from ltat_fast.files import write_json
@@ -23,27 +22,30 @@ from ltat_fast.schedule import first_drop
 from ltat_fast.training import distributed, teachers
 from ltat_fast.training.device import Hardware, make_deterministic
 from ltat_fast.training.evaluation import evaluate_model, evaluate_run
-from ltat_fast.training.fit import Stage, fit
+from ltat_fast.training.fit import fit
+from ltat_fast.training.stage import Selection, Stage
 from ltat_fast.training.step import frozen_twin
+from ltat_fast.training.tune import choose_for_cpu
 
 
 def train(config: Config, method: Method, hardware: Hardware) -> None:
-    """Train and evaluate ``config`` into its run folder, from wherever that folder says it is."""
+    """Train and evaluate into the run folder of ``config``; continue from the state that the folder holds."""
     if config.deterministic:
         make_deterministic()
     elif hardware.device.type == "cuda":
         torch.backends.cudnn.benchmark = True  # every step has the same shapes
     run_dir = config.run_dir
-    if method.differentiates_twice and distributed.current().size > 1:
-        raise UserError(f"--method {method.name} as configured differentiates twice: it runs in one process alone")
+    if method.needs_double_backward and distributed.current().size > 1:
+        raise UserError(f"--method {method.name} with these options needs a double backward: use a single process")
     if config.teacher is not None:
-        teachers.find(config.teacher, config.arch)  # before any long work
-    with distributed.main_first():  # it decodes; the others read its cache
-        data = load_splits(config, hardware.device)
-    # What can be refused is, before anything is written: a refused start leaves no half-made run in the way.
-    student = student_stage(config, method, data, hardware)
-    teacher = teacher_or_stage(config, method.teacher, data, hardware) if method.teacher != "none" else None
-    environment = describe_environment(hardware.device, hardware.dtype, data)
+        teachers.find(config.teacher, config.arch)  # report a wrong --teacher before any long work
+    with distributed.main_first():  # the main process decodes the images, the others read its cache
+        splits = load_splits(config, hardware.device)
+    # Build both stages before anything is written, so that a refused start leaves no half-made run behind.
+    student = student_stage(config, method, splits, hardware)
+    teacher = teacher_or_stage(config, method.teacher, splits, hardware) if method.teacher != "none" else None
+    hardware = choose_for_cpu(config, hardware, student.model, *next(student.loader.batches(0)))
+    environment = describe_environment(hardware.device, hardware.dtype, splits)
     if distributed.current().is_main:
         write_json(run_dir / "config.json", configuration.to_json(config, method))
         write_json(run_dir / "env.json", environment)
@@ -51,69 +53,79 @@ def train(config: Config, method: Method, hardware: Hardware) -> None:
     log.say("ops: " + ", ".join(f"{op}: {backend}" for op, backend in environment["ops"].items()))
 
     if isinstance(teacher, Stage):
-        teacher = train_teacher(config, teacher, data, hardware)
-    if teacher is not None:
-        teacher = frozen_twin(teacher, hardware)
-    method.setup(MethodContext(class_counts=counts_tensor(data, hardware.device), teacher=teacher))
+        teacher = train_teacher(teacher, splits, hardware)
+    setup_method(method, splits, teacher, hardware)
     fit(student, hardware)
-    evaluate_run(config, data, hardware)
+    evaluate_run(config, splits, hardware)
     if distributed.current().is_main:
         log.say(tables.render([run_dir]))
 
 
-def teacher_or_stage(config: Config, kind: str, data: Splits, hardware: Hardware) -> nn.Module | Stage:
-    """The teacher that was given, or the stage that trains one of this ``kind`` (:class:`Method` lists them)."""
+def setup_method(method: Method, splits: Splits, teacher: nn.Module | None, hardware: Hardware) -> None:
+    """Give ``method`` the class counts of the training images and the frozen twin of its teacher."""
+    twin = None if teacher is None else frozen_twin(teacher, hardware)
+    method.setup(MethodContext(class_counts=counts_tensor(splits, hardware.device), teacher=twin))
+
+
+def teacher_or_stage(config: Config, kind: str, splits: Splits, hardware: Hardware) -> nn.Module | Stage:
+    """Return the teacher given by ``--teacher``, or the stage that trains one.
+
+    kind: the class attribute ``teacher`` of a :class:`Method`, except "none".
+    """
     if config.teacher is not None:
         log.say(f"teacher: {config.teacher}")
-        with distributed.main_first():  # it may download
-            return teachers.load(config.teacher, config.arch, data, hardware)
+        with distributed.main_first():  # the main process may download it
+            return teachers.load(config.teacher, config.arch, splits, hardware)
     method = METHODS["natural" if kind == "natural" else "pgd-at"]()
-    indices = balanced_indices(config, data) if kind == "balanced" else None
-    return _stage(config, "teacher", method, data, hardware, indices)
+    setup_method(method, splits, None, hardware)
+    indices = balanced_indices(config, splits) if kind == "balanced" else None
+    return _stage(config, "teacher", method, splits, hardware, indices)
 
 
-def train_teacher(config: Config, stage: Stage, data: Splits, hardware: Hardware) -> nn.Module:
-    """The teacher, trained from wherever its folder says it is, and its scores."""
+def train_teacher(stage: Stage, splits: Splits, hardware: Hardware) -> nn.Module:
+    """Train the teacher, or continue its training, and write its scores to RUN/teacher/eval.json."""
     fit(stage, hardware)
     scores = stage.folder / "eval.json"
     if not scores.exists():
         log.say("teacher on the test set:")
-        result = evaluate_model(config, data, data.test, stage.model, ["clean", "pgd20"], log.say)
+        result = evaluate_model(stage.config, splits, splits.test, stage.model, ["clean", "pgd20"], log.say)
         if distributed.current().is_main:
             EvalFile({"last": CheckpointResults(result)}).save(scores)
     distributed.wait()
     return stage.model
 
 
-def student_stage(config: Config, method: Method, data: Splits, hardware: Hardware) -> Stage:
-    stage = _stage(config, "student", method, data, hardware)
+def student_stage(config: Config, method: Method, splits: Splits, hardware: Hardware) -> Stage:
+    """Return the stage that trains the student and selects its best epoch by PGD-20."""
+    stage = _stage(config, "student", method, splits, hardware)
     name = "test" if config.select_on == "test" else "heldout"
 
     def scores(model: nn.Module) -> dict[str, float]:
-        result = evaluate_model(config, data, data.select, model, ["clean", "pgd20"])
+        result = evaluate_model(config, splits, splits.select, model, ["clean", "pgd20"])
         flat = {"clean": result["clean"].all, "pgd20": result["pgd20"].all}
         flat |= {"tail_clean": result["clean"].percent("tail"), "tail_pgd20": result["pgd20"].percent("tail")}
         return {f"{name}_{key}": value for key, value in flat.items() if value is not None}
 
     dropped = first_drop(config.lr_schedule, config.epochs)
-    stage.evaluate, stage.select_by = scores, f"{name}_pgd20"
-    stage.evaluate_when = lambda epoch: epoch >= dropped or (epoch + 1) % config.eval_every == 0
+    stage.selection = Selection(
+        evaluate=scores,
+        after=lambda epoch: epoch >= dropped or (epoch + 1) % config.eval_every == 0,
+        by=f"{name}_pgd20",
+    )
     return stage
 
 
 def _stage(
-    config: Config, name: str, method: Method, data: Splits, hardware: Hardware, indices: np.ndarray | None = None
+    config: Config, name: str, method: Method, splits: Splits, hardware: Hardware, indices: np.ndarray | None = None
 ) -> Stage:
-    """The teacher's or the student's stage, as ``config`` has it."""
-    is_teacher = name == "teacher"
-    folder = config.run_dir / "teacher" if is_teacher else config.run_dir
+    """Return the stage "teacher" or "student" over the training images ``indices`` (all of them if None)."""
     loader = DeviceLoader(
-        data.train.images,
-        data.train.labels,
-        batch_size=config.teacher_batch_size if is_teacher else config.batch_size,
+        splits.train.images,
+        splits.train.labels,
+        batch_size=config.teacher_batch_size if name == "teacher" else config.batch_size,
         seed=seeding.stream_seed(config.seed, name, "data"),
-        pad=data.pad,
-        flip=data.flip,
+        pad=splits.pad,
+        flip=splits.flip,
         augment=config.augment,
         device=hardware.device,
         rank=distributed.current().rank,
@@ -121,26 +133,8 @@ def _stage(
         channels_last=True,
         indices=indices,
     )
-    # Seeded apart: teacher and student do not start from the same weights.
-    model = new_model(config.arch, data, hardware.device, seeding.stream_seed(config.seed, name, "weights"), method)
-    return Stage(
-        name=name,
-        folder=folder,
-        model=model,
-        arch=config.arch,
-        method=method,
-        loader=loader,
-        attack=AttackConfig(ratio(config.eps), ratio(config.step_size), config.attack_steps, method.noise),
-        epochs=config.teacher_epochs if is_teacher else config.epochs,
-        lr=config.lr,
-        lr_schedule=config.lr_schedule,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-        seed=config.seed,
-        card=functools.partial(weights_card, config, data, method),
-        backend=config.compile,
-        attack_fp32=config.attack_precision == "fp32" or (config.attack_precision == "auto" and method.flat_start),
-        max_steps=config.max_steps,
-        save_minutes=config.save_minutes,
-        on_nan=config.on_nan,
-    )
+    # Teacher and student have different seeds, so that they do not start from the same weights.
+    seed = seeding.stream_seed(config.seed, name, "weights")
+    model = new_model(config.arch, splits, hardware.device, seed, method)
+    card = functools.partial(weights_card, config, splits, method)
+    return Stage(name, config, model, method, loader, card)

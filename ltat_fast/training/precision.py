@@ -1,4 +1,7 @@
-"""Whether an attack in reduced precision still sees the gradient: PGD takes its sign, so what underflows is lost."""
+"""Check that an attack in reduced precision still sees the gradient.
+
+PGD uses only the sign of the gradient, so an entry that underflows to zero has no effect.
+"""
 
 import torch
 from torch import Tensor
@@ -10,13 +13,14 @@ from ltat_fast.training.step import TrainStep
 
 
 def gradient_health(step: TrainStep, x: Tensor, y: Tensor) -> dict[str, float]:
-    """Of the input gradients that an attack of ``step`` on the images ``x`` starts with, in percent:
+    """Examine the first input gradient of the attack of ``step`` on a batch. Nothing is changed.
 
-    ``zero_gradients``, exactly zero, where a sign step stands still; ``sign_disagreement``, of another sign than the
-    float32 network says (not given for an attack in float32). Everything stays as it was.
+    x: float32 images ``(B, C, H, W)`` in [0, 1]. y: int64 labels ``(B,)``. Returns shares of the gradient's entries, in
+    percent: "zero_gradients" are exactly zero, so a sign step does not move these pixels; "sign_disagreement" have
+    another sign than in the float32 network (only for an attack in reduced precision).
     """
     step.frozen.refresh()
-    # Not at the images themselves, where the gradient of a divergence from the clean prediction is zero.
+    # Not at the images: there the gradient of a divergence from the clean prediction is zero.
     start = pgd_init(x, step.attack.eps, step.attack.noise, torch.Generator(x.device).manual_seed(0))
     grad = _input_gradient(step, step.frozen, x, start, y)
     health = {"zero_gradients": 100 * (grad == 0).float().mean().item()}

@@ -1,8 +1,8 @@
-"""Back to the last good state: after a process was killed, a disk damaged a file, or a number stopped being finite.
+"""Return to the last good state: after a process was killed, a disk damaged a file, or a number was not finite.
 
-While all is well a run only looks at its sums now and then. Everything a step draws is a function of its place, so the
-steps since the last good state can be taken again, with a look after each: the one that goes wrong is found exactly as
-it was, and written to a file for ``python -m ltat_fast.replay``, at no cost before.
+A healthy run checks its sums only now and then. When a check fails, the run loads the last good state and repeats the
+steps since then, with a check after each. Order, augmentation and noise depend only on the position in the run, so the
+bad step is repeated exactly. Its inputs are written to a file for ``python -m ltat_fast.replay``.
 """
 
 import shlex
@@ -21,93 +21,98 @@ from ltat_fast.training.step import TrainStep
 
 
 class Diverged(Exception):
-    """Loss or weights are not finite numbers; seen in ``epoch`` after ``done`` of its steps, both from 0."""
+    """A loss or a weight is not finite. Detected in ``epoch``, from 0, after ``steps_done`` of its steps."""
 
-    def __init__(self, message: str, epoch: int, done: int):
+    def __init__(self, message: str, epoch: int, steps_done: int):
         super().__init__(message)
-        self.epoch, self.done = epoch, done
+        self.epoch, self.steps_done = epoch, steps_done
 
 
-def last_good_state(stage: Stage, optimizer: torch.optim.SGD) -> Progress:
-    """Load the newest state of ``stage`` that is whole, in place."""
-    with distributed.main_first():  # it sets a damaged file aside
-        progress = checkpoint.load_state(stage.state_file, stage.model, optimizer, stage.arch, stage.method.state())
+def load_last_good_state(stage: Stage, optimizer: torch.optim.SGD) -> Progress:
+    """Load the newest undamaged state into ``stage`` and ``optimizer``, in place, and return its progress."""
+    with distributed.main_first():  # the main process renames a damaged file
+        progress = checkpoint.load_state(
+            stage.state_file, stage.model, optimizer, stage.config.arch, stage.method.state()
+        )
     if progress.best and not progress.finished:
         progress.best = _best_on_disk(stage)
     return progress
 
 
 def _best_on_disk(stage: Stage) -> dict:
-    """What best.safetensors says it holds: it may be of an epoch after the state's, which is then taken again."""
+    """Return epoch and scores of best.safetensors. It may belong to an epoch after the state, which is repeated."""
     try:
         _, card = read_weights(stage.checkpoints / "best.safetensors")
     except UserError as error:
-        log.say(f"WARNING: {error}; the best epoch is picked from those still to come")
+        log.say(f"WARNING: {error}; the best epoch is selected from the remaining epochs")
         return {}
     return {"epoch": card["epoch"], **card["scores"]}
 
 
-def not_finite(step: TrainStep, totals: dict[str, float]) -> str:
-    """Which of "loss" and "weights" is not finite after the steps that gave ``totals``; empty if both are.
+def find_non_finite(step: TrainStep, totals: dict[str, float]) -> str | None:
+    """Return "loss" or "weights", whichever is not finite after the steps summed in ``totals``, or None.
 
-    A gradient that is not finite makes the weights so.
+    A gradient that is not finite shows in the weights.
     """
     if totals["first_bad"] >= 0:
         return "loss"
     finite = torch.stack([tensor.isfinite().all() for tensor in step.model.state_dict().values()]).all()
-    return "weights" if distributed.any_process(not finite, step.device) else ""
+    return "weights" if distributed.any_process(not finite, step.device) else None
 
 
-def without_bad_batch(stage: Stage, step: TrainStep, diverged: Diverged) -> Progress:
-    """The last good state, loaded, and in it the place of the batch to leave out.
+def skip_bad_batch(stage: Stage, step: TrainStep, diverged: Diverged) -> Progress:
+    """Load the last good state and mark the batch that caused ``diverged`` to be skipped.
 
-    Raises :class:`Diverged` with the whole story where the run is to stop: by ``stage.on_nan``, if a batch had been
-    left out before, or if the step did not go wrong again.
+    Raises :class:`Diverged` with the complete message if the run must stop: because of ``--on-nan``, because a batch
+    was skipped before, or because no repeated step gave a number that is not finite.
     """
-    good = last_good_state(stage, step.optimizer)
-    found = _first_bad_step(stage, step, good, (diverged.epoch, diverged.done))
-    state = f"the last good state, of epoch {good.epoch}, step {good.step}, is in {stage.checkpoints}"
+    progress = load_last_good_state(stage, step.optimizer)
+    found = _first_bad_step(stage, step, progress, (diverged.epoch, diverged.steps_done))
+    state = f"the last good state (epoch {progress.epoch}, step {progress.step}) is in {stage.checkpoints}"
     if found is None:
-        again = "it did not come back when the steps since were taken again, so no batch is to blame"
-        story = f"{stage.name}: {diverged} not finite in epoch {diverged.epoch + 1}; {again}; {state}"
-        raise Diverged(story, diverged.epoch, diverged.done)
+        repeated = "repeating the steps since the last good state gave finite numbers, so no batch is to blame"
+        message = f"{stage.name}: {diverged} not finite in epoch {diverged.epoch + 1}; {repeated}; {state}"
+        raise Diverged(message, diverged.epoch, diverged.steps_done)
     what, epoch, number, dump = found
     replay = f"python -m ltat_fast.replay {shlex.quote(str(dump))} shows where it begins"
-    story = f"{stage.name}: {what} not finite at epoch {epoch + 1}, step {number + 1}; {replay}"
-    if stage.on_nan != "rollback":
-        raise Diverged(f"{story}; {state}; a lower --lr is the usual remedy", epoch, number)
-    if good.skipped:
-        raise Diverged(f"{story}; a batch had been left out before, so the run stops; {state}", epoch, number)
-    log.say(f"WARNING: {story}; the run goes back to epoch {good.epoch}, step {good.step}, and leaves that batch out")
-    good = last_good_state(stage, step.optimizer)
-    good.skipped = [epoch, number]
-    return good
+    message = f"{stage.name}: {what} not finite at epoch {epoch + 1}, step {number + 1}; {replay}"
+    if stage.config.on_nan != "rollback":
+        raise Diverged(f"{message}; {state}; a lower --lr usually helps", epoch, number)
+    if progress.skipped:
+        raise Diverged(f"{message}; a batch was skipped before, so the run stops; {state}", epoch, number)
+    log.say(f"WARNING: {message}; going back to epoch {progress.epoch}, step {progress.step}, and skipping this batch")
+    progress = load_last_good_state(stage, step.optimizer)
+    progress.skipped = [epoch, number]
+    return progress
 
 
 def _first_bad_step(
-    stage: Stage, step: TrainStep, good: Progress, end: tuple[int, int]
+    stage: Stage, step: TrainStep, progress: Progress, end: tuple[int, int]
 ) -> tuple[str, int, int, Path] | None:
-    """Train on from ``good`` up to ``end``, epoch and steps done. What went wrong, epoch, step, and its dump."""
-    for epoch in range(good.epoch, end[0] + 1):
-        first = good.step if epoch == good.epoch else 0
+    """Train from ``progress`` to ``end`` (epoch, steps done in it) and check the numbers after every step.
+
+    Returns what was not finite, the epoch, the number of the step, and the path of its dump. None if all was finite.
+    """
+    for epoch in range(progress.epoch, end[0] + 1):
+        first = progress.step if epoch == progress.epoch else 0
         if first == 0:
             stage.method.on_epoch_start(epoch)
         for number, (x, y) in enumerate(stage.loader.batches(epoch, first), first):
             if (epoch, number) >= end:
                 break
-            if [epoch, number] == good.skipped:
+            if [epoch, number] == progress.skipped:
                 continue
-            put_back = step.snapshot()
+            restore = step.snapshot()
             step.restart()
             step(x, y, **stage.step_arguments(epoch, number))
-            if what := not_finite(step, step.totals()):
-                put_back()
+            if what := find_non_finite(step, step.totals()):
+                restore()
                 return what, epoch, number, _dump(stage, step, epoch, number, x, y, what)
     return None
 
 
 def _dump(stage: Stage, step: TrainStep, epoch: int, number: int, x: Tensor, y: Tensor, what: str) -> Path:
-    """Everything before the step, its batch and its seed in one file; each process writes that of its share."""
+    """Write the state before the step, its batch and its seed to one file per process, and return its path."""
     world = distributed.current()
     process = f"-process-{world.rank}" if world.size > 1 else ""
     path = stage.folder / "nan" / f"epoch-{epoch + 1}-step-{number + 1}{process}.safetensors"

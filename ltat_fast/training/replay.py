@@ -11,24 +11,23 @@ from torch import Tensor, nn
 from ltat_fast import config as configuration
 from ltat_fast.config import Config
 from ltat_fast.errors import UserError
-from ltat_fast.methods import Method, MethodContext
+from ltat_fast.methods import Method
 from ltat_fast.runs import checkpoint, log
-from ltat_fast.runs.splits import counts_tensor, load_splits
+from ltat_fast.runs.splits import load_splits
 from ltat_fast.runs.weights import load_model, read_weights, weights_file
 from ltat_fast.training import device as devices
 from ltat_fast.training import fit, pipeline
 from ltat_fast.training.device import Hardware
 from ltat_fast.training.stage import Stage
-from ltat_fast.training.step import TrainStep, frozen_twin, make_optimizer
+from ltat_fast.training.step import TrainStep, make_optimizer
 
 Watch = Callable[[str, object], None]
 
 
 def replay(dump: Path, data_dir: Path | None = None, device: str | None = None) -> list[str]:
-    """Repeat the step in ``dump`` and return what was not finite, in the order of computation.
+    """Repeat the step in ``dump`` and return descriptions of what was not finite, in the order of computation.
 
-    data_dir, device: where the images are and where to compute, if not as in the run. Raises UserError if ``dump`` is
-    not a dump of a training step.
+    data_dir, device: in place of those of the run. Raises UserError if ``dump`` is not a dump of a training step.
     """
     tensors, card = read_weights(dump)
     if not {"found", "arguments", "stage"} <= card.keys():
@@ -40,8 +39,8 @@ def replay(dump: Path, data_dir: Path | None = None, device: str | None = None) 
     config = dataclasses.replace(config, out=run_dir, data_dir=data_dir, device=device)
     hardware = devices.choose(config.device, config.precision)
     stage = _stage(config, method, hardware, card["stage"])
-    optimizer = make_optimizer(stage.model, stage.lr, stage.momentum, stage.weight_decay)
-    checkpoint.restore(tensors, dump, stage.model, optimizer, stage.arch, stage.method.state())
+    optimizer = make_optimizer(stage.model, config.lr, config.momentum, config.weight_decay)
+    checkpoint.restore(tensors, dump, stage.model, optimizer, config.arch, stage.method.state())
     step = fit.train_step(stage, optimizer, hardware)
     x = tensors["images"].to(hardware.device, memory_format=torch.channels_last)
 
@@ -50,30 +49,30 @@ def replay(dump: Path, data_dir: Path | None = None, device: str | None = None) 
         f"finite with backend {card['backend']}"
     )
     if card["processes"] > 1:
-        log.say(f"this is the share of one of {card['processes']} processes: batch norm sees only these images here")
+        log.say(f"this is the share of one of {card['processes']} processes: here batch norm sees only these images")
     return examine(step, x, tensors["labels"].to(hardware.device), card["arguments"])
 
 
 def _stage(config: Config, method: Method, hardware: Hardware, name: str) -> Stage:
-    """The stage of the run that the step belongs to, ready to train."""
-    data = load_splits(config, hardware.device)
+    """Return the stage "teacher" or "student" of the run, ready to train."""
+    splits = load_splits(config, hardware.device)
     teacher = None
     if method.teacher != "none":
-        teacher = pipeline.teacher_or_stage(config, method.teacher, data, hardware)
+        teacher = pipeline.teacher_or_stage(config, method.teacher, splits, hardware)
     if name == "teacher":
         return teacher
     if isinstance(teacher, Stage):
-        teacher = load_model(weights_file(teacher.folder), hardware.device, config.arch, data)
-    stage = pipeline.student_stage(config, method, data, hardware)
-    twin = None if teacher is None else frozen_twin(teacher, hardware)
-    method.setup(MethodContext(class_counts=counts_tensor(data, hardware.device), teacher=twin))
+        teacher = load_model(weights_file(teacher.folder), hardware.device, config.arch, splits)
+    stage = pipeline.student_stage(config, method, splits, hardware)
+    pipeline.setup_method(method, splits, teacher, hardware)
     return stage
 
 
 def examine(step: TrainStep, x: Tensor, y: Tensor, arguments: dict[str, float]) -> list[str]:
-    """Take ``step`` on the batch; everything in it that is not finite, in the order in which it was computed.
+    """Take ``step`` on a batch and return descriptions of all tensors that were not finite, in order of computation.
 
-    arguments: learning rate, progress and seed, as :meth:`Stage.step_arguments` gives them.
+    x: float32 images ``(B, C, H, W)``. y: int64 labels ``(B,)``. arguments: learning rate, progress and seed, made by
+    :meth:`Stage.step_arguments`.
     """
     findings: list[str] = []
 
@@ -98,8 +97,8 @@ def examine(step: TrainStep, x: Tensor, y: Tensor, arguments: dict[str, float]) 
 
 @contextlib.contextmanager
 def _watched(step: TrainStep, watch: Watch) -> Iterator[None]:
-    """While open, what ``step`` computes on its way is shown to ``watch``."""
-    method, original = step.method, step.loss
+    """Call ``watch(name, tensor)`` for every intermediate result of ``step``, inside a ``with`` block."""
+    method, original_loss = step.method, step.loss
 
     def objective(point: Tensor, logits: Tensor, target: Tensor) -> Tensor:
         if point.requires_grad:
@@ -110,14 +109,14 @@ def _watched(step: TrainStep, watch: Watch) -> Iterator[None]:
 
     def loss(x: Tensor, x_adv: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         watch("attack: adversarial examples", x_adv)
-        value, parts = original(x, x_adv, y)
+        value, parts = original_loss(x, x_adv, y)
         for name, part in parts.items():
-            watch(f"loss: its part {name}", part)
+            watch(f"loss: part {name}", part)
         watch("loss", value)
         return value, parts
 
     hooks = [*_hooks(step.frozen, "attack: network", watch), *_hooks(step.model, "student", watch)]
-    if teacher := getattr(getattr(method, "setting", None), "teacher", None):
+    if teacher := getattr(getattr(method, "context", None), "teacher", None):
         hooks += _hooks(teacher, "teacher", watch)
     for name, parameter in step.model.named_parameters():
         hooks.append(parameter.register_hook(lambda grad, name=name: watch(f"gradient of {name}", grad)))
@@ -130,12 +129,15 @@ def _watched(step: TrainStep, watch: Watch) -> Iterator[None]:
             hook.remove()
 
 
-def _hooks(network: nn.Module, whose: str, watch: Watch) -> list:
-    """Show ``watch`` the output of every layer of ``network`` that has no layers of its own, and its logits."""
+def _hooks(network: nn.Module, role: str, watch: Watch) -> list:
+    """Register ``watch`` on the output of every leaf module of ``network`` and on its logits. Return the handles.
+
+    role: what the network is, as the beginning of each name.
+    """
 
     def hook(what: str) -> Callable:
         return lambda module, inputs, output: watch(what, output)
 
-    layers = [(name, module) for name, module in network.named_modules() if not list(module.children())]
-    hooks = [module.register_forward_hook(hook(f"{whose}: output of {name}")) for name, module in layers]
-    return [*hooks, network.register_forward_hook(hook(f"{whose}: logits"))]
+    leaves = [(name, module) for name, module in network.named_modules() if not list(module.children())]
+    handles = [module.register_forward_hook(hook(f"{role}: output of {name}")) for name, module in leaves]
+    return [*handles, network.register_forward_hook(hook(f"{role}: logits"))]

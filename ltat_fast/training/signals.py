@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: between steps while it trains, at once while it does anything else."""
+"""Signals that stop a run: training finishes its step first, any other work stops at once."""
 
 import contextlib
 import signal
@@ -10,20 +10,21 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class Interrupted(BaseException):
-    """A signal asked the run to stop; its state is saved.
+    """A signal stopped the run. Its state is saved.
 
-    Like KeyboardInterrupt no Exception: code that tries a backend or a file and goes on without it must not catch it.
+    Derived from BaseException, like KeyboardInterrupt: ``except Exception`` around an attempt that may fail must not
+    catch it.
     """
 
 
 @contextlib.contextmanager
-def handled_by(handler: Callable) -> Iterator[None]:
-    """``handler(number, frame)`` hears :data:`SIGNALS` while open.
+def handle_signals(handler: Callable) -> Iterator[None]:
+    """Call ``handler(number, frame)`` for :data:`SIGNALS` inside a ``with`` block.
 
-    Python lets no other thread than the main one do this: there nothing changes, and a run cannot be stopped like this.
+    Does nothing outside of the main thread, because Python allows signal handlers only there.
     """
     signals = SIGNALS if threading.current_thread() is threading.main_thread() else ()
-    before = {s: signal.signal(s, handler) for s in signals}
+    before = {number: signal.signal(number, handler) for number in signals}
     try:
         yield
     finally:
@@ -32,34 +33,37 @@ def handled_by(handler: Callable) -> Iterator[None]:
 
 
 def stop_at_once() -> contextlib.AbstractContextManager[None]:
-    """While open, a signal raises :class:`Interrupted`: for work that keeps by itself what it has finished."""
+    """Raise :class:`Interrupted` when a signal arrives inside a ``with`` block, for work that saves its own results."""
 
     def stop(number: int, frame) -> None:
-        raise Interrupted(f"stopped by {signal.Signals(number).name}; what is finished is kept")
+        raise Interrupted(f"stopped by {signal.Signals(number).name}; finished work is kept")
 
-    return handled_by(stop)
+    return handle_signals(stop)
 
 
 def leave(status: int | None) -> NoReturn:
-    """End the program with ``status``: while the interpreter shuts down, no signal makes it another one."""
+    """Exit with ``status``. Further signals are ignored, so that they cannot change it while the interpreter exits."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     raise SystemExit(status)
 
 
 class StopOnSignal:
-    """While open, a signal sets ``asked`` instead: the step in hand is finished first."""
+    """Record signals inside a ``with`` block, so that the current step can finish first.
+
+    signal_name: name of the last signal, None before the first one.
+    """
 
     def __enter__(self) -> "StopOnSignal":
-        self.asked: str | None = None
-        self._handlers = handled_by(self._note)
+        self.signal_name: str | None = None
+        self._handlers = handle_signals(self._record)
         self._handlers.__enter__()
         return self
 
-    def _note(self, number: int, frame) -> None:
-        if self.asked and number == signal.SIGINT:
-            raise KeyboardInterrupt  # a second Ctrl-C does not want to wait
-        self.asked = signal.Signals(number).name
+    def _record(self, number: int, frame) -> None:
+        if self.signal_name and number == signal.SIGINT:
+            raise KeyboardInterrupt  # a second Ctrl-C stops without finishing the step
+        self.signal_name = signal.Signals(number).name
 
     def __exit__(self, *exc) -> None:
         self._handlers.__exit__(*exc)

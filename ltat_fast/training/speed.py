@@ -1,4 +1,4 @@
-"""How fast a run is against what its machine can do: operations of a step, and the rate of a large matrix product."""
+"""Speed of a run relative to its machine: operations of a training step, and the rate of a large matrix product."""
 
 import time
 
@@ -10,16 +10,16 @@ from torch.utils.flop_counter import flop_registry
 from ltat_fast.training.device import tf32
 from ltat_fast.training.step import TrainStep
 
-# Large enough to reach the ceiling, small enough to be measured at every start (milliseconds on a GPU, less than a
-# second on two cores).
+# Large enough to reach the highest rate, small enough to measure at every start: milliseconds on a GPU, less than a
+# second on two cores.
 MATMUL_SIZE = {"cuda": 8192, "cpu": 2048}
 COUNTED_IMAGES = 2  # batch norm in train mode needs more than one
 
 
 class FlopCounter(TorchDispatchMode):
-    """Sums the operations of convolutions and matrix products, 2 a multiply-add, by torch's formulas.
+    """Count the operations of convolutions and matrix products with torch's formulas; a multiply-add counts as 2.
 
-    torch's own FlopCounterMode also hooks into modules, which autograd.grad refuses.
+    torch's own FlopCounterMode also installs module hooks, which fail with autograd.grad.
     """
 
     total = 0
@@ -32,33 +32,36 @@ class FlopCounter(TorchDispatchMode):
 
 
 def flops_per_image(eager: TrainStep, x: Tensor, y: Tensor) -> float:
-    """Operations of one training step for each image, counted in a step that changes nothing.
+    """Return the operations of one training step per image. The counted step changes nothing.
 
-    eager: a step on the eager backend; a compiled one hides its operators. x, y: a batch.
+    eager: a step on the eager backend, because a compiled step hides its operators. x, y: a batch.
     """
     x, y = x[:COUNTED_IMAGES], y[:COUNTED_IMAGES]
     with FlopCounter() as counter:
         eager.trial(x, y)
-    with FlopCounter() as extra:  # a trial runs the attack a second time, for its result
+    with FlopCounter() as extra:  # a trial runs the attack a second time, to return its result
         eager.perturb(x, y)
     return (counter.total - extra.total) / len(x)
 
 
 def matmul_ceiling(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> float:
-    """Operations a second of a large square matrix product, the best of ``repeats``; float32 as convolutions do it."""
+    """Return the operations per second of a large square matrix product, the best of ``repeats``.
+
+    float32 products use TF32 if convolutions do.
+    """
     n = MATMUL_SIZE[device.type]
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     best = float("inf")
     with tf32(torch.backends.cudnn.allow_tf32):
         for _ in range(repeats + 1):
-            _wait(device)
+            _synchronize(device)
             started = time.perf_counter()
             torch.mm(a, b)
-            _wait(device)
+            _synchronize(device)
             best = min(best, time.perf_counter() - started)
     return 2 * n**3 / best
 
 
-def _wait(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()

@@ -1,53 +1,56 @@
-"""What one stage of a run trains, the teacher's or the student's: everything its loop and its recovery need to know."""
+"""One stage of a run, the training of the teacher or of the student: what its loop and its recovery need."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from torch import nn
 
 from ltat_fast import seeding
-from ltat_fast.attacks.pgd import AttackConfig
+from ltat_fast.attacks import AttackConfig
+from ltat_fast.config import Config
 from ltat_fast.data import DeviceLoader
 from ltat_fast.methods import Method
 from ltat_fast.schedule import learning_rate
 from ltat_fast.training import distributed
 
-# Evaluates the model as it stands: flat names to numbers.
-Evaluate = Callable[[nn.Module], dict[str, float]]
+
+@dataclass(frozen=True)
+class Selection:
+    """How the best epoch of a stage is found.
+
+    evaluate: model to named numbers, in percent. after: epoch, from 0, to whether it is evaluated. by: the name of the
+    number whose highest value marks the best epoch.
+    """
+
+    evaluate: Callable[[nn.Module], dict[str, float]]
+    after: Callable[[int], bool]
+    by: str
 
 
 @dataclass
 class Stage:
-    """What one stage trains, and how."""
+    """What one stage trains. Its settings are those of ``config`` for the teacher or for the student.
 
-    name: str
-    folder: Path
+    card: epoch to the metadata of a weights file.
+    """
+
+    name: Literal["teacher", "student"]
+    config: Config
     model: nn.Module
-    arch: str
     method: Method
     loader: DeviceLoader
-    attack: AttackConfig
-    epochs: int
-    lr: float
-    lr_schedule: str
-    momentum: float
-    weight_decay: float
-    seed: int
     card: Callable[[int], dict]
-    """epoch to the metadata of a weights file"""
-    evaluate: Evaluate | None = None
-    evaluate_when: Callable[[int], bool] = field(default=lambda epoch: False)
-    """epoch, from 0, to whether it is evaluated"""
-    select_by: str = ""
-    """which of the evaluated numbers picks the best epoch"""
-    backend: str = "auto"
-    attack_fp32: bool = False
-    """attack in float32, whatever the precision of the training step"""
-    max_steps: int | None = None
-    save_minutes: float = 10.0
-    on_nan: str = "stop"
-    """"rollback": go on once from the last good state, without the batch that gave a number that is not finite"""
+    selection: Selection | None = None
+
+    @property
+    def epochs(self) -> int:
+        return self.config.teacher_epochs if self.name == "teacher" else self.config.epochs
+
+    @property
+    def folder(self) -> Path:
+        return stage_folder(self.config, self.name)
 
     @property
     def checkpoints(self) -> Path:
@@ -57,17 +60,33 @@ class Stage:
     def state_file(self) -> Path:
         return self.checkpoints / "resume.safetensors"
 
+    @property
+    def attack(self) -> AttackConfig:
+        """The training attack: the threat model of the run, the start noise of the method."""
+        return replace(self.config.attack_config, noise=self.method.noise)
+
+    @property
+    def attacks_in_fp32(self) -> bool:
+        """Whether the attack runs in float32, whatever the precision of the training step."""
+        wanted = self.config.attack_precision
+        return wanted == "fp32" or (wanted == "auto" and self.method.needs_fp32_attack)
+
     def rate(self, epoch: int, number: int) -> float:
-        """The learning rate of step ``number`` of ``epoch``, both from 0."""
-        return learning_rate(self.lr_schedule, self.lr, epoch, number, self.epochs, len(self.loader))
+        """Return the learning rate of step ``number`` of ``epoch``, both from 0."""
+        return learning_rate(self.config.lr_schedule, self.config.lr, epoch, number, self.epochs, len(self.loader))
 
     def step_arguments(self, epoch: int, number: int) -> dict[str, float]:
-        """What a step depends on besides its batch and the weights: a function of its place alone."""
+        """Return the arguments of a step that do not depend on batch and weights, only on its place in the run."""
         world = distributed.current()
-        # Noise is drawn for a process's share of the batch: each needs draws of its own.
-        noise = (self.seed, self.name, "attack", *([world.rank] if world.size > 1 else []))
+        # Each process draws noise for its own share of the batch, so its seed holds its rank.
+        rank = [world.rank] if world.size > 1 else []
         return {
             "lr": self.rate(epoch, number),
             "progress": (epoch + 1) / self.epochs,
-            "seed": seeding.stream_seed(*noise, epoch, number),
+            "seed": seeding.stream_seed(self.config.seed, self.name, "attack", *rank, epoch, number),
         }
+
+
+def stage_folder(config: Config, name: str) -> Path:
+    """Return the run folder for the student, and its subfolder "teacher" for the teacher."""
+    return config.run_dir / "teacher" if name == "teacher" else config.run_dir

@@ -1,42 +1,61 @@
-"""The training step as one object: attack on the frozen twin, the method's loss, backward, update.
+"""One training step as an object: attack on the frozen twin, the method's loss, backward, update.
 
-Nothing in a step waits for the device: learning rate, progress and the sums to be logged are device tensors, and
-:meth:`TrainStep.totals` is the one place that synchronises. Three backends run the same step:
+A step never waits for the device. The learning rate, the progress of the run and the logged sums are device tensors;
+:meth:`TrainStep.totals` is the only method that synchronises. Three backends run the same step:
 
 - eager: operator by operator;
-- step: the ascent step (forward, input gradient, projection) and the student's forward and backward through
-  ``torch.compile``;
-- graph: all of the step, captured once as one CUDA graph and replayed.
+- step: the attack step (forward, input gradient, projection) and the student's forward and backward pass are compiled
+  by ``torch.compile``;
+- graph: the whole compiled step is captured once as a CUDA graph and replayed.
 """
 
 import contextlib
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
 
 import torch
+import torch._inductor
 from torch import Tensor, nn
 
-from ltat_fast.attacks.pgd import AttackConfig, ascent_step, pgd
-from ltat_fast.methods import Method
+from ltat_fast.attacks.pgd import AttackConfig, ascent_step, attack_loop, traceable_ascent_step
+from ltat_fast.methods import Method, MethodContext
+from ltat_fast.methods.base import Model
 from ltat_fast.models.frozen import FrozenTwin
-from ltat_fast.ops import pgd_step
+from ltat_fast.models.fused_conv import is_supported
+from ltat_fast.models.joint_batch import check_joint_calls, joint_calls
+from ltat_fast.runs import log
 from ltat_fast.training import distributed
+from ltat_fast.training.cuda_graph import capture
 from ltat_fast.training.device import Hardware
 
 BACKENDS = ("eager", "step", "graph")
-WARM_UP_STEPS = 3  # before a capture: compiles, picks convolution algorithms, fills the allocator
+WARM_UP_STEPS = 3  # before a capture: compile, choose convolution algorithms, fill the allocator
 
 
-def frozen_twin(model: nn.Module, hardware: Hardware) -> FrozenTwin:
-    """The twin that training attacks and teachers run on: batch norm folded, NHWC, in the training precision."""
+def frozen_twin(model: nn.Module, hardware: Hardware, fuse_relu: bool = True, pad_stem: bool = True) -> FrozenTwin:
+    """Return the twin that training attacks and teachers run on: batch norm folded, NHWC, in the training precision.
+
+    fuse_relu, pad_stem: as for :class:`FrozenTwin`, if the hardware profits from them: only GPUs do. On a CPU, in
+    float32 and in bfloat16, the fused calls took 2 to 25 % more time than separate ones.
+    """
     dtype = None if hardware.dtype == torch.float32 else hardware.dtype
-    return FrozenTwin(model, fold_bn=True, dtype=dtype, channels_last=True)
+    on_gpu = hardware.device.type == "cuda"
+    return FrozenTwin(
+        model,
+        fold_bn=True,
+        dtype=dtype,
+        channels_last=True,
+        fuse_relu=fuse_relu and on_gpu and is_supported(hardware.device, hardware.dtype),
+        pad_stem=pad_stem and on_gpu,
+    )
 
 
 def make_optimizer(model: nn.Module, lr: float, momentum: float, weight_decay: float) -> torch.optim.SGD:
-    """SGD in one fused kernel, its learning rate a tensor so that a captured step can follow a schedule.
+    """Return SGD in one fused kernel. Its learning rate is a tensor, so that a captured step can follow a schedule.
 
-    Momentum buffers exist from the start, at zero, which gives the same first update as creating them in it: the state
-    of the optimizer then has fixed addresses.
+    The momentum buffers exist from the start, with value zero, so that the optimizer's state has fixed addresses. The
+    first update is the same as with buffers created during it.
     """
     device = next(model.parameters()).device
     lr_tensor = torch.tensor(lr, dtype=torch.float32, device=device)
@@ -47,15 +66,51 @@ def make_optimizer(model: nn.Module, lr: float, momentum: float, weight_decay: f
     return optimizer
 
 
+@dataclass(frozen=True)
+class Levers:
+    """Optimisations of the compiled backends. Each can be switched off, to measure what it brings.
+
+    compiled: torch.compile the attack step and the student. joint_student: the student at x + d and x - d in one call
+    (:mod:`ltat_fast.models.joint_batch`). compiled_teacher: torch.compile the teacher. combo_kernels: Inductor merges
+    independent small kernels into one launch. dependent_launch: a kernel starts while its predecessor finishes
+    (programmatic dependent launch, Hopper). The last two are for CUDA.
+    """
+
+    compiled: bool = True
+    joint_student: bool = True
+    compiled_teacher: bool = True
+    combo_kernels: bool = True
+    dependent_launch: bool = True
+
+    def inductor_options(self, device: torch.device) -> dict[str, bool]:
+        """Return the options of torch.compile on ``device``, as far as this torch has them."""
+        if device.type != "cuda":
+            return {}
+        hopper = torch.cuda.get_device_capability(device) >= (9, 0)
+        options = {
+            "combo_kernels": self.combo_kernels,
+            "benchmark_combo_kernel": False,
+            "triton.enable_pdl": self.dependent_launch and hopper,
+        }
+        known = torch._inductor.list_options()
+        return {name: value for name, value in options.items() if name in known}
+
+
+ALL_LEVERS = Levers()
+NO_LEVERS = Levers(**{field.name: False for field in fields(Levers)})
+
+
 class TrainStep:
     """One step of ``method`` on ``model``.
 
-    model: the live network, on ``hardware.device``; left in train mode.
-    optimizer: as :func:`make_optimizer` makes it.
-    attack: the threat model of training.
+    model: the trained network, on ``hardware.device``; the step leaves it in train mode.
+    optimizer: made by :func:`make_optimizer`.
+    attack: threat model and effort of the training attack.
     backend: one of :data:`BACKENDS`.
-    train_model: what the loss calls in place of ``model``, e.g. its DistributedDataParallel wrapper.
-    twin: what the attack runs on, if not :func:`frozen_twin`; to measure what each part of that one brings.
+    train_model: what the loss calls in place of ``model``, for example its DistributedDataParallel wrapper.
+    twin: network under attack; :func:`frozen_twin` of ``model`` if None.
+    levers: optimisations of a compiled backend; eager uses none of them.
+    Raises ValueError if a joint student was not prepared by ``allow_joint_calls``.
     """
 
     def __init__(
@@ -68,6 +123,7 @@ class TrainStep:
         backend: str = "eager",
         train_model: nn.Module | None = None,
         twin: FrozenTwin | None = None,
+        levers: Levers = ALL_LEVERS,
     ):
         self.model, self.method, self.optimizer, self.attack = model, method, optimizer, attack
         self.device, self.dtype, self.backend = hardware.device, hardware.dtype, backend
@@ -79,16 +135,26 @@ class TrainStep:
         self.first_bad = torch.full((), -1.0, dtype=torch.float64, device=self.device)
         self.sums: dict[str, Tensor] = {}
 
-        self._ascend: Callable = self._ascend_eager
-        self._student: Callable = train_model or model
+        levers = levers if backend in ("step", "graph") else NO_LEVERS
+        self.joint_student = levers.joint_student
+        if self.joint_student:
+            check_joint_calls(model)
+        compile_ = functools.partial(torch.compile, dynamic=False, options=levers.inductor_options(self.device))
+        self._ascend = make_ascend(method, self.frozen, attack, compile_ if levers.compiled else None)
+        self._student: Callable[[Tensor], Tensor] = train_model or model
+        if levers.compiled and not method.needs_double_backward:
+            self._student = compile_(self._student)
+        self._teacher = method.context.teacher
+        if levers.compiled_teacher and self._teacher is not None:
+            self._teacher = with_fallback(compile_(self._teacher), self._teacher)
         self._graph: torch.cuda.CUDAGraph | None = None
-        if backend in ("step", "graph"):
-            self._ascend = torch.compile(self._ascend_traced, fullgraph=True, dynamic=False)
-            if not method.differentiates_twice:
-                self._student = torch.compile(self._student, dynamic=False)
 
     def __call__(self, x: Tensor, y: Tensor, *, lr: float, progress: float, seed: int) -> None:
-        """x: float32 images in [0, 1]. y: int64 labels. seed: of the attack's start noise."""
+        """Train on one batch.
+
+        x: float32 images ``(B, C, H, W)`` in [0, 1]. y: int64 labels ``(B,)``. progress: epoch / epochs, the epoch
+        counted from 1. seed: seed of the start noise of the attack.
+        """
         self.lr.fill_(lr)
         self.progress.fill_(progress)
         self.generator.manual_seed(seed)
@@ -110,41 +176,23 @@ class TrainStep:
         self._record({"loss": loss, **parts})
 
     def perturb(self, x: Tensor, y: Tensor) -> Tensor:
-        """The adversarial examples of a step, against the weights of the last :meth:`FrozenTwin.refresh`."""
-        if not self.method.attacks:
+        """Return the adversarial examples of a step, for the weights of the last :meth:`FrozenTwin.refresh`."""
+        if not self.method.uses_attack:
             return x
         with torch.no_grad():
             target = self.method.target(self.frozen, x, y)
-
-        def step(x: Tensor, x_adv: Tensor) -> Tensor:
-            return self._ascend(x, x_adv, target)
-
-        return pgd(self.frozen, x, None, self.attack, self.generator, step)
-
-    def _ascend_eager(self, x: Tensor, x_adv: Tensor, target: Tensor) -> Tensor:
-        def objective(point: Tensor, logits: Tensor) -> Tensor:
-            return self.method.objective(point, logits, target)
-
-        return ascent_step(self.frozen, x, x_adv, objective, self.attack)
-
-    def _ascend_traced(self, x: Tensor, x_adv: Tensor, target: Tensor) -> Tensor:
-        """The same; func.grad is traced with the forward into one graph, where autograd.grad would break it."""
-
-        def objective(point: Tensor) -> Tensor:
-            return self.method.objective(point, self.frozen(point), target)
-
-        grad = torch.func.grad(objective)(x_adv)
-        return pgd_step(x_adv, grad, x, self.attack.step_size, self.attack.eps)
+        return attack_loop(x, functools.partial(self._ascend, target=target), self.attack, self.generator)
 
     def loss(self, x: Tensor, x_adv: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The method's loss in the training precision; the backward pass belongs outside of autocast."""
+        """Return the method's loss in the training precision. The backward pass must run outside of autocast."""
         reduced = self.dtype != torch.float32
-        with torch.autocast(self.device.type, self.dtype) if reduced else contextlib.nullcontext():
+        autocast = torch.autocast(self.device.type, self.dtype) if reduced else contextlib.nullcontext()
+        with autocast, joint_calls(self.joint_student), teacher_replaced(self.method.context, self._teacher):
             return self.method.loss(self._student, x, x_adv, y, self.progress)
 
     def _record(self, parts: dict[str, Tensor]) -> None:
         finite = torch.isfinite(parts["loss"])
-        # Which step of the epoch went wrong first, found later without having waited for it here.
+        # The number of the first bad step, so that it can be found later without waiting for the device here.
         self.first_bad.copy_(torch.where((self.first_bad < 0) & ~finite, self.count, self.first_bad))
         self.count += 1
         for name, value in parts.items():
@@ -153,69 +201,112 @@ class TrainStep:
             self.sums[name] += value
 
     def totals(self) -> dict[str, float]:
-        """Sums over the steps since :meth:`restart`, ``steps`` among them, and ``first_bad`` (-1 if none).
+        """Return the sums over the steps since :meth:`restart`, averaged over all processes. Waits for the device.
 
-        Means over all processes, which must all call it. Waits for the device.
+        "steps" is the number of steps and "first_bad" the number of the first step whose loss was not finite, -1 if
+        there was none. All processes must call this method.
         """
         sums = distributed.mean_over_processes(torch.stack([self.count, *self.sums.values()]))
-        first_bad = distributed.largest_of_processes(self.first_bad.clone())
+        first_bad = distributed.max_over_processes(self.first_bad.clone())
         names = ["first_bad", "steps", *self.sums]
         return dict(zip(names, torch.cat([first_bad[None], sums]).tolist(), strict=True))
 
     def restart(self, totals: dict[str, float] | None = None) -> None:
-        """Begin an epoch: zero the sums, or set them to what an interrupted epoch had reached."""
+        """Set the sums to zero at the start of an epoch, or to the ``totals`` of an interrupted epoch."""
         totals = dict(totals or {})
         self.count.fill_(totals.pop("steps", 0.0))
         self.first_bad.fill_(totals.pop("first_bad", -1.0))
         for name in [*self.sums, *totals]:
-            # In place where it exists: a captured step adds to this very tensor.
+            # In place if the tensor exists: a captured step adds to this very tensor.
             self.sums.setdefault(name, torch.zeros_like(self.count)).fill_(totals.get(name, 0.0))
 
     def _capture(self, x: Tensor, y: Tensor) -> None:
-        """Record the step as a CUDA graph. The warm-up trains for real, so what it changed is put back afterwards."""
+        """Capture the step as a CUDA graph. The warm-up steps train, so the weights are restored afterwards."""
         self._x, self._y = x.clone(memory_format=torch.preserve_format), y.clone()
-        put_back = self.snapshot()
+        restore = self.snapshot()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         try:
             with torch.cuda.stream(stream):
                 for _ in range(WARM_UP_STEPS):
                     self._run(self._x, self._y)
-        finally:  # the weights are put back, by whom it may be, only after what was begun is over
+        finally:  # wait for the side stream before anyone restores the weights
             torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        graph.register_generator_state(self.generator)
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.cuda.graph(graph, stream=stream):
-            self._run(self._x, self._y)
-        put_back()
-        self._graph = graph
+        self._graph = capture(lambda: self._run(self._x, self._y), self.generator, stream)
+        restore()
 
     def trial(self, x: Tensor, y: Tensor, seed: int = 0) -> tuple[Tensor, float]:
-        """Adversarial examples and loss of one step that leaves everything as it was: to compare backends with."""
-        put_back = self.snapshot()
+        """Return adversarial examples and loss of one step that changes nothing, to compare backends."""
+        restore = self.snapshot()
         self.restart()
         try:
             self(x, y, lr=float(self.lr), progress=1.0, seed=seed)
             loss = self.totals()["loss"]
-        finally:  # a backend may fail half-way, and the run goes on without it
-            put_back()
+        finally:  # a backend may fail in the middle of a step; the run then continues with another backend
+            restore()
         self.frozen.refresh()
         self.generator.manual_seed(seed)
         return self.perturb(x, y), loss
 
     def snapshot(self) -> Callable[[], None]:
-        """Copy every tensor that a step changes; the function returned puts them back, each where it lies."""
+        """Copy every tensor that a step changes. Return a function that restores them, each at its own address."""
         momenta = [buffer for state in self.optimizer.state.values() for buffer in state.values()]
         tensors = [*self.model.parameters(), *self.model.buffers(), *momenta, *self.method.state().values()]
         tensors = [tensor.detach() for tensor in [*tensors, self.count, self.first_bad, *self.sums.values()]]
         saved = [(tensor, tensor.clone()) for tensor in tensors]
-        known_sums = set(self.sums)
+        sums, known_sums = self.sums, set(self.sums)
 
-        def put_back() -> None:
+        def restore() -> None:
             for tensor, before in saved:
                 tensor.copy_(before)
-            for name in self.sums.keys() - known_sums:
-                self.sums[name].zero_()
+            for name in sums.keys() - known_sums:
+                sums[name].zero_()
 
-        return put_back
+        return restore
+
+
+def make_ascend(
+    method: Method, twin: FrozenTwin, attack: AttackConfig, compile_: Callable | None
+) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Return the attack step ``(x, x_adv, target) -> x_adv`` of ``method`` against ``twin``, compiled by ``compile_``.
+
+    A function of its own rather than a method of :class:`TrainStep`: a step that holds a compiled bound method of
+    itself is a reference cycle, and the garbage collector may then free its CUDA graph during a later capture.
+    """
+    ascent = traceable_ascent_step if compile_ else ascent_step
+
+    def ascend(x: Tensor, x_adv: Tensor, target: Tensor) -> Tensor:
+        def objective(point: Tensor, logits: Tensor) -> Tensor:
+            return method.objective(point, logits, target)
+
+        return ascent(twin, x, x_adv, objective, attack)
+
+    return compile_(ascend, fullgraph=True) if compile_ else ascend
+
+
+@contextlib.contextmanager
+def teacher_replaced(context: MethodContext, teacher: Model | None) -> Iterator[None]:
+    """Let the method of ``context`` call ``teacher``, for example its own teacher compiled, while open."""
+    own, context.teacher = context.teacher, teacher
+    try:
+        yield
+    finally:
+        context.teacher = own
+
+
+def with_fallback(compiled: Model, eager: Model) -> Model:
+    """Return ``compiled``, or ``eager`` from the first call on that raises: a given teacher may be any network."""
+    failed = False
+
+    def call(x: Tensor) -> Tensor:
+        nonlocal failed
+        if not failed:
+            try:
+                return compiled(x)
+            except Exception as error:
+                failed = True
+                log.say(f"WARNING: the teacher is not compiled: {type(error).__name__}: {str(error).splitlines()[0]}")
+        return eager(x)
+
+    return call

@@ -1,4 +1,4 @@
-"""The AutoAttack adapter against the package called directly, and on few classes."""
+"""The AutoAttack adapter against a direct call of the package, and with few classes."""
 
 import logging
 
@@ -26,7 +26,7 @@ def case(num_classes: int, n: int = 24):
 
 
 @pytest.mark.parametrize("version", ["standard", "plus", "rand"])
-def test_equals_the_package_called_directly(version):
+def test_the_adapter_equals_a_direct_call_of_the_package(version):
     net, x, y = case(10)
     direct = QuickAutoAttack(net, device="cpu", eps=EPS, norm="Linf", seed=0, version=version)
     expected, _ = direct.run_standard_evaluation(x, y, batch_size=10)
@@ -37,7 +37,7 @@ def test_equals_the_package_called_directly(version):
 
 @pytest.mark.parametrize(("name", "version"), [("", "standard"), ("-plus", "plus"), ("-rand", "rand")])
 def test_the_accuracies_are_those_of_the_package(name, version, monkeypatch):
-    """Over all images, of the tail and of each class, from its adversarial examples and NumPy."""
+    """Over all images, per group and per class, recomputed with NumPy from the adversarial examples of the package."""
     seen = []
 
     class Recording(QuickAutoAttack):
@@ -53,7 +53,7 @@ def test_the_accuracies_are_those_of_the_package(name, version, monkeypatch):
     right, classes = (net(x_adv).argmax(1) == y).numpy(), y.numpy()
     groups = {"head": [0, 1, 2], "tail": [8, 9]}
     ours = evaluate(net, pixels, y, [f"autoattack{name}"], groups, 10, EPS, batch_size=25)[f"autoattack{name}"]
-    assert seen == [version]  # on so small a model they all break the same images
+    assert seen == [version]  # all versions break the same images of such a small model
     assert 0 < ours.all < 100
     assert ours.all == pytest.approx(100 * right.mean())
     for group, members in groups.items():
@@ -64,7 +64,7 @@ def test_the_accuracies_are_those_of_the_package(name, version, monkeypatch):
 
 
 @pytest.mark.parametrize("num_classes", [2, 3, 5])
-def test_works_with_few_classes(num_classes, caplog):
+def test_the_adapter_works_with_few_classes(num_classes, caplog):
     net, x, y = case(num_classes)
     rng = torch.get_rng_state()
     with caplog.at_level(logging.WARNING):
@@ -78,7 +78,7 @@ def test_works_with_few_classes(num_classes, caplog):
     assert torch.equal(x_adv[~broken], x[~broken])
 
 
-def test_the_fewer_classes_the_fewer_targets(monkeypatch):
+def test_few_classes_reduce_the_targets_and_the_attacks(monkeypatch):
     seen = {}
 
     def record(self, x, y, *, batch_size):

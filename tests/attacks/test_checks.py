@@ -1,4 +1,4 @@
-"""Each check fails on a model broken in that one way, and on no other; a sound model passes them all."""
+"""A model that is broken in one way fails the check for it and no other; a sound model passes all checks."""
 
 import copy
 
@@ -21,17 +21,17 @@ def failed(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> list[str]:
 
 
 def sound(seed: int = 0) -> tuple[nn.Sequential, torch.Tensor, torch.Tensor]:
-    """A network with batch norm, and images of which it gets most right, with their labels."""
+    """Return a network with batch norm, images, and labels of which it predicts most correctly."""
     net, x = small_net(seed=seed).eval(), images(66)
     with torch.no_grad():
-        net[6].bias -= net(x).mean(0)  # or one class would have nearly all of them
+        net[6].bias -= net(x).mean(0)  # otherwise one class would have nearly all images
         y = net(x).argmax(1)
     y[::13] = (y[::13] + 1) % 3
     return net, x, y
 
 
 class Then(nn.Module):
-    """``function`` of the outputs of ``net``."""
+    """Applies ``function`` to the outputs of ``net``."""
 
     def __init__(self, net: nn.Module, function):
         super().__init__()
@@ -42,17 +42,17 @@ class Then(nn.Module):
 
 
 class Before(Then):
-    """``net`` on a ``function`` of the images."""
+    """Applies ``function`` to the images, then ``net``."""
 
     def forward(self, x):
         return self.net(self.function(x))
 
 
 class Liar(nn.Module):
-    """Two classes told apart by t, the mean of x - 0.5 along signs; value and derivative as they are claimed to be.
+    """A classifier with two classes whose gradient need not be the derivative of its logits.
 
-    claim: from (t, the largest distance of a pixel from 0.5), both ``(B,)``, to the logit of class 1 and the slope that
-    its gradient pretends.
+    It separates the classes by t, the mean of (x - 0.5) * signs. claim: maps t and the largest distance of a pixel from
+    0.5, both ``(B,)``, to the logit of class 1 and to the slope that autograd reports.
     """
 
     def __init__(self, signs: torch.Tensor, claim):
@@ -69,7 +69,7 @@ class Liar(nn.Module):
 
 
 def liar(distance: float, claim) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
-    """With images of both classes, each pixel ``distance`` from grey."""
+    """Return a Liar, images of both classes with every pixel at ``distance`` from 0.5, and their labels."""
     signs = torch.randint(0, 2, (768,), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
     y = torch.arange(64) % 2
     x = 0.5 + distance * (2.0 * y[:, None] - 1) * signs
@@ -77,7 +77,7 @@ def liar(distance: float, claim) -> tuple[nn.Module, torch.Tensor, torch.Tensor]
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_sound_model_passes_and_is_left_alone(seed):
+def test_a_sound_model_passes_and_is_not_changed(seed):
     net, x, y = sound(seed)
     before, rng = copy.deepcopy(net.state_dict()), torch.get_rng_state()
     assert failed(net, x, y) == []
@@ -92,12 +92,12 @@ def test_a_sound_model_passes_on_a_gpu():
     assert failed(net.cuda(), x.cuda(), y.cuda()) == []
 
 
-def test_sound_gradients_pass_whatever_the_distance():
+def test_sound_gradients_pass_at_any_distance():
     for distance in (0.05, 0.2):
         assert failed(*liar(distance, lambda t, far: (t, torch.ones_like(t)))) == []
 
 
-def test_batch_norm_in_train_mode():
+def test_batch_norm_in_train_mode_fails_invariance():
     net, x, y = sound()
     net.train()
     before = copy.deepcopy(net.state_dict())
@@ -107,7 +107,7 @@ def test_batch_norm_in_train_mode():
     assert net.training
 
 
-def test_train_mode_is_told_even_where_it_changes_nothing():
+def test_train_mode_fails_invariance_even_if_it_changes_no_logit():
     net = Linear(torch.randn(3, 108)).train()
     found = checks.check_invariance(net, images(20))
     assert not found.passed
@@ -124,31 +124,31 @@ def test_train_mode_is_told_even_where_it_changes_nothing():
     ],
     ids=["random", "order", "batch"],
 )
-def test_logits_that_are_not_of_the_image_alone(function):
+def test_logits_that_depend_on_more_than_the_image_fail_invariance(function):
     net, x, _ = sound()
     assert not checks.check_invariance(Then(net, function).eval(), x).passed
 
 
 @pytest.mark.parametrize("outputs", [nn.Softmax(1), nn.LogSoftmax(1)])
-def test_probabilities_for_logits(outputs):
+def test_probabilities_instead_of_logits_fail_logits(outputs):
     net, x, y = sound()
     assert failed(Then(net, outputs).eval(), x, y) == ["logits"]
 
 
-def test_images_of_another_range():
+def test_images_outside_0_to_1_fail_range():
     net, x, y = sound()
     assert failed(Before(net, lambda x: x / 255).eval(), x * 255, y) == ["range"]
     found = checks.check_range((x - 0.5) / 0.25)
     assert (found.passed, found.value) == (False, 2.0)
 
 
-def test_logits_scaled_until_the_softmax_saturates():
+def test_a_saturated_softmax_fails_gradients():
     net, x, y = sound()
     assert failed(Then(net, lambda z: 1e5 * z).eval(), x, y) == ["gradients"]
     assert checks.check_gradients(Then(net, lambda z: 1e5 * z).eval(), x, y).value > 50
 
 
-def test_rounding_takes_the_gradient_away():
+def test_rounding_fails_gradients_and_planted():
     net, x, y = sound()
     rounding = Before(net, lambda x: (x * 3).round() / 3).eval()
     assert {"gradients", "planted"} <= set(failed(rounding, x, y))
@@ -157,8 +157,8 @@ def test_rounding_takes_the_gradient_away():
     assert not checks.check_gradients(infinite, x, y).passed
 
 
-def test_an_attack_that_overshoots():
-    """Adversarial examples lie a quarter of the way to where the gradient sends the attack, and none at its end."""
+def test_an_attack_that_overshoots_fails_steps():
+    """Adversarial examples lie a quarter of the way along the gradient, and there are none at its end."""
 
     def claim(t, far):
         hidden = (t.abs() > 0.165) & (t.abs() < 0.185)
@@ -169,21 +169,21 @@ def test_an_attack_that_overshoots():
     assert checks.check_steps(model, x, y, EPS).value == 100
 
 
-def test_gradients_that_lie_far_from_the_images():
+def test_wrong_gradients_far_from_the_images_fail_unbounded():
     model, x, y = liar(0.05, lambda t, far: (t, torch.where(far > 0.2, -1.0, 1.0)))
     assert failed(model, x, y) == ["unbounded"]
     assert checks.check_unbounded(model, x, y).value == 100
 
 
-def test_gradients_that_lie_in_the_ball():
-    """A planted adversarial example is there, and the attack walks away from it."""
+def test_wrong_gradients_in_the_ball_fail_planted():
+    """A planted adversarial example exists, and the attack moves away from it."""
     model, x, y = liar(0.05, lambda t, far: (t, torch.where(far > 0.2, 1.0, -1.0)))
     assert failed(model, x, y) == ["planted"]
     assert checks.check_planted(model, x, EPS).value == 0
 
 
-def test_what_is_planted_exists():
-    """On a linear model the best corner of 16 is known, and reaching 0.9 of it takes more than noise."""
+def test_planted_examples_exist_and_noise_seldom_finds_them():
+    """On a linear model PGD always reaches 0.9 of the best of 16 corners."""
     net, x = Linear(torch.randn(2, 108, generator=torch.Generator().manual_seed(0))), 0.5 + 0 * images(40)
     found = checks.check_planted(net, x, EPS)
     assert (found.passed, found.value) == (True, 100.0)
@@ -192,8 +192,8 @@ def test_what_is_planted_exists():
     assert checks.check_planted(flat, x, EPS).value == 0
 
 
-def test_each_is_for_any_module_in_any_mode():
-    """Those that attack do so in eval mode, and leave the module in the mode it was in."""
+def test_checks_take_any_module_in_any_mode():
+    """The checks that attack use eval mode, and the module keeps its mode."""
     net, x, y = sound()
     expected = run_checks(net, x, y, EPS)
     net.train()

@@ -1,4 +1,4 @@
-"""The attacks of an evaluation by name: what each name means, and that accuracies are those of the attack."""
+"""The attacks of an evaluation by name, against float64 references and closed forms."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ EPS = 0.1
 
 
 class Scale(torch.nn.Module):
-    """Logits times a constant: the same classifier."""
+    """Multiplies logits by a constant, which does not change the predictions."""
 
     def __init__(self, factor: float):
         super().__init__()
@@ -28,7 +28,7 @@ def uint8_images(n, size=6):
     return images(n, size=size).mul(255).to(torch.uint8)
 
 
-def test_clean_is_the_prediction():
+def test_clean_compares_the_prediction_with_the_label():
     net, pixels = small_net().eval(), uint8_images(30)
     y = labels(30)
     expected = net(pixels.double().div(255).float()).argmax(1) == y
@@ -47,8 +47,8 @@ def test_clean_is_the_prediction():
         ("cw2x3", cw64, 2, 3),
     ],
 )
-def test_names_mean_attacks(name, score, steps, restarts):
-    """Against PGD in float64; of several starts an image must survive each."""
+def test_each_name_runs_its_attack(name, score, steps, restarts):
+    """Compared with PGD in float64. An image must survive every start."""
     net, pixels = small_net(seed=4).eval(), uint8_images(90)
     y = net(pixels / 255).argmax(1)
     survived = []
@@ -73,39 +73,39 @@ def test_fgsm_is_one_step_of_eps_from_the_image():
     assert 0 < expected.sum() < 40
 
 
-def test_more_starts_only_break_more():
+def test_more_starts_never_restore_an_image():
     net, pixels = small_net(seed=4), uint8_images(90)
     y = net.eval()(pixels / 255).argmax(1)
     one, three = (correct_under(name, FrozenTwin(net), pixels, y, EPS / 2) for name in ("pgd2", "pgd2x3"))
     assert not (three & ~one).any()
 
 
-def test_scaled_pgd_sees_through_a_scale_that_blinds_pgd():
-    """The same decisions, logits 1e5 times larger: cross-entropy has no gradient left, its rescaled form has."""
+def test_scaled_pgd_works_at_a_logit_scale_where_pgd_fails():
+    """The predictions are the same, but logits are 1e5 times larger: plain cross-entropy has no gradient left."""
     net, pixels = small_net(seed=4).eval(), uint8_images(90)
     y = net(pixels / 255).argmax(1)
-    honest, fooled = FrozenTwin(net), FrozenTwin(torch.nn.Sequential(net, Scale(1e5)))
-    truth = correct_under("pgd20", honest, pixels, y, EPS)
+    plain, scaled = FrozenTwin(net), FrozenTwin(torch.nn.Sequential(net, Scale(1e5)))
+    truth = correct_under("pgd20", plain, pixels, y, EPS)
     assert truth.sum() < 80
-    assert correct_under("pgd20", fooled, pixels, y, EPS).all()
-    assert correct_under("scaled-pgd20", fooled, pixels, y, EPS).sum() <= truth.sum() + 1
+    assert correct_under("pgd20", scaled, pixels, y, EPS).all()
+    assert correct_under("scaled-pgd20", scaled, pixels, y, EPS).sum() <= truth.sum() + 1
 
 
-def test_start_noise_is_uniform_and_belongs_to_its_place():
-    places = torch.tensor([130, 3, 64, 7, 63, 5000])
-    noise = start_noise(places, (3, 4, 5), 0.1, "cpu", 0, "pgd20", 0)
+def test_start_noise_is_uniform_and_depends_on_the_index():
+    indices = torch.tensor([130, 3, 64, 7, 63, 5000])
+    noise = start_noise(indices, (3, 4, 5), 0.1, "cpu", 0, "pgd20", 0)
     every = start_noise(torch.arange(256), (3, 4, 5), 0.1, "cpu", 0, "pgd20", 0)
-    assert torch.equal(noise[:5], every[places[:5]])
+    assert torch.equal(noise[:5], every[indices[:5]])
     assert every.abs().max() <= 0.1
     assert abs(every.mean()) < 0.002
     assert every.std().item() == pytest.approx(0.1 / 3**0.5, rel=0.02)
-    assert len(every.flatten().unique()) > 0.99 * every.numel()  # no image has another's noise
+    assert len(every.flatten().unique()) > 0.99 * every.numel()  # different images have different noise
     for other in ((1, "pgd20", 0), (0, "pgd10", 0), (0, "pgd20", 1)):
-        assert not torch.equal(noise, start_noise(places, (3, 4, 5), 0.1, "cpu", *other))
+        assert not torch.equal(noise, start_noise(indices, (3, 4, 5), 0.1, "cpu", *other))
 
 
 @pytest.mark.parametrize("name", ["pgd3", "cw3x2"])
-def test_what_becomes_of_an_image_does_not_depend_on_its_batch(name):
+def test_the_result_of_an_image_does_not_depend_on_its_batch(name):
     net, pixels = FrozenTwin(small_net(seed=4)), uint8_images(90)
     y = net(pixels / 255).argmax(1)
     whole = correct_under(name, net, pixels, y, EPS)
@@ -113,7 +113,7 @@ def test_what_becomes_of_an_image_does_not_depend_on_its_batch(name):
     for batch_size in (90, 64, 17):
         assert torch.equal(correct_under(name, net, pixels, y, EPS, batch_size=batch_size), whole)
     some = torch.tensor([2, 30, 31, 77, 89])
-    assert torch.equal(correct_under(name, net, pixels[some], y[some], EPS, places=some), whole[some])
+    assert torch.equal(correct_under(name, net, pixels[some], y[some], EPS, indices=some), whole[some])
     parts = [correct_under(name, net, pixels, y, EPS, batch_size=30, part=(r, 2)) for r in (0, 1)]
     assert torch.equal(torch.cat([parts[0][:30], parts[1], parts[0][30:]]), whole)
 
@@ -128,18 +128,19 @@ def test_robust_accuracy_of_a_linear_model_is_known():
     y = logits.argmax(1)
     margin = logits.amax(1) - logits.amin(1)
     radius = margin / (weight[0] - weight[1]).abs().sum()
-    eps = radius.sort().values[99:101].mean().item()  # between two points: half of them survive
-    assert eps < 90 / 255  # no pixel meets the walls of [0, 1]
+    eps = radius.sort().values[99:101].mean().item()  # between two radii: half of the images survive
+    assert eps < 90 / 255  # no pixel is clipped to [0, 1]
     survives = radius > eps
     assert survives.sum() == 100
     for name in ("fgsm", "pgd20", "cw20", "scaled-pgd20", "pgd20x2"):
         assert torch.equal(correct_under(name, net, pixels, y, eps), survives), name
 
 
-def test_repeats_exactly_and_leaves_the_global_generator_alone():
+def test_an_attack_repeats_exactly_and_does_not_use_the_global_generator():
     net, pixels, y = FrozenTwin(small_net()), uint8_images(20), labels(20)
     rng = torch.get_rng_state()
     first = correct_under("pgd5", net, pixels, y, EPS, batch_size=8)
+    assert torch.equal(torch.get_rng_state(), rng)
     torch.manual_seed(99)
     assert torch.equal(first, correct_under("pgd5", net, pixels, y, EPS, batch_size=8))
     torch.set_rng_state(rng)
@@ -147,7 +148,7 @@ def test_repeats_exactly_and_leaves_the_global_generator_alone():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["clean", "fgsm", "pgd5", "cw5x2", "scaled-pgd5"])
-def test_on_a_gpu(name):
+def test_attacks_run_on_a_gpu(name):
     net, pixels = FrozenTwin(small_net(seed=4).cuda()), uint8_images(90).cuda()
     y = net(pixels / 255).argmax(1)
     whole = correct_under(name, net, pixels, y, EPS)
@@ -155,7 +156,7 @@ def test_on_a_gpu(name):
     assert (correct_under(name, net, pixels, y, EPS, batch_size=32) ^ whole).sum() <= 1  # other kernels, other rounding
 
 
-def test_parse_attacks():
+def test_parse_attacks_returns_each_name_once():
     names = " clean, pgd20,,cw7 ,fgsm,autoattack,pgd20x5,scaled-pgd10,pgd20x1,cw3x12,autoattack-plus,autoattack-rand"
     expected = ["clean", "pgd20", "cw7", "fgsm", "autoattack", "pgd20x5", "scaled-pgd10", "cw3x12"]
     assert parse_attacks(names) == [*expected, "autoattack-plus", "autoattack-rand"]
@@ -168,7 +169,7 @@ def test_parse_attacks():
         *("fgsmx2", "pgd20x5x5", "scaled-cw20", "scaled-pgd", "autoattackx2", "autoattack-std", "pgd20 x5", "worst"),
     ],
 )
-def test_parse_attacks_refuses(names):
+def test_parse_attacks_refuses_unknown_names(names):
     with pytest.raises(
         UserError, match=r"choose from clean, fgsm, pgd<k>, cw<k>, scaled-pgd<k> \(.*, autoattack-rand$"
     ):

@@ -19,7 +19,7 @@ def test_cross_entropy_is_summed_and_takes_raw_logits():
     np.testing.assert_allclose(cross_entropy(y)(None, logits).item(), expected, rtol=1e-6)
 
 
-def test_cw_margin_and_its_gradient():
+def test_cw_margin_and_its_gradient_equal_the_formula():
     logits, y = batch()
     z, c = logits.detach().double().numpy(), y.numpy()
     wrong = np.where(np.arange(5) == c[:, None], -np.inf, z)
@@ -32,7 +32,7 @@ def test_cw_margin_and_its_gradient():
     np.testing.assert_array_equal(logits.grad.numpy(), expected)
 
 
-def test_scaled_cross_entropy_and_its_gradient():
+def test_scaled_cross_entropy_and_its_gradient_equal_the_formula():
     logits, y = batch()
     z, c = logits.detach().double().numpy(), y.numpy()
     gap = np.diff(np.sort(z, 1)[:, -2:], axis=1)
@@ -43,8 +43,8 @@ def test_scaled_cross_entropy_and_its_gradient():
     np.testing.assert_allclose(logits.grad.numpy(), (p - np.eye(5)[c]) / gap, rtol=1e-4, atol=1e-6)
 
 
-def test_scaled_cross_entropy_does_not_vanish():
-    """Where plain cross-entropy does: confident by 150. And two logits that are equal do no harm."""
+def test_scaled_cross_entropy_has_a_gradient_at_confident_logits():
+    """Plain cross-entropy has none with a margin of 150. Two equal logits are handled too."""
     for factor in (1.0, 1e4, 1e-4):
         logits = (factor * torch.tensor([[150.0, 0.0, -5.0], [2.0, 2.0, 1.0]])).requires_grad_()
         scaled_cross_entropy(torch.tensor([0, 0]))(None, logits).backward()

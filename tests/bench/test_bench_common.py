@@ -1,4 +1,4 @@
-"""The benchmarks' own arithmetic, against known truths."""
+"""Tests of the code that the benchmarks share, and of bench.ops, against known results."""
 
 import subprocess
 import time
@@ -36,7 +36,7 @@ def test_percentiles():
     assert (timing.p20, timing.median, timing.p80) == (2, 5, 8)
 
 
-def test_peak_memory_counts_what_is_held_at_once():
+def test_peak_memory_counts_what_is_allocated_at_the_same_time():
     x = torch.ones(1 << 18)
     megabyte = x.nbytes / 1e6
     assert common.peak_megabytes(lambda: x + 1, CPU) == pytest.approx(megabyte, rel=0.01)
@@ -56,7 +56,7 @@ def test_csv_appends_rows_and_refuses_other_columns(tmp_path):
 
 
 def test_ops_benchmark_rejects_a_wrong_op(monkeypatch):
-    """Nothing is timed whose values differ from the reference."""
+    """An op whose values differ from the reference is not timed."""
     from bench import ops
 
     case = ops.pgd_step_case((2, 3, 4, 4), torch.float32, CPU)
@@ -66,8 +66,8 @@ def test_ops_benchmark_rejects_a_wrong_op(monkeypatch):
         ops.providers(case)
 
 
-def test_a_forward_that_is_kept_holds_no_leaf_of_another(monkeypatch):
-    """A capture of one must not meet what another has left on the default stream: autograd ties the two by the leaf."""
+def test_providers_share_no_leaf_tensors(monkeypatch):
+    """A leaf ties a later capture to the stream of an earlier forward, so each provider needs its own leaves."""
     from bench import ops
 
     case = ops.igdm_loss_case((4, 10), torch.float32, CPU)
@@ -78,12 +78,12 @@ def test_a_forward_that_is_kept_holds_no_leaf_of_another(monkeypatch):
         return case.reference(*inputs)
 
     one, other = ops.directions(case, loss), ops.directions(case, loss)
-    assert not seen, "nothing runs before it is called"
+    assert not seen, "a function ran before it was called"
     expected = one["both"]()
     torch.testing.assert_close(one["backward"](), expected)
     torch.testing.assert_close(one["backward"](), expected)
     torch.testing.assert_close(other["both"](), expected)
-    assert len(seen) == 3, "the forward of backward runs once"
+    assert len(seen) == 3, "backward must run its forward only once"
     assert all(ours is not theirs for ours, theirs in zip(seen[0][:2], seen[2][:2], strict=True))
 
 

@@ -1,4 +1,4 @@
-"""Pixels out of files of every awkward kind, against values worked out by hand."""
+"""Decoded pixels of unusual image files, compared with values computed by hand."""
 
 import struct
 import zlib
@@ -42,7 +42,7 @@ def test_palette_with_and_without_transparency(tmp_path):
     assert row(tmp_path / "holes.png") == [BLUE, WHITE, GREEN]
 
 
-def test_alpha_shows_white(tmp_path):
+def test_transparent_pixels_become_white(tmp_path):
     assert row(save(tmp_path / "a.png", "RGBA", [(*RED, 255), (*RED, 0), (0, 0, 0, 51)])) == [RED, WHITE, (204,) * 3]
     assert row(save(tmp_path / "b.png", "LA", [(10, 255), (10, 0)])) == [(10, 10, 10), WHITE]
     assert row(save(tmp_path / "c.png", "RGB", [RED, GREEN], transparency=RED)) == [WHITE, GREEN]
@@ -63,7 +63,7 @@ def test_cmyk(tmp_path):
     assert np.abs(read_image(tmp_path / "a.jpg")[:, 8, 8].astype(int) - RED).max() <= 3
 
 
-def test_first_frame_of_an_animation(tmp_path):
+def test_an_animation_gives_its_first_frame(tmp_path):
     frames = [Image.new("RGB", (2, 2), colour) for colour in (GREEN, RED, BLUE)]
     for name in ("a.gif", "a.webp", "a.png", "a.tif"):
         lossless = {"lossless": True} if name == "a.webp" else {}
@@ -71,9 +71,9 @@ def test_first_frame_of_an_animation(tmp_path):
         assert row(tmp_path / name) == [GREEN, GREEN]
 
 
-def test_camera_orientation_is_applied_and_a_broken_note_ignored(tmp_path):
+def test_exif_orientation_is_applied_and_damaged_exif_is_ignored(tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn a quarter to the right to view
+    exif[0x0112] = 6  # rotate by 90 degrees clockwise to display
     image = Image.new("RGB", (2, 1))
     image.putdata([RED, BLUE])
     image.save(tmp_path / "a.png", exif=exif)
@@ -82,13 +82,13 @@ def test_camera_orientation_is_applied_and_a_broken_note_ignored(tmp_path):
     assert row(tmp_path / "b.png") == [RED, BLUE]
 
 
-def test_the_content_decides_not_the_extension(tmp_path):
+def test_the_content_decides_the_format_not_the_extension(tmp_path):
     image = Image.new("RGB", (1, 1), GREEN)
     image.save(tmp_path / "a.jpg", format="PNG")
     assert row(tmp_path / "a.jpg") == [GREEN]
 
 
-def test_image_size_scales_the_shorter_side_and_cuts_the_centre(tmp_path):
+def test_image_size_scales_the_shorter_side_and_crops_the_centre(tmp_path):
     wide = np.zeros((4, 12, 3), np.uint8)
     wide[:, :4], wide[:, 4:8], wide[:, 8:] = RED, GREEN, BLUE
     Image.fromarray(wide).save(tmp_path / "wide.png")
@@ -107,7 +107,7 @@ def chunk(kind, data):
 
 
 def png(path, width, height, depth, colour, rows, extra=b""):
-    """A PNG written by hand; ``rows`` start with their filter byte, ``extra`` are chunks before the pixels."""
+    """Write a PNG by hand. ``rows``: pixel rows with their filter bytes. ``extra``: chunks before the pixels."""
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
     pixels = chunk(b"IDAT", zlib.compress(rows))
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + extra + pixels + chunk(b"IEND", b""))
@@ -115,7 +115,7 @@ def png(path, width, height, depth, colour, rows, extra=b""):
 
 
 def claims(path, width, height):
-    """A PNG whose header claims a size that no data follow."""
+    """Write a PNG whose header claims a size for which it has no data."""
     return png(path, width, height, 8, 2, bytes(100))
 
 
@@ -141,29 +141,29 @@ def test_one_pixel(tmp_path, name):
     assert read_image(tmp_path / name, 7).shape == (3, 7, 7)
 
 
-def test_bombs_are_bounded(tmp_path):
-    """100 MB in 100 KB: the compressed notes of a PNG are refused, and pixels beyond its size are not looked at."""
+def test_decompression_bombs_are_bounded(tmp_path):
+    """100 MB in 100 KB: compressed text in a PNG is refused, and pixels beyond the image size are not decoded."""
     zeros = zlib.compress(bytes(100_000_000), 9)
     notes = {b"zTXt": b"a\0\0", b"iCCP": b"a\0\0", b"iTXt": b"a\0\1\0\0\0"}
     for kind, head in notes.items():
         with pytest.raises(UserError, match=r"note.png: Decompressed data too large"):
             read_image(png(tmp_path / "note.png", 1, 1, 8, 0, b"\0\7", chunk(kind, head + zeros)))
     bomb = png(tmp_path / "long.png", 1, 1, 8, 0, b"\0\7")
-    bomb.write_bytes(bomb.read_bytes().replace(zlib.compress(b"\0\7"), zeros))  # and the checksum of it is wrong
+    bomb.write_bytes(bomb.read_bytes().replace(zlib.compress(b"\0\7"), zeros))  # its checksum is wrong too
     with pytest.raises(UserError, match=r"cannot decode .*long.png"):
         read_image(bomb)
     assert row(png(tmp_path / "long.png", 1, 1, 8, 0, b"\0\7" + bytes(100_000_000))) == [(7, 7, 7)]
     Image.new("L", (1, 1)).save(tmp_path / "frame.gif")
     content = bytearray((tmp_path / "frame.gif").read_bytes())
     frame = content.index(b",", 13)
-    content[frame + 5 : frame + 9] = struct.pack("<HH", 65535, 65535)  # of a picture that claims 1x1
+    content[frame + 5 : frame + 9] = struct.pack("<HH", 65535, 65535)  # in an image that claims 1x1
     (tmp_path / "frame.gif").write_bytes(content)
     with pytest.raises(UserError, match=r"cannot decode .*frame.gif"):
         read_image(tmp_path / "frame.gif")
 
 
-def test_a_png_that_pillow_alone_lets_through(tmp_path):
-    """Pixels stored as they are: without the mark of the last block the decoder ends before it compares checksums."""
+def test_a_damaged_png_that_pillow_accepts_is_refused(tmp_path):
+    """Uncompressed pixels without the flag of the last block: the decoder stops before it checks the checksum."""
     path = png(tmp_path / "a.png", 2, 1, 8, 0, b"\0\7\7")
     content = bytearray(path.read_bytes())
     pixels = content.index(b"IDAT") + 4
@@ -182,7 +182,7 @@ def test_a_png_that_pillow_alone_lets_through(tmp_path):
         read_image(path)
 
 
-def test_pictures_without_pixels_are_refused(tmp_path):
+def test_images_without_pixels_are_refused(tmp_path):
     (tmp_path / "a.ppm").write_bytes(b"P6\n0 5\n255\n")
     (tmp_path / "a.gif").write_bytes(b"GIF89a\0\0\0\0\0\0\0;")
     for path in (png(tmp_path / "a.png", 0, 0, 8, 2, b""), tmp_path / "a.ppm", tmp_path / "a.gif", tmp_path):
@@ -190,25 +190,25 @@ def test_pictures_without_pixels_are_refused(tmp_path):
             read_image(path)
 
 
-def test_what_cannot_be_decoded_is_named(tmp_path, monkeypatch):
+def test_the_error_names_the_file_that_cannot_be_decoded(tmp_path, monkeypatch):
     whole = tmp_path / "whole.jpg"
     Image.fromarray(np.random.RandomState(0).randint(0, 255, (32, 32, 3), np.uint8)).save(whole)
     bad = {
         "cut.jpg": whole.read_bytes()[: whole.stat().st_size // 2],
         "empty.png": b"",
-        "text.png": b"this is no image",
+        "text.png": b"this is not an image",
     }
     for name, content in bad.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=rf"cannot decode .*{name}"):
             read_image(tmp_path / name)
     for name, reason in (
-        ("text.png", "it is damaged, or no image (PNG, JPEG, BMP, GIF, TIFF, WEBP, PPM)"),
+        ("text.png", "it is damaged or not an image (PNG, JPEG, BMP, GIF, TIFF, WEBP, PPM)"),
         ("missing.png", "No such file or directory"),
     ):
         with pytest.raises(UserError) as refusal:
             read_image(tmp_path / name)
-        assert str(refusal.value) == f"cannot decode {tmp_path / name}: {reason}", "the file named once"
+        assert str(refusal.value) == f"cannot decode {tmp_path / name}: {reason}", "the file is named once"
     with monkeypatch.context() as patched:
         patched.setattr(Image.Image, "convert", Mock(side_effect=KeyError))
         with pytest.raises(UserError, match=r"whole.jpg: KeyError$"):
@@ -223,8 +223,8 @@ def test_what_cannot_be_decoded_is_named(tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
-def test_random_damage_gives_an_image_or_our_error(tmp_path):
-    """1,000 files with random bytes overwritten or cut off: never another exception, never another size."""
+def test_random_damage_gives_an_image_or_a_user_error(tmp_path):
+    """1,000 files with random bytes overwritten or cut off never give another exception or another size."""
     rng = np.random.RandomState(0)
     image = Image.fromarray(rng.randint(0, 255, (8, 8, 3), np.uint8))
     originals = []
@@ -252,6 +252,6 @@ def test_many_images_keep_their_order_and_sizes_must_agree(tmp_path):
     assert images.shape == (600, 3, 1, 2)
     assert [int(a) + 256 * int(b) for a, b in images[:, 0, 0]] == list(range(600))
     odd = save(tmp_path / "odd.png", "L", [1, 2, 3])
-    with pytest.raises(UserError, match=r"0.png is 2x1, .*odd.png is 3x1; give --image-size"):
+    with pytest.raises(UserError, match=r"0.png is 2x1, .*odd.png is 3x1; set --image-size"):
         decode_images([*paths, odd], None)
     assert decode_images([*paths, odd], 4).shape == (601, 3, 4, 4)

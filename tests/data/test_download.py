@@ -1,4 +1,4 @@
-"""The downloader against a server on this machine that cuts, lies and refuses."""
+"""The downloader with a local server that cuts connections, sends wrong bytes or refuses requests."""
 
 import hashlib
 import io
@@ -20,11 +20,11 @@ from ltat_fast.errors import UserError
 
 
 class Server(ThreadingHTTPServer):
-    """Serves ``files``; the first answers stop after the numbers of bytes in ``cuts``."""
+    """A server of ``files``. ``cuts``: bytes after which it closes the first connections."""
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.files, self.cuts, self.ranges, self.honours_range = {}, [], [], True
+        self.files, self.cuts, self.ranges, self.supports_range = {}, [], [], True
 
     def archive(self, name, content):
         self.files["/" + name] = content
@@ -39,7 +39,7 @@ class Handler(BaseHTTPRequestHandler):
         if content is None:
             self.send_error(404)
             return
-        start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked and self.server.honours_range else 0
+        start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked and self.server.supports_range else 0
         if start >= len(content) > 0:
             self.send_error(416)
             return
@@ -69,55 +69,57 @@ def silent(line):
     pass
 
 
-def test_download_and_second_call(server, tmp_path):
+def test_a_second_call_downloads_nothing(server, tmp_path):
     archive = server.archive("a.zip", CONTENT)
     path = fetch(archive, tmp_path / "new" / "folder", True, silent)
     assert path == tmp_path / "new" / "folder" / "a.zip"
     assert path.read_bytes() == CONTENT
     assert not path.with_name("a.zip.part").exists()
     fetch(archive, path.parent, True, silent)
-    assert server.ranges == [None]  # the second call asked for nothing
+    assert server.ranges == [None]
 
 
-def test_a_cut_is_continued_where_it_happened(server, tmp_path):
+def test_a_cut_download_is_resumed(server, tmp_path):
     archive = server.archive("a.zip", CONTENT)
     server.cuts = [30_000, 20_000]
     assert fetch(archive, tmp_path, True, silent).read_bytes() == CONTENT
     assert server.ranges == [None, "bytes=30000-", "bytes=50000-"]
 
 
-def test_a_later_run_continues(server, tmp_path):
+def test_a_later_run_resumes_the_download(server, tmp_path):
     archive = server.archive("a.zip", CONTENT)
     (tmp_path / "a.zip.part").write_bytes(CONTENT[:40_000])
     assert fetch(archive, tmp_path, True, silent).read_bytes() == CONTENT
     assert server.ranges == ["bytes=40000-"]
-    (tmp_path / "a.zip").rename(tmp_path / "a.zip.part")  # complete, but the run ended before it was checked
+    (tmp_path / "a.zip").rename(tmp_path / "a.zip.part")  # complete, but not yet verified
     assert fetch(archive, tmp_path, True, silent).read_bytes() == CONTENT
     assert server.ranges[1:] == ["bytes=100000-"]
 
 
-def test_a_server_without_ranges_starts_over(server, tmp_path):
+def test_a_server_without_range_support_starts_over(server, tmp_path):
     archive = server.archive("a.zip", CONTENT)
-    server.honours_range = False
+    server.supports_range = False
     server.cuts = [30_000]
     assert fetch(archive, tmp_path, True, silent).read_bytes() == CONTENT
     assert server.ranges == [None, "bytes=30000-"]
 
 
-def test_wrong_bytes_are_refused_and_gone(server, tmp_path):
+def test_wrong_bytes_are_refused_and_deleted(server, tmp_path):
     archive = Archive(server.archive("a.zip", CONTENT).url, "0" * 32)
-    with pytest.raises(UserError, match=rf"sent has md5 {hashlib.md5(CONTENT).hexdigest()}, expected {'0' * 32}"):
+    with pytest.raises(
+        UserError, match=rf"has md5 {hashlib.md5(CONTENT).hexdigest()}, expected {'0' * 32}, and was deleted"
+    ):
         fetch(archive, tmp_path, True, silent)
     assert not (tmp_path / "a.zip").exists()
     assert not (tmp_path / "a.zip.part").exists()
-    (tmp_path / "a.zip.part").write_bytes(b"of another file")  # a stale part spoils one run, not the next
+    (tmp_path / "a.zip.part").write_bytes(b"of another file")  # an old partial file breaks one run, not the next
     archive = server.archive("a.zip", CONTENT)
     with pytest.raises(UserError, match="run again"):
         fetch(archive, tmp_path, True, silent)
     assert fetch(archive, tmp_path, True, silent).read_bytes() == CONTENT
 
 
-def test_a_damaged_archive_is_named_and_kept(server, tmp_path):
+def test_a_damaged_archive_is_reported_and_kept(server, tmp_path):
     archive = server.archive("a.zip", CONTENT)
     (tmp_path / "a.zip").write_bytes(CONTENT[:-1])
     with pytest.raises(UserError, match=rf"a.zip is damaged: md5 \w+, expected {archive.md5}; delete it") as error:
@@ -127,7 +129,7 @@ def test_a_damaged_archive_is_named_and_kept(server, tmp_path):
     assert server.ranges == []
 
 
-def test_what_cannot_be_had_says_what_to_do(server, tmp_path, monkeypatch):
+def test_the_error_says_how_to_download_by_hand(server, tmp_path):
     archive = server.archive("a.zip", CONTENT)
     by_hand = rf"download {archive.url} to .*a.zip by hand \(md5 {archive.md5}\)"
     with pytest.raises(UserError, match=rf"a.zip is missing; {by_hand}"):
@@ -136,18 +138,18 @@ def test_what_cannot_be_had_says_what_to_do(server, tmp_path, monkeypatch):
     server.files.clear()
     with pytest.raises(UserError, match=rf"404.*{by_hand}"):
         fetch(archive, tmp_path, True, silent)
-    assert len(server.ranges) == 1  # asking again would not help
-    nobody = Archive("http://127.0.0.1:9/a.zip", "0" * 32)
+    assert len(server.ranges) == 1  # a client error is not retried
+    unreachable = Archive("http://127.0.0.1:9/a.zip", "0" * 32)
     lines = []
     with pytest.raises(UserError, match=r"cannot download http://127.0.0.1:9/a.zip .*by hand"):
-        fetch(nobody, tmp_path, True, lines.append)
+        fetch(unreachable, tmp_path, True, lines.append)
     assert len(lines) == download.ATTEMPTS - 1
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot read or write .*file/a.zip"):
         fetch(archive, tmp_path / "file", True, silent)
 
 
-def test_a_silent_server_is_given_up(server, tmp_path, monkeypatch):
+def test_a_server_that_sends_nothing_is_given_up(server, tmp_path):
     archive = server.archive("a.zip", CONTENT)
     server.cuts = [10, 0, 0, 0, 0, 0]
     with pytest.raises(UserError, match=r"the connection ended after 10 of 100,000 bytes"):
@@ -166,7 +168,7 @@ def zipped(path, members, mode=0o644):
 
 def test_unpack(tmp_path):
     path = zipped(tmp_path / "a.zip", {"top/x/1.txt": "one", "top/2.txt": "two"})
-    (tmp_path / ".top.part").mkdir()  # of a run that was killed
+    (tmp_path / ".top.part").mkdir()  # from a run that was killed
     (tmp_path / ".top.part" / "stale").write_text("")
     assert unpack(path, tmp_path, "top", silent) == tmp_path / "top"
     assert (tmp_path / "top" / "x" / "1.txt").read_text() == "one"
@@ -179,7 +181,7 @@ def test_unpack(tmp_path):
 def test_members_outside_are_refused(tmp_path, name):
     (tmp_path / "in").mkdir()
     path = zipped(tmp_path / "in" / "a.zip", {"top/a": "", name: "x"})
-    with pytest.raises(UserError, match=r"a.zip is refused: its member .*evil' does not lie in top/"):
+    with pytest.raises(UserError, match=r"a.zip is refused: its member .*evil' is not in top/"):
         unpack(path, tmp_path / "in", "top", silent)
     assert {entry.name for entry in (tmp_path / "in").iterdir()} == {"a.zip", "top.lock"}
     assert not (tmp_path / "evil").exists()
@@ -196,18 +198,18 @@ def test_links_bombs_and_damage_are_refused(tmp_path, monkeypatch):
     understated = zipped(tmp_path / "understated.zip", {"top/zeros": bytes(50_000_000)})
     real, claimed = ((size).to_bytes(4, "little") for size in (50_000_000, 10))
     understated.write_bytes(understated.read_bytes().replace(real, claimed))
-    with pytest.raises(UserError, match=r"no sound zip file: Bad CRC-32"):
+    with pytest.raises(UserError, match=r"not a valid zip file: Bad CRC-32"):
         unpack(understated, tmp_path, "top", silent)
-    assert not (tmp_path / ".top.part").exists()  # nothing is left of what was refused
+    assert not (tmp_path / ".top.part").exists()  # what was refused leaves nothing behind
     for members in ({"top": "a file"}, {"top/a": "", "top/a/b": ""}, {"top/" + "a" * 300: ""}, {}):
         with pytest.raises(UserError, match=r"odd.zip"):
             unpack(zipped(tmp_path / "odd.zip", members), tmp_path, "top", silent)
         assert not (tmp_path / "top").exists()
-    sound = zipped(tmp_path / "sound.zip", {"top/a": bytes(range(200))}).read_bytes()
+    valid = zipped(tmp_path / "valid.zip", {"top/a": bytes(range(200))}).read_bytes()
     rng = np.random.RandomState(0)
     refused = 0
     for trial in range(300):
-        data = bytearray(sound)
+        data = bytearray(valid)
         data[rng.randint(len(data))] ^= 1 << rng.randint(8)
         (tmp_path / "flipped.zip").write_bytes(data[: rng.randint(len(data))] if trial % 3 == 0 else data)
         (tmp_path / "to").mkdir(exist_ok=True)
@@ -221,8 +223,8 @@ def test_links_bombs_and_damage_are_refused(tmp_path, monkeypatch):
     assert refused > 100
 
 
-def test_tiny_imagenet_from_the_network_to_arrays(server, tmp_path, monkeypatch):
-    """The zip, cut twice on its way, becomes the arrays; the next start needs no network."""
+def test_tiny_imagenet_from_download_to_arrays(server, tmp_path, monkeypatch):
+    """The download is interrupted twice and resumed; the next start needs no network."""
     tree = write_tiny_imagenet(tmp_path / "made" / "tiny-imagenet-200", train_images=2)
     members = {f"tiny-imagenet-200/{p.relative_to(tree)}": p.read_bytes() for p in tree.rglob("*") if p.is_file()}
     content = zipped(tmp_path / "made" / "tiny.zip", members).read_bytes()
@@ -244,7 +246,7 @@ def test_tiny_imagenet_from_the_network_to_arrays(server, tmp_path, monkeypatch)
 
 
 def cifar_tar(folder, batches, meta):
-    """A tar.gz in CIFAR's layout: pickled dictionaries of rows of 3072 bytes."""
+    """Return a tar.gz in CIFAR's layout: pickled dictionaries with rows of 3072 bytes."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
         for name, entry in {**batches, **meta}.items():
@@ -291,7 +293,7 @@ def test_cifar10(server, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="32x32"):
         load_dataset("cifar10-lt", tmp_path, image_size=64)
     (tmp_path / "cifar-10-python.tar.gz").rename(tmp_path / "away")
-    folder = tmp_path / "cifar-10-batches-py"  # as others leave it, unpacked
+    folder = tmp_path / "cifar-10-batches-py"  # unpacked by another program
     folder.mkdir()
     for name, entry in (batches | meta).items():
         (folder / name).write_bytes(pickle.dumps(entry))
@@ -331,7 +333,7 @@ def test_svhn(server, tmp_path, monkeypatch):
     splits, arrays = {}, {}
     for split, count in (("train", 30), ("test", 20)):
         pixels = rng.randint(0, 256, (32, 32, 3, count)).astype(np.uint8)
-        labels = rng.permutation(np.arange(count) % 10 + 1)  # the files say 10 for the digit 0
+        labels = rng.permutation(np.arange(count) % 10 + 1)  # in the files the label of the digit 0 is 10
         buffer = io.BytesIO()
         savemat(buffer, {"X": pixels, "y": labels[:, None]})
         archive = server.archive(f"{split}_32x32.mat", buffer.getvalue())
@@ -349,7 +351,7 @@ def test_svhn(server, tmp_path, monkeypatch):
 
 
 def test_official_addresses():
-    """As published by the datasets' authors; the tests above replace them by a server of their own."""
+    """The addresses and checksums that the authors published; the tests above replace them with a local server."""
     assert (
         Archive("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de")
         == sources.TINY_IMAGENET

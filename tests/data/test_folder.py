@@ -1,4 +1,4 @@
-"""Which file is which class: trees made here, right ones and wrong ones."""
+"""The class of each file in valid and invalid image trees."""
 
 import os
 import shutil
@@ -36,13 +36,13 @@ def test_image_folder(tmp_path, test):
     assert (dataset.n_max, dataset.pad, dataset.flip) == (None, 4, True)
 
 
-def test_test_goes_before_val(tmp_path):
+def test_the_test_folder_has_priority_over_val(tmp_path):
     root = write_folder(tmp_path, COUNTS)
     write_folder(tmp_path, dict.fromkeys(COUNTS, (0, 3)), test="val")
     assert len(scan_image_folder(root).test.paths) == 4
 
 
-def test_other_files_are_left_out_and_reported(tmp_path):
+def test_other_files_are_skipped_and_reported(tmp_path):
     root = write_folder(tmp_path, COUNTS)
     (root / "train" / "ape" / "notes.txt").write_text("x")
     (root / "train" / "ape" / ".hidden.png").write_text("x")
@@ -55,11 +55,11 @@ def test_other_files_are_left_out_and_reported(tmp_path):
     assert len(tree.train.paths) == 11
     assert tree.train.paths[5].endswith("ape/deeper/still/9.PNG")
     assert len(lines) == 1
-    assert "left out 1 files" in lines[0]
+    assert "skipped 1 files" in lines[0]
     assert "notes.txt" in lines[0]
 
 
-def test_a_linked_class_folder_counts(tmp_path):
+def test_a_class_folder_may_be_a_link(tmp_path):
     root = write_folder(tmp_path / "tree", COUNTS)
     (root / "train" / "ape").rename(tmp_path / "elsewhere")
     (root / "train" / "ape").symlink_to(tmp_path / "elsewhere")
@@ -83,10 +83,10 @@ def broken_folder(root, how):
             (root / "train" / "zebra" / "1.png").unlink()
         case "empty test class":
             (root / "test" / "zebra" / "0.png").rename(root / "test" / "zebra" / "notes.txt")
-        case "class of no text":
+        case "class name that is not text":
             for split in ("train", "test"):
                 write_image(Path(os.fsdecode(os.fsencode(root / split) + b"/\xff\xfe/0.png")), 0)
-        case "class of two lines":
+        case "class name of two lines":
             for split in ("train", "test"):
                 write_image(root / split / "ape\nzebra" / "0.png", 0)
         case "class missing in test":
@@ -105,19 +105,19 @@ def broken_folder(root, how):
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("no train", r"is no image folder: .*train is missing"),
-        ("no test", r"is no image folder: .*test is missing"),
-        ("empty class", r"class folder .*train/zebra holds no image"),
-        ("empty test class", r"class folder .*test/zebra holds no image"),
-        ("class of no text", r"class folder '\\udcff\\udcfe' in .*train cannot be shown as text"),
-        ("class of two lines", r"class folder 'ape\\nzebra' in .*train cannot be shown as text"),
+        ("no train", r"is not an image folder: .*train is missing"),
+        ("no test", r"is not an image folder: .*test is missing"),
+        ("empty class", r"class folder .*train/zebra does not hold an image"),
+        ("empty test class", r"class folder .*test/zebra does not hold an image"),
+        ("class name that is not text", r"class folder '\\udcff\\udcfe' in .*train cannot be shown as text"),
+        ("class name of two lines", r"class folder 'ape\\nzebra' in .*train cannot be shown as text"),
         ("class missing in test", r"class 'ape' is in .*train but not in .*test"),
         ("class missing in train", r"class 'ape' is in .*test but not in .*train"),
         ("one class", r"train holds 1 class folders"),
-        ("case collision", r"train/Zebra and .*train/zebra differ in case"),
+        ("case collision", r"train/Zebra and .*train/zebra differ only in case"),
     ],
 )
-def test_a_wrong_image_folder_is_refused(tmp_path, how, message):
+def test_an_invalid_image_folder_is_refused(tmp_path, how, message):
     root = write_folder(tmp_path, COUNTS)
     scan_image_folder(root)
     broken_folder(root, how)
@@ -125,21 +125,21 @@ def test_a_wrong_image_folder_is_refused(tmp_path, how, message):
         scan_image_folder(root)
 
 
-def test_names_in_any_script_and_files_of_any_name(tmp_path):
+def test_class_names_in_any_script_and_any_file_name(tmp_path):
     names = ("Ωμέγα", "日本", "🐝", "a b", "-rf", "ß", "%s{0}[red]", "न\u200dक", "a\u3000b")
     root = write_folder(tmp_path, dict.fromkeys(names, (2, 1)))
-    bytes_no_text = os.fsdecode(os.fsencode(root / "train" / "ß") + b"/\xff")
-    write_image(Path(bytes_no_text + ".png"), 77)
-    Path(bytes_no_text + ".txt").write_text("")
+    not_utf8 = os.fsdecode(os.fsencode(root / "train" / "ß") + b"/\xff")
+    write_image(Path(not_utf8 + ".png"), 77)
+    Path(not_utf8 + ".txt").write_text("")
     lines = []
     dataset = load_dataset("imagefolder-lt", root, report=lines.append)
     assert dataset.train.class_names == tuple(sorted(names))
-    assert np.bincount(dataset.train.labels).tolist() == [2 + (name == "ß") for name in sorted(names)]
+    assert np.bincount(dataset.train.labels).tolist() == [3 if name == "ß" else 2 for name in sorted(names)]
     assert "\n".join(lines).encode()
     assert "\\udcff.txt" in lines[0]
 
 
-def test_links_and_pipes_are_named_or_passed_over(tmp_path):
+def test_broken_links_and_pipes_are_refused_and_folders_skipped(tmp_path):
     def refused():
         with pytest.raises(UserError) as error:
             load_dataset("imagefolder-lt", root, report=lambda line: None)
@@ -153,14 +153,14 @@ def test_links_and_pipes_are_named_or_passed_over(tmp_path):
     odd.symlink_to("odd.png")
     assert refused() == f"cannot read {odd}: Too many levels of symbolic links"
     odd.unlink()
-    os.mkfifo(odd)  # to open it would be to wait for a writer
+    os.mkfifo(odd)  # opening it would wait for a writer
     assert refused() == f"cannot read {odd}: it is not a file"
     odd.unlink()
     odd.mkdir()
     assert len(load_dataset("imagefolder-lt", root, report=lambda line: None).train.labels) == 10
 
 
-def test_folders_without_end_are_named(tmp_path):
+def test_folders_nested_too_deep_are_refused(tmp_path):
     root = write_folder(tmp_path / "tree", COUNTS)
     folder = os.open(root / "train" / "ape", os.O_RDONLY)
     try:
@@ -173,18 +173,17 @@ def test_folders_without_end_are_named(tmp_path):
             scan_image_folder(root)
     finally:
         os.close(folder)
-        subprocess.run(["rm", "-rf", root], check=True)  # too deep for shutil, and so for pytest's own cleaning
-        subprocess.run(["rm", "-rf", str(root)])  # Python's own would not come to the end of it
+        subprocess.run(["rm", "-rf", root], check=True)  # too deep for shutil, and so for pytest's own cleanup
 
 
-def test_image_folder_needs_a_directory_and_one_size(tmp_path):
+def test_an_image_folder_needs_a_path_and_images_of_one_size(tmp_path):
     with pytest.raises(UserError, match="needs --data-dir"):
         load_dataset("imagefolder-lt")
     with pytest.raises(UserError, match="train is missing"):
         load_dataset("imagefolder-lt", tmp_path / "nowhere")
     root = write_folder(tmp_path, COUNTS)
     write_image(root / "test" / "ape" / "large.png", 0, size=6)
-    with pytest.raises(UserError, match=r"0.png is 4x4, .*large.png is 6x6; give --image-size"):
+    with pytest.raises(UserError, match=r"0.png is 4x4, .*large.png is 6x6; set --image-size"):
         load_dataset("imagefolder-lt", root, report=lambda line: None)
     for image_size in (-5, 0, 8193, 100_000):
         with pytest.raises(UserError, match=f"between 1 and 8,192 pixels, got {image_size}"):
@@ -192,7 +191,7 @@ def test_image_folder_needs_a_directory_and_one_size(tmp_path):
     dataset = load_dataset("imagefolder-lt", root, image_size=5, report=lambda line: None)
     assert dataset.train.images.shape == (10, 3, 5, 5)
     assert dataset.test.images.shape == (5, 3, 5, 5)
-    (root / "train" / "ape" / "3.png").write_bytes(b"no image")
+    (root / "train" / "ape" / "3.png").write_bytes(b"not an image")
     with pytest.raises(UserError, match=r"cannot decode .*train/ape/3.png"):
         load_dataset("imagefolder-lt", root, image_size=5, report=lambda line: None)
 
@@ -203,17 +202,17 @@ def tiny(tmp_path_factory):
 
 
 @pytest.mark.parametrize("inside", [False, True])
-def test_tiny_imagenet(tiny, tmp_path, inside):
+def test_tiny_imagenet(tiny, inside):
     lines = []
     data_dir = tiny if inside else tiny.parent
-    dataset = load_dataset("tinyimagenet-lt", data_dir, cache_dir=tmp_path / "cache", report=lines.append)
+    dataset = load_dataset("tinyimagenet-lt", data_dir, report=lines.append)
     assert dataset.train.class_names[:2] == ("n00010007", "n00020014")
     assert dataset.train.labels.tolist() == [label for label in range(200) for _ in range(2)]
     assert np.array_equal(dataset.train.images[:, 0, 0, 0], dataset.train.labels)
     assert np.array_equal(dataset.test.images[:, 0, 0, 0], dataset.test.labels)
     assert sorted(dataset.test.labels) == list(range(200))
     assert (dataset.n_max, dataset.pad, dataset.flip) == (500, 4, True)
-    assert not any("left out" in line or "wnids" in line for line in lines)
+    assert not any("skipped" in line or "wnids" in line for line in lines)
 
 
 def broken_tiny(root, how):
@@ -235,19 +234,19 @@ def broken_tiny(root, how):
             annotations.write_text("".join(lines).replace("n00010007", "n99999999"))
         case "image missing":
             (root / "val" / "images" / "val_7.JPEG").unlink()
-        case "image too many":
+        case "image without annotation":
             annotations.write_text("".join(lines[:7] + lines[8:]))
         case "image named twice":
             annotations.write_text("".join(lines) + lines[3].replace(lines[3].split("\t")[1], "n00010007"))
-        case "image there twice":
+        case "duplicate image":
             write_image(root / "val" / "images" / "more" / "val_7.JPEG", 1, 8)
-        case "annotations of no text":
+        case "annotations that are not text":
             annotations.write_bytes(b"val_0.JPEG\t\xff\xfe")
         case "annotations without tabs":
             annotations.write_text("val_0.JPEG n00010007")
         case "path in annotations":
             annotations.write_text("".join(lines).replace("val_7.JPEG", "../../val_7.JPEG"))
-        case "class untested":
+        case "class without test image":
             annotations.write_text("".join(lines).replace("n00010007", "n00020014"))
 
 
@@ -256,21 +255,21 @@ def broken_tiny(root, how):
     [
         ("classes", r"train holds 199 class folders; Tiny-ImageNet has 200"),
         ("no train", r"train is missing"),
-        ("empty class", r"n00010007/images holds no image"),
+        ("empty class", r"n00010007/images does not hold an image"),
         ("class without images/", r"cannot read .*n00010007/images: No such file"),
         ("no annotations", r"cannot read .*val_annotations.txt"),
         ("unknown class", r"gives val_\d+.JPEG the class 'n99999999'"),
         ("image missing", r"do not match, first at val_7.JPEG"),
-        ("image too many", r"do not match, first at val_7.JPEG"),
+        ("image without annotation", r"do not match, first at val_7.JPEG"),
         ("image named twice", r"names val_3.JPEG twice"),
-        ("image there twice", r"val/images holds 1 files under the name of another"),
-        ("annotations of no text", r"cannot read .*val_annotations.txt: .*utf-8"),
+        ("duplicate image", r"val/images holds 1 files with duplicate names"),
+        ("annotations that are not text", r"cannot read .*val_annotations.txt: .*utf-8"),
         ("annotations without tabs", r"gives val_0.JPEG n00010007 the class ''"),
         ("path in annotations", r"do not match, first at \.\./\.\./val_7.JPEG"),
-        ("class untested", r"names no image of class n00010007"),
+        ("class without test image", r"names no image of class n00010007"),
     ],
 )
-def test_a_wrong_tiny_imagenet_is_refused(tiny, tmp_path, how, message):
+def test_an_invalid_tiny_imagenet_is_refused(tiny, tmp_path, how, message):
     root = shutil.copytree(tiny, tmp_path / "tiny-imagenet-200")
     broken_tiny(root, how)
     with pytest.raises(UserError, match=message):

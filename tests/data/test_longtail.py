@@ -1,4 +1,4 @@
-"""The counts are the published ones, written out; the selection is compared with NumPy's global legacy generator."""
+"""Class counts are compared with the published ones, the selection with NumPy's global legacy generator."""
 
 import itertools
 
@@ -25,7 +25,7 @@ CIFAR10 = {
     50: [5000, 3237, 2096, 1357, 878, 568, 368, 238, 154, 100],
     100: [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50],
 }
-# (n_max, classes, ratio): images in all, in the last class, in the paper's tail group
+# (n_max, classes, ratio): images in total, in the last class, in the paper's tail group
 TOTALS = {
     (5000, 10, 10): (20431, 500, 500),
     (5000, 10, 20): (17023, 250, 250),
@@ -52,7 +52,7 @@ def test_totals_and_tail(profile):
     assert tail == list(range(profile[1] - profile[1] // 10, profile[1]))
 
 
-def test_cifar100_and_tiny_spot_counts():
+def test_some_counts_of_cifar100_and_tiny_imagenet():
     assert class_counts(500, 100, 50)[:5] == [500, 480, 462, 444, 426]
     assert class_counts(500, 100, 20)[-5:] == [28, 27, 26, 25, 25]
     tiny = class_counts(500, 200, 10)
@@ -61,7 +61,7 @@ def test_cifar100_and_tiny_spot_counts():
     assert sum(tiny[c] for c in class_groups(tiny)["tail10"]) == 522
 
 
-def test_ratio_one_is_balanced_and_bad_ratios_are_refused():
+def test_ratio_one_is_balanced_and_invalid_ratios_are_refused():
     assert class_counts(500, 100, 1) == [500] * 100
     for ratio in (0.99, 0, -1, float("nan"), float("inf"), 6000):
         with pytest.raises(UserError, match="imbalance ratio"):
@@ -74,7 +74,7 @@ def balanced_labels(classes=10, per_class=300, seed=1):
     return np.random.RandomState(seed).permutation(np.repeat(np.arange(classes), per_class)).astype(np.int64)
 
 
-def test_selection_is_the_global_legacy_one_and_leaves_the_global_state_alone():
+def test_selection_equals_that_of_the_global_generator_without_using_it():
     labels = balanced_labels()
     np.random.seed(0)
     expected = []
@@ -91,7 +91,7 @@ def test_selection_is_the_global_legacy_one_and_leaves_the_global_state_alone():
 
 
 def test_the_published_selection_of_cifar10_at_ratio_50():
-    """50,000 labels in any order with 5,000 of each class: here class by class, so the hash is a fixed truth."""
+    """The labels are in class order, 5,000 per class, so the hash is a constant."""
     labels = np.repeat(np.arange(10), 5000)
     indices = long_tailed_indices(labels, 50)
     first_class = np.arange(5000)
@@ -108,9 +108,9 @@ def test_subsets_are_nested_across_ratios():
     assert len(subsets[-1]) == len(labels)
 
 
-def test_classes_give_what_they_have():
+def test_a_class_with_too_few_images_keeps_all_of_them():
     labels = np.repeat([0, 1, 2], [4, 50, 20])
-    indices = long_tailed_indices(labels, 10, n_max=100)  # asks for 100, 31, 10
+    indices = long_tailed_indices(labels, 10, n_max=100)  # the profile is 100, 31, 10
     assert np.bincount(labels[indices]).tolist() == [4, 31, 10]
     assert np.bincount(labels[long_tailed_indices(labels, 1, n_max=100)]).tolist() == [4, 50, 20]
 
@@ -120,19 +120,19 @@ def test_classes_give_what_they_have():
     [
         ([10, 60, 40, 30], 1, [10, 10, 10, 10]),
         ([10, 60, 40, 30], 10, [6, 60, 27, 12]),
-        ([10, 60, 40, 30], 2, [10, 21, 16, 13]),  # 21 / 2, truncated as everywhere, is 10
+        ([10, 60, 40, 30], 2, [10, 21, 16, 13]),  # 10 is 21 / 2, truncated
         *((CIFAR10[10], ratio, CIFAR10[ratio]) for ratio in CIFAR10),  # a subset of a set already cut to 10
         # The training images of SVHN.
         ([4948, 13861, 10585, 8497, 7458, 6882, 5727, 5595, 5045, 4659], 1, [4659] * 10),
     ],
 )
-def test_where_no_size_is_published_the_ratio_holds(sizes, ratio, expected):
+def test_without_a_published_size_the_profile_is_fitted(sizes, ratio, expected):
     labels = np.repeat(np.arange(len(sizes)), sizes)
     assert np.bincount(labels[long_tailed_indices(labels, ratio)]).tolist() == expected
 
 
 @pytest.mark.parametrize("ratio", [1, 2, 3.7, 10, 50])
-def test_the_fitted_profile_is_the_largest_there_is(ratio):
+def test_the_fitted_profile_is_the_largest_possible(ratio):
     rng = np.random.RandomState(0)
     for _ in range(30):
         sizes = rng.randint(60, 400, size=rng.randint(2, 12)).tolist()
@@ -146,12 +146,12 @@ def test_the_fitted_profile_is_the_largest_there_is(ratio):
         assert any(count > size for count, size in zip(larger, sorted(sizes, reverse=True), strict=True))
 
 
-def test_without_a_ratio_everything_stays_in_class_order():
+def test_without_a_ratio_every_image_is_kept_in_class_order():
     labels = np.array([1, 0, 1, 2, 0])
     assert long_tailed_indices(labels, None).tolist() == [1, 4, 0, 2, 3]
 
 
-def test_missing_class_is_named():
+def test_the_error_names_a_class_without_images():
     with pytest.raises(UserError, match="class 1 has no training image"):
         long_tailed_indices(np.array([0, 2, 2]), 2)
 
@@ -236,7 +236,7 @@ def test_digits():
     assert digits.n_max == np.bincount(digits.train.labels).min() == 114
     assert digits.train.images.shape == (1197, 1, 8, 8)
     together = np.concatenate([digits.train.images, digits.test.images])
-    # the split moves the 1797 images about and changes none: grey level 16 of 16 is 255
+    # The split reorders the 1,797 images and changes none. Grey level 16 of 16 is 255.
     from sklearn.datasets import load_digits
 
     original = np.rint(load_digits().data / 16 * 255).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""SVHN's MATLAB files, and what is refused in them."""
+"""Valid and invalid MATLAB files of SVHN."""
 
 import numpy as np
 import pytest
@@ -23,18 +23,18 @@ def test_pixels_and_labels(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"X": PIXELS, "y": LABELS - 1}, "has the label 0; SVHN's are 1 to 10"),
-        ({"X": PIXELS, "y": LABELS + 1}, "has the label 11;"),
-        ({"X": PIXELS, "y": LABELS[:-1]}, "does not hold one whole number for each of its 10 images"),
-        ({"X": PIXELS, "y": LABELS + 0.5}, "does not hold one whole number"),
-        ({"X": PIXELS.astype(float), "y": LABELS}, r"X is float64 \(32, 32, 3, 10\), not uint8"),
-        ({"X": PIXELS[:31], "y": LABELS}, r"X is uint8 \(31, 32, 3, 10\), not"),
-        ({"X": PIXELS[..., 0], "y": LABELS}, r"X is uint8 \(32, 32, 3\), not"),
-        ({"X": PIXELS}, "is not a file of SVHN: 'y'"),
+        ({"X": PIXELS, "y": LABELS - 1}, "has the label 0, but SVHN's labels are 1 to 10"),
+        ({"X": PIXELS, "y": LABELS + 1}, "has the label 11, but"),
+        ({"X": PIXELS, "y": LABELS[:-1]}, "does not hold one integer for each of the 10 images"),
+        ({"X": PIXELS, "y": LABELS + 0.5}, "does not hold one integer"),
+        ({"X": PIXELS.astype(float), "y": LABELS}, r"X is float64 \(32, 32, 3, 10\), expected uint8"),
+        ({"X": PIXELS[:31], "y": LABELS}, r"X is uint8 \(31, 32, 3, 10\), expected"),
+        ({"X": PIXELS[..., 0], "y": LABELS}, r"X is uint8 \(32, 32, 3\), expected"),
+        ({"X": PIXELS}, "is not an SVHN file: 'y'"),
         ({"X": "text", "y": LABELS}, "X is "),
     ],
 )
-def test_what_is_not_svhn_is_refused(tmp_path, content, message):
+def test_arrays_that_are_not_svhn_are_refused(tmp_path, content, message):
     savemat(tmp_path / "a.mat", content)
     with pytest.raises(UserError, match=rf"a.mat.*{message}"):
         read_svhn(tmp_path / "a.mat")
@@ -45,5 +45,5 @@ def test_damaged_files_are_refused(tmp_path):
     content = (tmp_path / "a.mat").read_bytes()
     for length in (0, 100, 200, len(content) // 2, len(content) - 1):
         (tmp_path / "a.mat").write_bytes(content[:length])
-        with pytest.raises(UserError, match=r"a.mat is not a file of SVHN"):
+        with pytest.raises(UserError, match=r"a.mat is not an SVHN file"):
             read_svhn(tmp_path / "a.mat")

@@ -33,7 +33,7 @@ def kill_at_random(out: Path, chance: random.Random, seconds: float, flags: tupl
     In the second half of the run only one of several processes is killed: the others have to end by themselves.
     """
     moment, in_save = chance.uniform(0, seconds), chance.random() < 0.4
-    # Who waits for a process that died before they met gives up only after distributed.JOIN_WITHIN.
+    # Who waits for a process that died before they met gives up only after distributed.JOIN_TIMEOUT.
     victims = chance.choice([[0], [1]]) if processes > 1 and moment > seconds / 2 else range(processes)
     with launching.running(out, *flags, processes=processes) as started:
         launching.wait_until(lambda: False, started, moment)

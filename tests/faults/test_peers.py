@@ -28,7 +28,7 @@ def test_a_process_that_dies_ends_the_run(tmp_path, monkeypatch, victim):
         assert time.monotonic() - died < 60
     assert other.returncode == 4, err
     last = err.splitlines()[-1]
-    assert last.startswith("ltat_fast: another process of this run is gone, see what it said (")
+    assert last.startswith("ltat_fast: another process of this run died, see its own message (")
     assert "peer" in last
     assert "Traceback" not in err
     assert "regular shutdown" not in said
@@ -37,7 +37,7 @@ def test_a_process_that_dies_ends_the_run(tmp_path, monkeypatch, victim):
 def test_a_process_that_never_comes(monkeypatch):
     import datetime
 
-    monkeypatch.setattr(distributed, "JOIN_WITHIN", datetime.timedelta(seconds=1))
+    monkeypatch.setattr(distributed, "JOIN_TIMEOUT", datetime.timedelta(seconds=1))
     for name, value in {"RANK": 1, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 9}.items():
         monkeypatch.setenv(name, str(value))
     with pytest.raises(UserError, match="the 2 processes of this run did not find each other: "):

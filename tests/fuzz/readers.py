@@ -1,8 +1,9 @@
-"""The readers of files under damage. Each target gives sound files, and a check of what a damaged one of them became.
+"""Fuzz targets for the readers of files. Each target returns valid files, and a check for damaged versions of them.
 
-A check returns where the content was accepted and right, raises UserError where it was refused, and anything else is a
-finding. ``python readers.py SEED SECONDS ITERATIONS [TARGET...]`` runs them in this process, with little memory to
-spare and a clock that ends it, and prints one JSON line a target. Damage is a function of (target, seed, iteration).
+A check returns if the reader accepted the file and its content is right, and raises UserError if the reader refused it.
+Any other exception is a finding. ``python readers.py SEED SECONDS ITERATIONS [TARGET...]`` runs the targets in this
+process, under limits of memory and time, and prints one JSON line per target. The damage is a function of (target,
+seed, iteration).
 """
 
 import base64
@@ -31,26 +32,27 @@ from scipy.io import savemat
 from helpers.mutate_files import cut, flip, mutate
 from ltat_fast import config
 from ltat_fast.data import load_dataset
-from ltat_fast.data.cache import read_cache, write_cache
-from ltat_fast.data.cifar import batch
+from ltat_fast.data.cache import CARD, NAMES, read_cache, write_cache
+from ltat_fast.data.cifar import load_batch
 from ltat_fast.data.decode import MAX_PIXELS, read_image
 from ltat_fast.data.download import Archive, fetch, unpack
 from ltat_fast.data.folder import scan_tiny_imagenet
 from ltat_fast.data.svhn import read_svhn
 from ltat_fast.errors import UserError
+from ltat_fast.flags import parse_args
 from ltat_fast.runs.weights import read_weights, write_weights
 
 sys.path.append(str(Path(__file__).parents[1]))
 from helpers.image_trees import write_folder, write_tiny_imagenet
 
-MEMORY = 2 * 2**30  # bytes beyond what the imports took; a picture of MAX_PIXELS needs about half
-HANG = 20  # seconds for one file
+MEMORY = 2 * 2**30  # bytes in addition to the imports; an image of MAX_PIXELS needs about half
+HANG = 20  # seconds per file
 Check = Callable[[bytes, bytes], None]
 
 
 def zip_files(folder: Path) -> tuple[list[bytes], Check]:
-    """Behind the md5 nothing damaged is accepted; before it nothing leaves the folder or comes out changed."""
-    members = {f"top/{name}": content for name, content in _pictures().items()} | {"top/sub/text.txt": b"text" * 50}
+    """fetch() accepts no damaged archive; unpack() writes nothing outside its folder and changes no content."""
+    members = {f"top/{name}": content for name, content in _images().items()} | {"top/sub/text.txt": b"text" * 50}
     originals = []
     for method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         buffer = io.BytesIO()
@@ -74,7 +76,9 @@ def zip_files(folder: Path) -> tuple[list[bytes], Check]:
             unpack(inside / "a.zip", inside, "top", _silent)
             for path in (inside / "top").rglob("*"):
                 assert not path.is_symlink()
-                assert path.is_dir() or path.read_bytes() in (*members.values(), b""), "not what a CRC-32 let through"
+                assert path.is_dir() or path.read_bytes() in (*members.values(), b""), (
+                    "content that its CRC-32 should have refused"
+                )
         finally:
             assert {path.name for path in folder.iterdir()} == {"inside"}
             assert {path.name for path in inside.iterdir()} <= {"a.zip", "top", "top.lock"}
@@ -83,7 +87,7 @@ def zip_files(folder: Path) -> tuple[list[bytes], Check]:
 
 
 def images(folder: Path) -> tuple[list[bytes], Check]:
-    """An array of a size that is allowed, whatever the damage."""
+    """The image has an allowed size, or is refused."""
 
     def check(content: bytes, original: bytes) -> None:
         (folder / "image").write_bytes(content)
@@ -94,14 +98,14 @@ def images(folder: Path) -> tuple[list[bytes], Check]:
         assert 0 < image[0].size <= MAX_PIXELS
         assert read_image(folder / "image", 6).shape == (3, 6, 6)
 
-    return list(_pictures().values()), check
+    return list(_images().values()), check
 
 
 def png_files(folder: Path) -> tuple[list[bytes], Check]:
-    """The pixels of a PNG have a CRC-32: they come out right, or not at all."""
-    pictures = [content for name, content in _pictures().items() if name.endswith(".png")]
+    """The pixels of a PNG, which has checksums, are right, or it is refused."""
+    originals = [content for name, content in _images().items() if name.endswith(".png")]
     pixels = {}
-    for content in pictures:
+    for content in originals:
         (folder / "image").write_bytes(content)
         pixels[content] = read_image(folder / "image")
 
@@ -109,32 +113,32 @@ def png_files(folder: Path) -> tuple[list[bytes], Check]:
         (folder / "image").write_bytes(content)
         assert np.array_equal(read_image(folder / "image"), pixels[original])
 
-    return pictures, check
+    return originals, check
 
 
 def image_folders(folder: Path) -> tuple[list[bytes], Check]:
-    """A tree with one damaged image: all labels as they were, or the file named."""
+    """In a tree with one damaged image all labels are right, or the error names the file."""
     root = write_folder(folder / "tree", {"a": (3, 1), "b": (2, 1)})
     target = root / "train" / "b" / "1.png"
 
     def check(content: bytes, original: bytes) -> None:
         target.write_bytes(content)
         try:
-            dataset = load_dataset("imagefolder-lt", root, image_size=4, cache_dir=folder / "cache", report=_silent)
+            dataset = load_dataset("imagefolder-lt", root, image_size=4, report=_silent)
         except UserError as error:
             if str(target) not in str(error):
-                raise AssertionError("the damaged file is not named") from error
+                raise AssertionError("the error does not name the damaged file") from error
             raise
         finally:
-            shutil.rmtree(folder / "cache", ignore_errors=True)
+            shutil.rmtree(root / ".ltat_fast_cache", ignore_errors=True)
         assert dataset.train.labels.tolist() == [0, 0, 0, 1, 1]
         assert dataset.train.images[:4, 0, 0, 0].tolist() == [0, 1, 2, 3]
 
-    return list(_pictures().values()), check
+    return list(_images().values()), check
 
 
 def annotations(folder: Path) -> tuple[list[bytes], Check]:
-    """Tiny-ImageNet's list of validation labels: every label as it was, or refused."""
+    """All validation labels of Tiny-ImageNet are right, or the list is refused."""
     root = write_tiny_imagenet(folder / "tiny")
     path = root / "val" / "val_annotations.txt"
     original = scan_tiny_imagenet(root).test
@@ -147,28 +151,34 @@ def annotations(folder: Path) -> tuple[list[bytes], Check]:
 
 
 def caches(folder: Path) -> tuple[list[bytes], Check]:
-    """Decoded images: every byte as it was, or decoded again."""
+    """The cached arrays are right, or the cache is refused. Any one of its files is damaged."""
     rng = np.random.RandomState(0)
-    path = folder / "key.safetensors"
-    contents = {}
-    for count in (3, 40):
-        arrays = {"train.labels": np.arange(count), "train.images": rng.randint(0, 256, (count, 3, 4, 4), np.uint8)}
-        write_cache(path, "key", arrays)
-        contents[path.read_bytes()] = arrays
+    originals = {}
+    for number, count in enumerate((3, 40)):
+        arrays = {name: np.arange(count + i) for i, name in enumerate(NAMES) if name.endswith("labels")}
+        arrays |= {name: rng.randint(0, 256, (count, 3, 4, 4), np.uint8) for name in NAMES if name.endswith("images")}
+        cache = folder / str(number)
+        write_cache(cache, "key", arrays)
+        for path in [cache / CARD, *(cache / f"{name}.npy" for name in NAMES)]:
+            originals[path.read_bytes()] = path, arrays
 
     def check(content: bytes, original: bytes) -> None:
+        path, arrays = originals[original]
         path.write_bytes(content)
-        if (read := read_cache(path, "key")) is None:
-            raise UserError("decoded again")
-        arrays = contents[original]
-        assert read.keys() == arrays.keys()
-        assert all(np.array_equal(read[k], arrays[k]) and read[k].dtype == arrays[k].dtype for k in arrays)
+        try:
+            read = read_cache(path.parent, "key")
+            if read is None:
+                raise UserError("the cache is refused")
+            assert read.keys() == arrays.keys()
+            assert all(np.array_equal(read[k], arrays[k]) and read[k].dtype == arrays[k].dtype for k in arrays)
+        finally:
+            path.write_bytes(original)
 
-    return list(contents), check
+    return list(originals), check
 
 
 def checkpoints(folder: Path) -> tuple[list[bytes], Check]:
-    """Weights and the state of a run: every bit and the card as they were, or refused."""
+    """The tensors and the card of a checkpoint are right, or the file is refused."""
     path = folder / "resume.safetensors"
     generator = torch.Generator().manual_seed(0)
     contents = {}
@@ -191,14 +201,14 @@ def checkpoints(folder: Path) -> tuple[list[bytes], Check]:
 
 
 def cifar_batches(folder: Path) -> tuple[list[bytes], Check]:
-    """Behind the checksums, which are not asked here: arrays of a batch, or refused; nothing is run."""
+    """Without its checksum, a CIFAR batch gives valid arrays or is refused; no code in it is run."""
     rng = np.random.RandomState(0)
     rows = rng.randint(0, 256, (4, 3072)).astype(np.uint8)
     originals = [pickle.dumps({"data": rows, "labels": [0, 9, 5, 5]}, protocol) for protocol in (0, 2, 4)]
-    folder = Path("data_batch_1")
+    path = Path("data_batch_1")
 
     def check(content: bytes, original: bytes) -> None:
-        pixels, labels = batch(content, folder, 10)
+        pixels, labels = load_batch(content, path, 10)
         assert pixels.dtype == np.uint8
         assert pixels.shape == (len(labels), 3, 32, 32)
         assert all(0 <= label < 10 for label in labels)
@@ -207,7 +217,7 @@ def cifar_batches(folder: Path) -> tuple[list[bytes], Check]:
 
 
 def svhn_files(folder: Path) -> tuple[list[bytes], Check]:
-    """The arrays as they were, or refused. SciPy's reader crashes on damage: the checksum has to come before it."""
+    """The arrays are right, or the file is refused. SciPy's reader crashes on damage, so the checksum comes first."""
     pixels = np.random.RandomState(0).randint(0, 256, (32, 32, 3, 4)).astype(np.uint8)
     path, originals = folder / "train_32x32.mat", []
     for compressed in (False, True):
@@ -216,20 +226,20 @@ def svhn_files(folder: Path) -> tuple[list[bytes], Check]:
 
     def check(content: bytes, original: bytes) -> None:
         path.write_bytes(content)
-        pictures, labels = read_svhn(
+        images, labels = read_svhn(
             fetch(Archive(f"http://localhost/{path.name}", _md5(original)), folder, False, _silent)
         )
-        assert np.array_equal(pictures, pixels.transpose(3, 2, 0, 1))
+        assert np.array_equal(images, pixels.transpose(3, 2, 0, 1))
         assert labels.tolist() == [0, 1, 9, 5]
 
     return originals, check
 
 
 def configurations(folder: Path) -> tuple[list[bytes], Check]:
-    """RUN/config.json: what is read can be written, and is what it says."""
+    """A configuration that was read from RUN/config.json can be written and read again without a change."""
     path = folder / "config.json"
     flags = ([], ["--dataset", "cifar100-lt", "--method", "robal"], ["--data-dir", "d", "--lr", "0.03", "--seed", "7"])
-    originals = [json.dumps(config.to_json(*config.parse_args(list(f)))).encode() for f in flags]
+    originals = [json.dumps(config.to_json(*parse_args(list(f)))).encode() for f in flags]
 
     def check(content: bytes, original: bytes) -> None:
         path.write_bytes(content)
@@ -242,11 +252,11 @@ def configurations(folder: Path) -> tuple[list[bytes], Check]:
 
 TARGETS = (zip_files, images, png_files, image_folders, annotations, caches, checkpoints, cifar_batches, svhn_files)
 TARGETS += (configurations,)
-PLAIN = {"png_files"}  # flips and cuts alone: a splice from another PNG can be a sound PNG
+FLIPS_AND_CUTS_ONLY = {"png_files"}  # a splice from another PNG can be a valid PNG
 
 
-def _pictures() -> dict[str, bytes]:
-    """Small images of every format and kind of pixel."""
+def _images() -> dict[str, bytes]:
+    """Return small image files, by name, of every format and pixel mode."""
     rng = np.random.RandomState(0)
     colour = Image.fromarray(rng.randint(0, 256, (9, 7, 3)).astype(np.uint8))
     deep = Image.fromarray(rng.randint(0, 65536, (9, 7)).astype(np.uint16))
@@ -256,12 +266,12 @@ def _pictures() -> dict[str, bytes]:
     kinds += [("a.ppm", colour, {}), ("deep.png", deep, {}), ("cmyk.jpg", colour.convert("CMYK"), {})]
     kinds += [("progressive.jpg", colour, {"progressive": True}), ("alpha.png", colour.convert("RGBA"), {})]
     kinds += [("palette.png", colour.convert("P"), {"transparency": 3}), ("still.webp", colour, {"lossless": True})]
-    pictures = {}
+    files = {}
     for name, image, options in kinds:
         buffer = io.BytesIO()
         image.save(buffer, Image.registered_extensions()["." + name.split(".")[1]], **options)
-        pictures[name] = buffer.getvalue()
-    return pictures
+        files[name] = buffer.getvalue()
+    return files
 
 
 def _md5(content: bytes) -> str:
@@ -273,25 +283,25 @@ def _silent(line: str) -> None:
 
 
 def fuzz(make: Callable, seed: int, seconds: float, iterations: int) -> dict:
-    """Damage files until the time or the iterations are used up. The counts, and what was found, most at once 5."""
-    name, begin = make.__name__, time.monotonic()
+    """Damage files until the time or the iterations are used up, or 5 findings are made; return counts and findings."""
+    name, start = make.__name__, time.monotonic()
     result = {"target": name, "tried": 0, "accepted": 0, "refused": 0, "findings": []}
     with tempfile.TemporaryDirectory() as folder:
         originals, check = make(Path(folder))
         for original in originals:
             check(original, original)
-        while result["tried"] < iterations and time.monotonic() - begin < seconds and len(result["findings"]) < 5:
+        while result["tried"] < iterations and time.monotonic() - start < seconds and len(result["findings"]) < 5:
             rng = random.Random(f"{name}/{seed}/{result['tried']}")
             original = rng.choice(originals)
-            if name in PLAIN:
+            if name in FLIPS_AND_CUTS_ONLY:
                 damaged = bytearray(original)
                 rng.choice((flip, cut))(damaged, rng)
                 damaged = bytes(damaged)
             else:
                 damaged = mutate(original, originals, rng)
-            if damaged in originals:  # several kinds of damage can undo each other, or make one of the others
+            if damaged in originals:  # damage can undo itself, or turn one original into another
                 original = damaged
-            signal.alarm(HANG)  # nobody hears it: it ends this process
+            signal.alarm(HANG)  # there is no handler, so the alarm ends this process
             try:
                 check(damaged, original)
                 result["accepted"] += 1

@@ -11,8 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ltat_fast import config as configuration
-from ltat_fast.config import PRESETS, Config, from_json, parse_args, to_json
+from ltat_fast.config import PRESETS, Config, from_json, to_json
 from ltat_fast.errors import UserError
+from ltat_fast.flags import parse_args
 from ltat_fast.methods import METHODS
 from ltat_fast.models import ARCHS
 

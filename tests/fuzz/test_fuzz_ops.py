@@ -1,4 +1,4 @@
-"""The public operators on anything: valid calls against NumPy in float64, invalid ones against a sentence.
+"""Fuzz the public operators: valid calls must agree with NumPy in float64, invalid calls must raise a clear error.
 
 The references are written here, from the formulas, and share no code with the operators.
 """
@@ -15,12 +15,12 @@ from ltat_fast.ops import balanced_softmax_kl, igdm_loss, pgd_init, pgd_step
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 INF = float("inf")
-# Of one rounding to the dtype; the losses are float32 whatever the dtype of the logits.
+# Relative error of one rounding to the dtype. The losses are float32 for every half-precision dtype.
 ROUNDING = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 
 
 def examples(number: int) -> settings:
-    """So many, the same in every run."""
+    """Return settings for this number of examples, which are the same in every run."""
     return settings(
         max_examples=number,
         deadline=None,
@@ -32,9 +32,9 @@ def examples(number: int) -> settings:
 
 @st.composite
 def laid_out(draw, values: torch.Tensor) -> torch.Tensor:
-    """The same values with other strides: transposed, every second of a larger tensor, or as they are."""
+    """Return the values unchanged or with other strides: permuted, every second of a larger tensor, with an offset."""
     layout = draw(st.sampled_from(["contiguous", "permuted", "sliced", "offset"]))
-    between = math.nan if values.is_floating_point() else 99  # would show, were it read
+    between = math.nan if values.is_floating_point() else 99  # a kernel that read it would give a wrong result
     if layout == "permuted" and values.dim() > 1:
         order = draw(st.permutations(range(values.dim())))
         inverse = [order.index(i) for i in range(values.dim())]
@@ -48,7 +48,7 @@ def laid_out(draw, values: torch.Tensor) -> torch.Tensor:
 
 
 def drawn(seed: int, shape: tuple, scale: float, dtype: torch.dtype) -> torch.Tensor:
-    """Normal numbers, with some of the largest, zeros and repeated values among them."""
+    """Return normal numbers, some of them replaced by +-scale and by zeros, so that values repeat."""
     generator = torch.Generator().manual_seed(seed)
     values = scale * torch.randn(shape, generator=generator, dtype=torch.float64)
     kind = torch.randint(12, shape, generator=generator)
@@ -85,7 +85,7 @@ def reduced(loss: np.ndarray, reduction: str) -> np.ndarray:
 
 
 def close(actual: torch.Tensor, expected: np.ndarray, tolerance: float, relative: float = 3e-5) -> None:
-    """Equal up to the tolerance, and infinite or NaN in the same places."""
+    """Check that the values are equal up to the tolerance, and infinite or NaN in the same places."""
     expected = torch.as_tensor(np.array(expected, dtype=np.float64))
     torch.testing.assert_close(actual.detach().double(), expected, rtol=relative, atol=tolerance, equal_nan=True)
 
@@ -99,7 +99,7 @@ def loss_case(draw):
     generator = np.random.RandomState(seed)
     labels = torch.from_numpy(generator.randint(0, classes, rows))
     counts = torch.from_numpy(generator.randint(1, 5000, classes))
-    if draw(st.booleans()) and classes > 1:  # a class without an image
+    if draw(st.booleans()) and classes > 1:  # a class without images
         counts[generator.randint(classes)] = 0
     masked = draw(st.sampled_from(["none", "both", "teacher"])) if classes > 1 else "none"
     if masked != "none":
@@ -144,7 +144,7 @@ def test_balanced_softmax_kl(case):
             grad += weight / temperature * (np.exp(log_softmax(z / temperature)) - np.exp(log_softmax(t / temperature)))
         if options["reduction"] == "mean" and rows:
             grad /= rows
-    # a logit is rounded to float32 once it is scaled and shifted; all else is relative
+    # a scaled and shifted logit is rounded to float32; all other errors are relative
     size = max(1.0, *(float(np.abs(v[np.isfinite(v)]).max(initial=0)) / min(temperature, 1) for v in (z, t)))
     error = 2.0**-22 * size * (1 + 2 * weight) if loss.dtype == torch.float32 else 1e-9 * size
     close(loss, expected, error * (rows if options["reduction"] == "sum" else 1) + 1e-6)
@@ -184,11 +184,11 @@ def test_igdm_loss(case):
     error = (1e-12 if exact else 2.0**-22) * size
     spread = {"kl": 2, "l1": a.shape[1], "l2": 4 * size * a.shape[1]}[options["divergence"]]
     close(loss, reduced(expected, options["reduction"]), error * spread * max(1, rows) + 1e-6)
-    if options["divergence"] == "l1":  # at a tie that only float64 tells apart any sign is right
+    if options["divergence"] == "l1":  # if only float64 can tell a from b, both signs are correct
         grad = np.where(np.abs(a - b) <= 4 * error, np.nan, grad)
     steep = {"kl": 2 * error, "l1": 0.0, "l2": 8 * error}[options["divergence"]]
     for tensor, sign in zip(inputs[:2], (1, -1), strict=True):
-        known = ~np.isnan(grad) & (np.abs(grad) < 6e4)  # beyond that float16 ends
+        known = ~np.isnan(grad) & (np.abs(grad) < 6e4)  # float16 cannot hold more
         rounding = 2 * ROUNDING[tensor.dtype]
         close(tensor.grad[torch.from_numpy(known)], sign * grad[known], steep + 1e-6, max(3e-5, rounding))
 
@@ -224,7 +224,7 @@ def test_pgd_step(case):
     out = x_adv.clone() if in_place else None
     result = pgd_step(out if in_place else x_adv, grad, x, **numbers, out=out)
     assert result.dtype == x_adv.dtype
-    if numbers["step_size"] == INF:  # inf * 0 is NaN where the gradient is 0, here as in torch
+    if numbers["step_size"] == INF:  # inf * 0 is NaN where the gradient is 0, as in torch
         keep = np.asarray(sign != 0)
         result, expected = result[torch.from_numpy(keep)], expected[keep]
     error = ROUNDING[x_adv.dtype] + 2.0**-23
@@ -333,7 +333,7 @@ CALLS = {
 
 
 def wrong_calls():
-    """One argument of a right call replaced by one that cannot work."""
+    """Yield valid calls in which one argument is replaced by an invalid one."""
     for name, (op, right, numbers, allowed) in CALLS.items():
         for argument, value in right.items():
             if isinstance(value, torch.Tensor) and argument != "labels":
@@ -346,7 +346,7 @@ def wrong_calls():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
-def test_wrong_calls_are_refused_in_a_sentence():
+def test_wrong_calls_raise_a_clear_error():
     tried = 0
     for name, op, right, argument, wrong in wrong_calls():
         what = f"{name}({argument}={type(wrong).__name__} {str(wrong)[:60]})"
@@ -355,7 +355,7 @@ def test_wrong_calls_are_refused_in_a_sentence():
         except (ValueError, TypeError, RuntimeError) as error:
             said = str(error)
         else:
-            pytest.fail(f"{what} gave {result}")
+            pytest.fail(f"{what} raised no error and returned {result}")
         assert 0 < len(said) < 1000, what
         assert "INTERNAL ASSERT" not in said, what
         tried += 1
@@ -372,8 +372,8 @@ def test_logits_without_a_class_are_refused(rows):
             igdm_loss(*[nothing] * 4, divergence=divergence)
 
 
-def test_values_that_are_not_what_memory_holds():
-    """The imaginary part of a conjugate is its memory negated, and no kernel may read it as it lies."""
+def test_tensors_whose_memory_holds_the_negated_values():
+    """The imaginary part of a conjugate is stored with the opposite sign: no kernel may read its memory directly."""
     hidden = torch.randn(3, 4, dtype=torch.complex64, generator=torch.Generator().manual_seed(0)).conj().imag
     assert hidden.is_neg()
     plain = hidden.resolve_neg()
@@ -386,8 +386,8 @@ def test_values_that_are_not_what_memory_holds():
     assert torch.equal(hidden, one - 0.1)
 
 
-def test_a_label_out_of_range_where_plain_torch_runs():
-    """Under torch.func nothing can be looked at: NaN in that row alone, as in the CUDA kernels."""
+def test_a_label_out_of_range_is_nan_under_torch_func():
+    """Values cannot be checked under torch.func. So the row becomes NaN, and only that row, as in the CUDA kernels."""
     labels = torch.tensor([0, 9, -5])
     loss = torch.func.vmap(lambda z: balanced_softmax_kl(z[None], labels[:1], COUNTS))(LOGITS)
     assert loss.isfinite().all()

@@ -7,14 +7,14 @@ from PIL import Image
 
 
 def write_image(path: Path, value: int, size: int = 4, grey: bool = False) -> None:
-    """A flat image; ``value`` is all of its pixels."""
+    """Write an image with ``value`` in all of its pixels."""
     path.parent.mkdir(parents=True, exist_ok=True)
     shape = (size, size) if grey else (size, size, 3)
     Image.fromarray(np.full(shape, value, np.uint8)).save(path, format="PNG")
 
 
 def write_folder(root: Path, counts: dict[str, tuple[int, int]], size: int = 4, test: str = "test") -> Path:
-    """``counts`` gives (training, test) images of each class; pixel values number the files of a split."""
+    """Write an image folder. ``counts``: (training, test) images per class. Pixel values number the files."""
     for split, which in (("train", 0), (test, 1)):
         value = 0
         for name, count in counts.items():
@@ -25,7 +25,7 @@ def write_folder(root: Path, counts: dict[str, tuple[int, int]], size: int = 4, 
 
 
 def write_tiny_imagenet(root: Path, train_images: int = 1) -> Path:
-    """The official tree with 200 classes, one validation image each in scrambled order, 8x8 pixels of value label."""
+    """Write the official tree: 200 classes, one validation image per class in random order, pixels of value label."""
     wnids = [f"n{10007 * (k + 1):08d}" for k in range(200)]
     for label, wnid in enumerate(wnids):
         for i in range(train_images):

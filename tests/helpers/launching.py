@@ -17,7 +17,7 @@ from helpers import train_runs
 FLAGS = ("--dataset", "digits-lt", "--epochs", "3", "--teacher-epochs", "2", "--batch-size", "128")
 FLAGS += ("--teacher-batch-size", "128", "--attack-steps", "1", "--eval-every", "2", "--limit-eval", "40")
 FLAGS += ("--eval-attacks", "clean,pgd2", "--save-minutes", "1e-9")
-WAIT = 400  # seconds for a run to end: compilation on a busy machine, and distributed.JOIN_WITHIN
+WAIT = 400  # seconds for a run to end: compilation on a busy machine, and distributed.JOIN_TIMEOUT
 
 
 def launch(out: Path, *flags: str, processes: int = 1, **options) -> list[subprocess.Popen]:

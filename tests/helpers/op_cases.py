@@ -7,7 +7,8 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 REDUCTIONS = ["mean", "sum", "none"]
 
-# (rows, classes): one class, fewer than a vector, a vector and a bit, the real sizes, odd ones, more than one chunk.
+# (rows, classes): one class, fewer classes than a vector, one vector and a remainder, real sizes, odd sizes, more
+# classes than a chunk.
 SHAPES = [
     (1, 1),
     (1, 2),
@@ -22,14 +23,14 @@ SHAPES = [
     (2, 10007),
 ]
 
-# Of a loss against float64 on the same (rounded) inputs: arithmetic is float32 whatever the dtype.
+# Tolerance of a loss against float64 on the same (rounded) inputs. Arithmetic is float32 for every dtype.
 LOSS = {"rtol": 2e-5, "atol": 2e-6}
-# Of a gradient: float32 arithmetic, then one rounding to the dtype.
+# Tolerance of a gradient: float32 arithmetic, then one rounding to the dtype.
 EPS = {torch.float32: 0.0, torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float64: 0.0}
 
 
 def gradient_tolerance(dtype):
-    # 6e-8 is the smallest subnormal of float16: below it a gradient may vanish
+    # 6e-8 is the smallest subnormal of float16: a smaller gradient may be rounded to 0
     return {"rtol": 2e-5 + EPS[dtype], "atol": 1e-6 if dtype == torch.float32 else 2e-6}
 
 
@@ -42,5 +43,5 @@ def normal(*shape, dtype=torch.float32, device="cpu", seed=0, scale=1.0):
 
 
 def assert_same(actual, expected):
-    """Bit for bit, NaN equal to NaN."""
+    """Compare bit for bit. NaN equals NaN."""
     torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True, check_stride=True)

@@ -1,4 +1,4 @@
-"""Three training steps of a method beside a twin written from its formulas, both in float64."""
+"""Three training steps of a method, compared with a float64 reference that is written from its formulas."""
 
 import copy
 from collections.abc import Callable
@@ -19,30 +19,33 @@ from ltat_fast.training.step import TrainStep, frozen_twin, make_optimizer
 HARDWARE = Hardware(torch.device("cpu"), torch.float32, "test")
 CLASSES = 7
 COUNTS = [40, 31, 22, 15, 9, 5, 2]
-N = torch.tensor(COUNTS, dtype=torch.float64)
+N = torch.tensor(COUNTS, dtype=torch.float64)  # n_c in the formulas
 EPS, STEP_SIZE, ATTACK_STEPS = 0.1, 0.03, 4
-LR, MOMENTUM, WEIGHT_DECAY = [0.125, 0.0625, 0.03125], 0.9, 5e-4  # rates exact in the float32 of the optimizer's tensor
+LR, MOMENTUM, WEIGHT_DECAY = [0.125, 0.0625, 0.03125], 0.9, 5e-4  # rates that float32 represents exactly
 
 
 class ToyClassifier(ImageClassifier):
-    """Convolution, batch norm, ReLU, convolution, Softplus: for 6x6 images."""
+    """Convolution, batch norm, ReLU, convolution, Softplus, for 6x6 images."""
 
     def __init__(self):
-        super().__init__(8, CLASSES, 3, None, None)
+        super().__init__(8, CLASSES)
         self.conv1, self.bn = nn.Conv2d(3, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)
         self.conv2 = nn.Conv2d(6, 8, 3, stride=2, padding=1)
 
-    def maps(self, x: Tensor) -> Tensor:
+    def feature_maps(self, x: Tensor) -> Tensor:
         return F.softplus(self.conv2(F.relu(self.bn(self.conv1(x)))))
 
 
 def toy_classifier(method: Method, seed: int = 0) -> nn.Module:
-    """As the engine makes it for ``method``, but in float64; statistics and affine of batch norm lived in."""
+    """Return the float64 network that the trainer would build for ``method``.
+
+    Batch norm has random statistics and parameters, as after some training.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         net = method.wrap_model(ToyClassifier(), torch.tensor(COUNTS))
         for p in net.fc.parameters():
-            p.data *= 4  # predictions that differ, and so gradients to speak of
+            p.data *= 4  # confident predictions give larger gradients
         net.bn.running_mean.normal_(0, 0.2)
         net.bn.running_var.uniform_(0.3, 1.5)
         net.bn.weight.data.uniform_(0.5, 1.5)
@@ -51,7 +54,8 @@ def toy_classifier(method: Method, seed: int = 0) -> nn.Module:
 
 
 def train_step(method: Method, net: nn.Module, lr: float = 1.0, teacher: nn.Module | None = None) -> TrainStep:
-    method.setup(MethodContext(torch.tensor(COUNTS), teacher and frozen_twin(teacher, HARDWARE)))
+    frozen_teacher = None if teacher is None else frozen_twin(teacher, HARDWARE)
+    method.setup(MethodContext(torch.tensor(COUNTS), frozen_teacher))
     attack = AttackConfig(EPS, STEP_SIZE, ATTACK_STEPS, method.noise)
     return TrainStep(net, method, make_optimizer(net, lr, MOMENTUM, WEIGHT_DECAY), attack, HARDWARE)
 
@@ -61,6 +65,7 @@ def batch(seed: int = 0, n: int = 16) -> tuple[Tensor, Tensor]:
 
 
 def picked(z: Tensor, y: Tensor) -> Tensor:
+    """Return z_i[y_i] for each row i."""
     return torch.stack([row[label] for row, label in zip(z, y.tolist(), strict=True)])
 
 
@@ -69,12 +74,15 @@ def cross_entropy(z: Tensor, y: Tensor) -> Tensor:
 
 
 def kl(p: Tensor, q: Tensor) -> Tensor:
-    """KL(p || q) of probabilities, summed over classes, averaged over the batch."""
+    """Return KL(p || q) of probabilities, summed over classes, averaged over the batch."""
     return (p * (p.log() - q.log())).sum(1).mean()
 
 
-class Twin:
-    """PGD on CE in eval mode, SGD with momentum and weight decay; a subclass says what else its method does."""
+class Float64Method:
+    """Reference for a training method: PGD on CE in eval mode, SGD with momentum and weight decay.
+
+    A subclass writes down the loss of its method, and its attack objective if that is not CE.
+    """
 
     def __init__(self, net: nn.Module):
         self.net = copy.deepcopy(net)
@@ -101,7 +109,7 @@ class Twin:
         return x_adv
 
     def descend(self, x: Tensor, x_adv: Tensor, y: Tensor, lr: float, epoch: int) -> Tensor:
-        """One step of SGD on the loss, which it returns."""
+        """Take one step of SGD on the loss and return the loss."""
         loss = self.loss(x, x_adv, y)
         parameters = dict(self.net.named_parameters())
         grads = torch.autograd.grad(loss, list(parameters.values()))
@@ -114,16 +122,17 @@ class Twin:
 
 def assert_three_steps_equal(
     method: Method,
-    twin_of: Callable[[nn.Module], Twin],
+    reference_of: Callable[[nn.Module], Float64Method],
     tolerance: float = 1e-8,
     teacher: nn.Module | None = None,
 ) -> None:
-    """The adversarial example, loss, weights and statistics of three steps, the first of each of three epochs.
+    """Assert equal adversarial examples, losses, weights and batch norm statistics in three steps.
 
-    tolerance: wider where part of a method is in float32 whatever the network is.
+    Each step is the first step of a new epoch. tolerance: use a larger one if the method computes a part in float32
+    even for a float64 network.
     """
     net = toy_classifier(method, seed=1)
-    twin = twin_of(net)
+    reference = reference_of(net)
     step = train_step(method, net, teacher=teacher)
     for epoch in range(3):
         x, y = batch(epoch)
@@ -135,12 +144,12 @@ def assert_three_steps_equal(
         step.restart()
         step(x, y, lr=LR[epoch], progress=(epoch + 1) / 4, seed=50 + epoch)
 
-        expected_x_adv = twin.attack(x, y, start)
-        expected_loss = twin.descend(x, expected_x_adv, y, LR[epoch], epoch)
+        expected_x_adv = reference.attack(x, y, start)
+        expected_loss = reference.descend(x, expected_x_adv, y, LR[epoch], epoch)
         torch.testing.assert_close(x_adv, expected_x_adv, atol=1e-9, rtol=0)
         assert step.totals()["loss"] == pytest.approx(expected_loss.item(), rel=tolerance)
-        ours, theirs = net.state_dict(), twin.net.state_dict()
-        for name in theirs:
+        ours, expected = net.state_dict(), reference.net.state_dict()
+        for name in expected:
             torch.testing.assert_close(
-                ours[name], theirs[name], atol=tolerance, rtol=0, msg=lambda m, n=name: f"{n} {m}"
+                ours[name], expected[name], atol=tolerance, rtol=0, msg=lambda m, n=name: f"{n} {m}"
             )

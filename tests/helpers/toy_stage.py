@@ -6,14 +6,14 @@ import numpy as np
 import torch
 
 from helpers.toy_networks import small_net
-from ltat_fast.attacks import AttackConfig
+from ltat_fast.config import Config
 from ltat_fast.data import DeviceLoader
 from ltat_fast.methods import MethodContext
 from ltat_fast.methods.pgd_at import PgdAt
 from ltat_fast.runs import log
 from ltat_fast.runs.weights import read_weights
 from ltat_fast.training.device import Hardware
-from ltat_fast.training.stage import Stage
+from ltat_fast.training.stage import Selection, Stage
 
 HARDWARE = Hardware(torch.device("cpu"), torch.float32, "test")
 EPOCHS, PER_EPOCH = 3, 5
@@ -35,7 +35,8 @@ class Method(PgdAt):
         return (loss if replacement is None else replacement(model, loss)), parts
 
 
-def stage(folder, method=None, **changes) -> Stage:
+def stage(folder, method=None, selection=None, **changes) -> Stage:
+    """A stage into ``folder``. changes: settings of the Config."""
     rng = np.random.RandomState(0)
     loader = DeviceLoader(
         rng.randint(0, 256, (42, 3, 6, 6)).astype(np.uint8),
@@ -56,26 +57,25 @@ def stage(folder, method=None, **changes) -> Stage:
         return True
 
     settings = {
-        "name": "student",
-        "folder": folder,
-        "model": small_net(seed=5).to(memory_format=torch.channels_last),
+        "out": folder,
         "arch": "toy",
-        "method": method or Method(),
-        "loader": loader,
-        "attack": AttackConfig(0.1, 0.05, 2),
+        "eps": "0.1",
+        "step_size": "0.05",
+        "attack_steps": 2,
         "epochs": EPOCHS,
-        "lr": 0.1,
         "lr_schedule": "onecycle",
-        "momentum": 0.9,
-        "weight_decay": 5e-4,
         "seed": 3,
-        "card": lambda epoch: {"arch": "toy", "epoch": epoch},
-        "evaluate": evaluate,
-        "evaluate_when": evaluate_when,
-        "select_by": "test_pgd20",
-        "backend": "none",
+        "compile": "none",
     }
-    return Stage(**(settings | changes))
+    return Stage(
+        "student",
+        Config(**(settings | changes)),
+        small_net(seed=5).to(memory_format=torch.channels_last),
+        method or Method(),
+        loader,
+        card=lambda epoch: {"arch": "toy", "epoch": epoch},
+        selection=selection or Selection(evaluate, evaluate_when, "test_pgd20"),
+    )
 
 
 TIMES = {"seconds", "images_per_second", "share_of_ceiling"}

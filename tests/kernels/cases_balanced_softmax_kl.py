@@ -1,22 +1,32 @@
-"""Value tests of kernels/balanced_softmax_kl.py: on CPU tensors under TRITON_INTERPRET=1, else on the GPU. Run by
-test_interpret.py."""
+"""Value tests of kernels/balanced_softmax_kl.py, on the CPU with TRITON_INTERPRET=1, else on the GPU.
 
+test_interpret.py runs them.
+"""
+
+import importlib
 import os
 
 import pytest
 import torch
-from ltat_fast.kernels import balanced_softmax_kl as kernels
 from torch.testing import assert_close
+
+from ltat_fast.kernels import balanced_softmax_kl as kernels
+from ltat_fast.ops import balanced_softmax_kl_ref
+
+# `from ltat_fast.ops import balanced_softmax_kl` would import the function, not the module
+op = importlib.import_module("ltat_fast.ops.balanced_softmax_kl")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NAN, INF = float("nan"), float("inf")
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")  # numpy on inf and NaN
-# Several rows a program with a ragged last tile (2 to 200), one row a program (1000, 1271), several passes (10000).
+# numpy warns of infinity and NaN in the interpreter
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+# Several rows per program with an incomplete last tile (2 to 200 classes), one row per program (1000, 1271), several
+# pieces per row (10000).
 SHAPES = [(1, 2), (41, 2), (7, 10), (33, 10), (128, 100), (41, 200), (3, 1000), (2, 1271), (3, 10000)]
-# Rounding of the stored gradient (Triton's interpreter truncates to bf16, the GPU rounds to nearest); the loss and the
-# arithmetic are fp32 whatever the logits' dtype.
+# Rounding of the stored gradient: Triton's interpreter truncates to bf16, the GPU rounds to nearest. The loss and the
+# arithmetic are fp32 for every dtype of the logits.
 GRAD_RTOL = {torch.float32: 1e-5, torch.bfloat16: 2**-7 if INTERPRETED else 2**-8, torch.float16: 2**-11}
 
 
@@ -25,7 +35,7 @@ def log_prior(class_counts, tau):
 
 
 def reference_loss(s, y, counts, t, tau, kl_weight, temperature):
-    """Row losses in float64, from the definition."""
+    """Return the row losses in float64, from the definition."""
     s = s.double()
     log_q = torch.log_softmax(s + log_prior(counts, tau), dim=1)
     loss = -log_q.gather(1, y[:, None])[:, 0]
@@ -37,7 +47,7 @@ def reference_loss(s, y, counts, t, tau, kl_weight, temperature):
 
 
 def reference_grad(s, y, counts, t, tau, kl_weight, temperature):
-    """Gradient of each row's loss in float64, in closed form; checked against autograd below."""
+    """Return the gradient of the row losses in float64, in closed form. A test below checks it against autograd."""
     s = s.double()
     grad = torch.softmax(s + log_prior(counts, tau), dim=1)
     grad = grad - torch.nn.functional.one_hot(y, s.shape[1])
@@ -52,7 +62,7 @@ def long_tailed_counts(C, dtype=torch.float32):
 
 
 def case(B, C, dtype=torch.float32, spread=3.0, seed=0):
-    """(logits, labels, class counts, teacher logits)."""
+    """Return (logits, labels, class counts, teacher logits)."""
     g = torch.Generator().manual_seed(seed)
     s, t = (spread * torch.randn(B, C, generator=g) for _ in range(2))
     y = torch.randint(C, (B,), generator=g)
@@ -74,7 +84,7 @@ def backward(grad_loss, stats, s, y, counts, t, tau=1.0, kl_weight=0.5, temperat
 
 
 def check(s, y, counts, t, tau=1.0, kl_weight=0.5, temperature=2.0, reduction="none", atol=1e-6):
-    """Loss and gradient, with a random upstream gradient, against the references."""
+    """Check loss and gradient, with a random upstream gradient, against the references."""
     args = (s, y, counts, t, tau, kl_weight, temperature)
     rows, grad_rows = reference_loss(*args), reference_grad(*args)
     shape = (len(s),) if reduction == "none" else ()
@@ -121,7 +131,7 @@ def test_hyper_parameters(tau, kl_weight, temperature):
 
 @pytest.mark.parametrize("columns", [16, 64, 256])
 def test_online_softmax_over_many_pieces(monkeypatch, columns):
-    """The same rows cut into 26, 7 and 2 pieces, rising so that every piece moves the running maximum, and falling."""
+    """Split rows into 26, 7 and 2 pieces. The running maximum rises with every piece, or only with the first one."""
     monkeypatch.setattr(kernels, "tile", lambda C: (4, columns, 4))
     s, y, counts, t = case(3, 401)
     rise = torch.linspace(0, 60, 401, device=DEVICE)
@@ -133,7 +143,7 @@ def test_online_softmax_over_many_pieces(monkeypatch, columns):
 
 @pytest.mark.parametrize("C", [10, 200, 10000])
 def test_extreme_logits(C):
-    """+-1e4, equal huge rows, and a common offset of 1e4 that must cancel."""
+    """Check logits of +-1e4, equal rows of huge logits, and a common offset of 1e4, which must cancel."""
     s, y, counts, t = case(6, C)
     s[0], t[0] = 1e4 * s[0].sign(), 1e4 * t[0].sign()
     s[1] = t[1] = 1e4 * t[1].sign()
@@ -141,16 +151,16 @@ def test_extreme_logits(C):
     s[3], t[3] = -1e4, 1e4
     s[4] += 1e4
     check(s, y, counts, t, tau=0.0, temperature=1.0)
-    # The prior is added to the logit in fp32, whose spacing is 1e-3 at 1e4: as exact as plain fp32 torch.
+    # The prior is added to the logit in fp32, whose spacing is 1e-3 at 1e4. Plain fp32 torch has the same error.
     check(s, y, counts, t, temperature=1.0, atol=1.5e-3)
     loss, _ = forward(s, y, counts, t, kl_weight=1.0)
     plain, _ = forward(s, y, counts, None)
-    assert_close(loss[1:4], plain[1:4], rtol=0, atol=1e-5)  # KL(p || p) = 0, and of two uniform rows too
+    assert_close(loss[1:4], plain[1:4], rtol=0, atol=1e-5)  # KL(p || p) = 0, also for two uniform rows
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_masked_logits(dtype, monkeypatch):
-    """-inf for student and teacher on the same classes, the leading pieces among them; -inf for the teacher alone."""
+    """Mask the same classes of student and teacher, among them the first pieces, and some of the teacher alone."""
     monkeypatch.setattr(kernels, "tile", lambda C: (4, 16, 4))
     s, y, counts, t = case(6, 100, dtype)
     y[:] = 60
@@ -159,8 +169,8 @@ def test_masked_logits(dtype, monkeypatch):
     check(s, y, counts, t)
 
 
-def test_student_without_mass_where_the_teacher_has_some():
-    """KL is +inf, the gradient stays finite."""
+def test_student_without_probability_where_the_teacher_has_some():
+    """The KL is +inf, and the gradient stays finite."""
     s, y, counts, t = case(3, 100)
     y[:] = 0
     s[1, 50] = -INF
@@ -172,7 +182,7 @@ def test_student_without_mass_where_the_teacher_has_some():
 
 @pytest.mark.parametrize("counts_dtype", [torch.float32, torch.int64, torch.int32], ids=str)
 def test_class_with_zero_count(counts_dtype):
-    """It drops out of the balanced softmax; labelled with it, a row costs +inf and keeps a finite gradient."""
+    """The balanced softmax excludes the class. A row with that label has the loss +inf and a finite gradient."""
     s, y, _, t = case(8, 10)
     counts = long_tailed_counts(10, counts_dtype)
     counts[4] = 0
@@ -187,11 +197,11 @@ def test_class_with_zero_count(counts_dtype):
     assert loss.isinf().tolist() == [i == 4 for i in range(8)]
     grad = backward(torch.ones_like(loss), stats, s, y, counts, None)
     assert_close(grad.double(), reference_grad(s, y, counts, None, 1.0, 0.0, 1.0), rtol=1e-5, atol=1e-6)
-    check(s, y, counts, t, tau=0.0)  # 0 * log 0 is no prior at all
+    check(s, y, counts, t, tau=0.0)  # 0 * log 0 = 0: no prior
 
 
 @pytest.mark.parametrize("wrong", [-1, 10, 2**40, -(2**63)])
-def test_label_out_of_range_poisons_its_row_only(wrong):
+def test_label_out_of_range_makes_only_its_row_nan(wrong):
     s, y, counts, t = case(5, 10)
     good, good_stats = forward(s, y, counts, t)
     good_grad = backward(torch.ones_like(good), good_stats, s, y, counts, t)
@@ -236,7 +246,7 @@ def test_teacher_of_another_dtype():
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter runs one program after the other")
-def test_repeats_give_the_same_bits():
+def test_repeated_runs_give_the_same_bits():
     s, y, counts, t = case(128, 100)
     first = forward(s, y, counts, t, reduction="mean")
     for _ in range(2):
@@ -256,9 +266,32 @@ def test_empty_batch(reduction):
         assert loss.sum() == 0
 
 
-def test_tile_is_of_powers_of_two_and_at_most_16_elements_a_thread():
+def test_tiles_are_powers_of_two_with_at_most_16_elements_per_thread():
     for C in range(2, 12000):
         rows, columns, warps = kernels.tile(C)
         assert rows & (rows - 1) == columns & (columns - 1) == 0
         assert min(C, 4096) <= columns < 2 * C
         assert rows * columns <= 16 * 32 * warps
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("teacher_layout", ["none", "rows", "columns"])
+def test_registered_functions_take_any_strides(teacher_layout, reduction):
+    """Check the functions that ltat_fast/ops registers for CUDA, and the shapes that their fakes return."""
+    logits, labels, counts, teacher = case(5, 17, spread=1.0)
+    t = {"none": None, "rows": teacher, "columns": teacher.T.contiguous().T}[teacher_layout]
+    spread_labels = torch.stack([labels, labels], 1)[:, 0]
+    scalars = {"tau": 0.7, "kl_weight": 1.7, "temperature": 2.5}
+    for z, n in ((logits, counts), (logits.T.contiguous().T, counts.long())):
+        args = (z, spread_labels, n, t, *scalars.values(), reduction)
+        loss, stats = op._forward_cuda(*args)
+        upstream = torch.rand(10, device=DEVICE)[::2] if reduction == "none" else torch.tensor(1.3, device=DEVICE)
+        grad = op._backward_cuda(upstream, *args[:4], stats, *args[4:])
+        fakes = (*op._loss_and_stats(*args), op._grad_logits(loss, z))
+        for real, fake in zip((loss, stats, grad), fakes, strict=True):
+            assert (real.shape, real.stride(), real.dtype) == (fake.shape, fake.stride(), fake.dtype)
+        wanted = logits.double().requires_grad_()
+        exact = balanced_softmax_kl_ref(wanted, labels, n, t, reduction=reduction, **scalars)
+        torch.testing.assert_close(loss.double(), exact.detach(), rtol=1e-5, atol=1e-6)
+        (right,) = torch.autograd.grad(exact, wanted, upstream.double())
+        torch.testing.assert_close(grad.double(), right, rtol=1e-5, atol=1e-6)

@@ -1,16 +1,19 @@
-"""Value tests of kernels/pgd.py: on CPU tensors under TRITON_INTERPRET=1, else on the GPU. Run by test_interpret.py."""
+"""Value tests of kernels/pgd.py, on the CPU with TRITON_INTERPRET=1, else on the GPU. test_interpret.py runs them."""
 
 import os
 
 import numpy as np
 import pytest
 import torch
+
 from ltat_fast.kernels.pgd import launch_init, launch_step
+from ltat_fast.ops import pgd, pgd_step_ref
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# 1, 7, 41, 1271: tails shorter than a thread, a warp, a block, and one block and a tail. (4, 3, 16, 16): whole blocks.
+# 1, 7, 41: fewer elements than a thread, a warp and a block take. 1271: one block and a remainder. (4, 3, 16, 16): only
+# whole blocks.
 SHAPES = [(1,), (7,), (41,), (1271,), (4, 3, 16, 16)]
 EPS, STEP = 8 / 255, 2 / 255
 
@@ -28,14 +31,17 @@ def seed_tensor(seed):
 
 
 def stored(v, dtype):
-    """fp32 to the storage dtype: to nearest, but Triton's interpreter truncates (test_compile.py sees cvt.rn)."""
+    """Round fp32 to the storage dtype: to nearest, or truncated for bf16, as in Triton's interpreter.
+
+    test_compile.py checks that the compiled kernel rounds to nearest.
+    """
     if INTERPRETED and dtype == torch.bfloat16:
         v = (v.view(torch.int32) & -(2**16)).view(torch.float32)
     return v.to(dtype)
 
 
 def step_reference(x_adv, grad, x, step_size, eps, lower, upper):
-    """The definition in plain fp32 torch, one operation a line, rounded to the state's dtype at the end."""
+    """The definition in plain fp32 torch, one operation per line, rounded to the dtype of x_adv at the end."""
     v = x_adv.float() + step_size * grad.float().sign()
     v = torch.maximum(v, x.float() - eps)
     v = torch.minimum(v, x.float() + eps)
@@ -95,7 +101,7 @@ def test_step_writes_nothing_beyond_its_tensors():
 
 @pytest.mark.parametrize("bounds", [(0.0, 1.0), (-2.5, 3.25)])
 def test_step_special_gradients(bounds):
-    """sign(NaN) = sign(+-0) = 0 leaves the iterate, +-inf and denormals move it: all as torch.sign does."""
+    """As with torch.sign, NaN and +-0 do not move the iterate, and +-inf and denormals do."""
     nan, inf = float("nan"), float("inf")
     grad = torch.tensor([nan, 0.0, -0.0, inf, -inf, 1e-40, -1e-40, 3.0], device=DEVICE)
     x = torch.full_like(grad, 0.5)
@@ -107,7 +113,7 @@ def test_step_special_gradients(bounds):
     assert out[0] == 0.5
 
 
-def test_step_propagates_nan_of_the_images():
+def test_step_keeps_nan_of_the_images():
     nan = float("nan")
     x_adv = torch.tensor([nan, 0.5, nan, 0.5], device=DEVICE)
     x = torch.tensor([0.5, nan, nan, 0.5], device=DEVICE)
@@ -138,7 +144,7 @@ def test_step_beyond_2_to_31_elements():
 
 
 def philox(seed, n):
-    """First n words of Philox4x32-10 (Salmon et al., 2011), counter = index // 4, key = seed; written for this test."""
+    """Return the first n words of Philox4x32-10 (Salmon et al. 2011) with counter = index // 4 and key = seed."""
     q = np.arange((n + 3) // 4, dtype=np.uint64)
     low = np.uint64(0xFFFFFFFF)
     c0, c1, c2, c3 = q & low, q >> np.uint64(32), np.zeros_like(q), np.zeros_like(q)
@@ -151,7 +157,7 @@ def philox(seed, n):
 
 
 def uniforms(seed, n):
-    """fp32 in [0, 1): the word as int32, its sign folded away."""
+    """Return fp32 numbers in [0, 1): each word as int32, with negative values k mapped to -k - 1."""
     k = philox(seed, n).view(np.int32).astype(np.int64)
     k = np.where(k < 0, -k - 1, k)
     return k.astype(np.float32) * np.float32(4.6566127342e-10)
@@ -190,7 +196,7 @@ def test_noise_statistics(noise):
     assert a.mean().abs() < five_sigma
     assert (a.var() - 1).abs() < five_sigma * (kurtosis - 1) ** 0.5
     assert ((a**4).mean() - kurtosis).abs() < five_sigma * (1.7 if noise == "uniform" else 96**0.5)
-    for lag in (1, 2, 3, 4, 1024):  # neighbours in a counter, across counters, across blocks
+    for lag in (1, 2, 3, 4, 1024):  # neighbours in a counter, in the next counters, in the next block
         assert (a[lag:] * a[:-lag]).mean().abs() < five_sigma
     assert (a * b).mean().abs() < five_sigma  # seeds are independent
     if noise == "uniform":
@@ -200,7 +206,7 @@ def test_noise_statistics(noise):
         assert ((counts - n / 64) ** 2 / (n / 64)).sum() < 63 + 5 * (2 * 63) ** 0.5  # chi-squared, 5 sigma
 
 
-def test_same_seed_same_noise_and_no_dependence_on_the_size():
+def test_noise_depends_on_the_seed_and_not_on_the_size():
     x = torch.zeros(5000, device=DEVICE)
     a, b, prefix = start(x, 7, lower=-1.0), start(x, 7, lower=-1.0), start(x[:1271], 7, lower=-1.0)
     assert torch.equal(a, b)
@@ -208,8 +214,8 @@ def test_same_seed_same_noise_and_no_dependence_on_the_size():
     assert not torch.equal(a, start(x, 8, lower=-1.0))
 
 
-def test_refilled_seed_tensor_is_read_anew():
-    """What a replayed CUDA graph relies on: the seed is data, not a launch argument."""
+def test_a_refilled_seed_tensor_is_read_again():
+    """A replayed CUDA graph needs this: the seed is data, not a launch argument."""
     x, seed = torch.zeros(64, device=DEVICE), seed_tensor(3)
     a, b = torch.empty_like(x), torch.empty_like(x)
     launch_init(x, a, seed, EPS, -1.0, 1.0, "uniform")
@@ -220,7 +226,7 @@ def test_refilled_seed_tensor_is_read_anew():
 
 
 @pytest.mark.skipif(INTERPRETED, reason="CUDA graphs need a GPU")
-def test_cuda_graph_replays_with_fresh_noise():
+def test_cuda_graph_replays_with_new_noise():
     x, grad, seed = images((4, 3, 32, 32)), normal((4, 3, 32, 32)), seed_tensor(1)
     x_adv = torch.empty_like(x)
 
@@ -247,7 +253,7 @@ def test_cuda_graph_replays_with_fresh_noise():
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_start_stays_in_the_ball_and_the_range(shape, dtype, noise):
     x = images(shape, dtype)
-    # A standard deviation as wide as the ball, so that the projection has work to do.
+    # The standard deviation is the radius of the ball, so that the projection changes many values.
     out = start(x, 5, noise, std=EPS)
     ulp = {torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-12}[dtype]
     assert out.dtype == dtype
@@ -255,7 +261,7 @@ def test_start_stays_in_the_ball_and_the_range(shape, dtype, noise):
     assert ((out >= 0) & (out <= 1)).all()
 
 
-def test_gaussian_start_has_the_standard_deviation_asked_for():
+def test_gaussian_start_has_the_given_standard_deviation():
     x = torch.full((1 << 14,), 0.5, device=DEVICE)
     assert abs((start(x, 9, "gaussian") - x).double().std().item() / 0.001 - 1) < 0.03
 
@@ -266,3 +272,48 @@ def test_start_walks_storage_order_in_place(layout):
     launch_init(x, x, seed_tensor(1), 0.5, -1.0, 1.0, "uniform")
     flat = x.permute(0, 2, 3, 1).reshape(-1) if layout == torch.channels_last else x.reshape(-1)
     assert torch.equal(flat.cpu(), 0.5 * (2 * torch.from_numpy(uniforms(1, 270)) - 1))
+
+
+# ---- the functions that ltat_fast/ops/pgd.py registers for CUDA: they bring all tensors into one layout
+
+LAYOUTS = {
+    "contiguous": lambda t: t.contiguous(),
+    "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
+    "permuted": lambda t: t.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0),
+    "sliced": lambda t: torch.repeat_interleave(t, 2, 3)[..., ::2],
+    "broadcast": lambda t: t,
+}
+
+
+def images_in(layout):
+    """The layout's function, x_adv, grad, x, and x in the layout. The two images of x are equal, for "broadcast"."""
+    shape = (2, 3, 5, 7)
+    x_adv, grad, x = images(shape), normal(shape), images(shape, seed=2)
+    x[1] = x[0]
+    to_layout = LAYOUTS[layout]
+    return to_layout, x_adv, grad, x, x[:1].expand(2, -1, -1, -1) if layout == "broadcast" else to_layout(x)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_registered_step_takes_any_layout(layout):
+    to_layout, x_adv, grad, x, centre = images_in(layout)
+    expected = pgd_step_ref(x_adv, grad, x, 0.1, 0.2)
+    for slope in (to_layout(grad), grad):
+        args = (to_layout(x_adv), slope, centre, 0.1, 0.2, 0.0, 1.0)
+        stepped = pgd._pgd_step_cuda(*args)
+        assert stepped.stride() == torch.empty_like(args[0]).stride()
+        torch.testing.assert_close(stepped, expected, rtol=0, atol=0)
+        out = to_layout(torch.zeros_like(x))
+        strides = out.stride()
+        pgd._pgd_step_out_cuda(*args, out)
+        assert out.stride() == strides
+        torch.testing.assert_close(out, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_registered_start_takes_any_layout(layout):
+    _, _, _, x, centre = images_in(layout)
+    start = pgd._pgd_init_cuda(centre, seed_tensor(5), 0.1, 1e-3, 0.0, 1.0, "uniform")
+    assert start.stride() == torch.empty_like(centre).stride()
+    assert ((start - x).abs() <= 0.1 + 1e-7).all()
+    assert (start != x).float().mean() > 0.9

@@ -1,6 +1,7 @@
-"""Runs every kernel's value tests (cases_*.py) on the CPU through Triton's interpreter, and on a GPU if there is one.
+"""Run the value tests of every kernel (cases_*.py) on the CPU in Triton's interpreter, and on a GPU if there is one.
 
-Triton reads TRITON_INTERPRET when a kernel is defined, and an interpreted process cannot compile: hence a process each.
+Each file runs in its own process: Triton reads TRITON_INTERPRET when a kernel is defined, and an interpreted process
+cannot compile.
 """
 
 import os

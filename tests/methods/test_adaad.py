@@ -1,23 +1,23 @@
-"""AdaAD against its formula, and its attack against the gradient in closed form."""
+"""AdaAD against its formula, and the gradient of its attack against its closed form."""
 
 import pytest
 import torch
 
-from helpers.float64_distillation import DistilledTwin, assert_equals_the_formula, teacher_classifier
+from helpers.float64_distillation import Float64Distillation, assert_equals_the_formula, teacher_classifier
 from helpers.three_steps import batch, kl, toy_classifier, train_step
 from ltat_fast.methods.adaad import AdaAd
 
 
-class AdaAdTwin(DistilledTwin):
+class Float64AdaAd(Float64Distillation):
     def objective(self, x, point, y):
         return kl(self.teacher(point).softmax(1), self.logits(point).softmax(1))
 
     def base(self, adv, x, x_adv, y):
-        share = self.options.get("adversarial_weight", 1.0)
-        loss = share * kl(self.taught(x_adv).softmax(1), adv.softmax(1))
-        if share == 1:
+        weight = self.options.get("adversarial_weight", 1.0)
+        loss = weight * kl(self.teacher_logits(x_adv).softmax(1), adv.softmax(1))
+        if weight == 1:
             return loss
-        return loss + (1 - share) * kl(self.taught(x).softmax(1), self.logits(x).softmax(1))
+        return loss + (1 - weight) * kl(self.teacher_logits(x).softmax(1), self.logits(x).softmax(1))
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,7 @@ class AdaAdTwin(DistilledTwin):
 )  # fmt: skip
 def test_three_steps_equal_the_formula(options):
     assert AdaAd.noise == "gaussian"
-    assert_equals_the_formula(AdaAd, AdaAdTwin, options)
+    assert_equals_the_formula(AdaAd, Float64AdaAd, options)
 
 
 def vector_jacobian(net, x, v):
@@ -34,8 +34,8 @@ def vector_jacobian(net, x, v):
     return torch.autograd.grad(net(point), point, v)[0]
 
 
-def test_the_attack_ascends_through_both_networks():
-    """dKL/dS = Q - P and dKL/dT = P (log P - log Q - KL), each pulled back through its network."""
+def test_the_attack_gradient_flows_through_both_networks():
+    """dKL/dS = Q - P and dKL/dT = P (log P - log Q - KL), each times the Jacobian of its network."""
     method, student, teacher = AdaAd(), toy_classifier(AdaAd()).eval(), teacher_classifier().eval()
     step = train_step(method, student, teacher=teacher)
     x, y = batch()

@@ -1,4 +1,4 @@
-"""docs/adding-a-method.md does what it says: its example trains, its test passes, its table is whole."""
+"""docs/adding-a-method.md is correct: its example trains, its test passes, its table is complete."""
 
 import importlib.util
 import json
@@ -18,7 +18,7 @@ METHOD_FILE, TEST_FILE = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 
 @pytest.fixture
 def alp(tmp_path, monkeypatch):
-    """The method of the page, from a file of its own and with its one line."""
+    """The method of the page, imported from a file and registered in METHODS."""
     file = tmp_path / "alp.py"
     file.write_text(METHOD_FILE)
     spec = importlib.util.spec_from_file_location("alp", file)
@@ -50,7 +50,7 @@ def test_the_example_is_ten_lines():
     assert len([line for line in body.splitlines() if line.strip()]) <= 11
 
 
-def test_the_table_lists_all_there_is_to_override():
+def test_the_table_lists_everything_that_a_method_can_override():
     listed = set(re.findall(r"^\| `(\w+)` \|", PAGE, re.MULTILINE))
     assert listed == {name for name in vars(Method) if not name.startswith("_")}
     for file in set(re.findall(r"\| `(\w+\.py)` \|", PAGE)):

@@ -1,19 +1,19 @@
-"""AKD against its formula, which is cross-entropy with labels mixed with predictions."""
+"""AKD against its formula: cross-entropy with a mixture of labels and predictions."""
 
 import pytest
 import torch
 
-from helpers.float64_distillation import DistilledTwin, assert_equals_the_formula
+from helpers.float64_distillation import Float64Distillation, assert_equals_the_formula
 from helpers.three_steps import cross_entropy, kl
 from ltat_fast.methods.akd import Akd
 
 
-class AkdTwin(DistilledTwin):
-    """Cross-entropy with the target (1 - m) onehot(y) + m p; the part of the loss that no weight moves is added."""
+class Float64Akd(Float64Distillation):
+    """Cross-entropy with the target (1 - m) onehot(y) + m p, plus the constant m sum p log p."""
 
     def base(self, adv, x, x_adv, y):
         m = self.options.get("teacher_weight", 0.5)
-        p = self.taught(x if self.options.get("teacher_input") == "clean" else x_adv).softmax(1)
+        p = self.teacher_logits(x if self.options.get("teacher_input") == "clean" else x_adv).softmax(1)
         mixed = (1 - m) * torch.eye(adv.shape[1], dtype=torch.float64)[y] + m * p
         return -(mixed * adv.log_softmax(1)).sum(1).mean() + m * (p * p.log()).sum(1).mean()
 
@@ -30,11 +30,11 @@ class AkdTwin(DistilledTwin):
     ids=str,
 )
 def test_three_steps_equal_the_formula(options):
-    assert_equals_the_formula(Akd, AkdTwin, options)
+    assert_equals_the_formula(Akd, Float64Akd, options)
 
 
-def test_the_mixed_label_is_the_mixed_loss():
-    """So the twin above also checks the sum of two terms in the docstring."""
+def test_a_mixed_target_gives_the_mixed_loss():
+    """So the reference above also checks the sum of two terms in the docstring of Akd."""
     torch.manual_seed(0)
     z, t, y = torch.randn(5, 7).double(), torch.randn(5, 7).double(), torch.arange(5)
     p = t.softmax(1)

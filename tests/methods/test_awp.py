@@ -1,33 +1,41 @@
-"""AWP against its formula; what it perturbs, and that it leaves no trace."""
+"""AWP against its formula; which tensors it perturbs; it restores weights and batch norm statistics."""
 
 import copy
 
 import pytest
 import torch
-from test_trades import BalancedTwin as BalancedTradesTwin
-from test_trades import TradesTwin
+from test_trades import Float64BalancedTrades, Float64Trades
 
-from helpers.three_steps import N, Twin, assert_three_steps_equal, batch, cross_entropy, toy_classifier, train_step
+from helpers.three_steps import (
+    Float64Method,
+    N,
+    assert_three_steps_equal,
+    batch,
+    cross_entropy,
+    toy_classifier,
+    train_step,
+)
 from ltat_fast.methods.awp import Awp
 from ltat_fast.methods.pgd_at import PgdAt
 
 
-class PgdAtTwin(Twin):
+class Float64PgdAt(Float64Method):
     def loss(self, x, x_adv, y):
         return cross_entropy(self.logits(x_adv), y)
 
 
-class AtBslTwin(Twin):
+class Float64AtBsl(Float64Method):
     def loss(self, x, x_adv, y):
         return cross_entropy(self.logits(x_adv) + N.log(), y)
 
 
-def with_awp(base: type[Twin], gamma: float, first: int) -> type[Twin]:
-    """As the authors' code: a proxy network takes a step of SGD uphill, and says where to."""
+def with_awp(base: type[Float64Method], gamma: float, first: int) -> type[Float64Method]:
+    """AWP as in the authors' code: an ascent step of SGD on a proxy network gives the direction."""
 
-    class AwpTwin(base):
+    class Float64Awp(base):
         def descend(self, x, x_adv, y, lr, epoch):
-            active = epoch + 1 >= first
+            if epoch + 1 < first:
+                return super().descend(x, x_adv, y, lr, epoch)
             proxy = copy.copy(self)
             proxy.net = copy.deepcopy(self.net)
             names = [name for name, p in self.net.named_parameters() if p.ndim > 1]
@@ -39,25 +47,25 @@ def with_awp(base: type[Twin], gamma: float, first: int) -> type[Twin]:
                 for name, grad in zip(names, grads, strict=True):
                     difference = (moved[name] - 0.01 * grad) - weights[name]
                     shifts[name] = gamma * weights[name].norm() / (difference.norm() + 1e-20) * difference
-                    weights[name] += shifts[name] * active
+                    weights[name] += shifts[name]
             loss = super().descend(x, x_adv, y, lr, epoch)
             with torch.no_grad():
                 for name in names:
-                    weights[name] -= shifts[name] * active
+                    weights[name] -= shifts[name]
             return loss
 
-    return AwpTwin
+    return Float64Awp
 
 
 @pytest.mark.parametrize(
     ("options", "base", "gamma", "first"),
     [
-        ({}, PgdAtTwin, 0.01, 1),
-        ({"awp_gamma": 0.2, "awp_from": 2}, PgdAtTwin, 0.2, 2),
-        ({"balanced": True}, AtBslTwin, 0.01, 1),
-        ({"awp_base": "trades"}, TradesTwin, 0.005, 10),
-        ({"awp_base": "trades", "awp_from": 1}, TradesTwin, 0.005, 1),
-        ({"awp_base": "trades", "awp_from": 0, "beta": 1.5, "balanced": True}, BalancedTradesTwin, 0.005, 0),
+        ({}, Float64PgdAt, 0.01, 1),
+        ({"awp_gamma": 0.2, "awp_from": 2}, Float64PgdAt, 0.2, 2),
+        ({"balanced": True}, Float64AtBsl, 0.01, 1),
+        ({"awp_base": "trades"}, Float64Trades, 0.005, 10),
+        ({"awp_base": "trades", "awp_from": 1}, Float64Trades, 0.005, 1),
+        ({"awp_base": "trades", "awp_from": 0, "beta": 1.5, "balanced": True}, Float64BalancedTrades, 0.005, 0),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
@@ -65,7 +73,7 @@ def test_three_steps_equal_the_formula(options, base, gamma, first):
     assert_three_steps_equal(Awp(**options), with_awp(base, gamma, first), tolerance=1e-6)
 
 
-def test_start_noise_is_the_bases():
+def test_the_start_noise_is_that_of_the_base_method():
     assert (Awp().noise, Awp(awp_base="trades").noise, Awp(balanced=True).noise) == ("uniform", "gaussian", "gaussian")
 
 
@@ -85,8 +93,8 @@ def test_weights_are_restored_bit_for_bit(base, dtype):
     assert momentum.abs().max() > 0
 
 
-def test_what_is_perturbed_and_by_how_much():
-    """Seen at the loss's second call: each weight tensor by gamma of its norm, uphill; biases and batch norm not."""
+def test_each_weight_tensor_is_perturbed_uphill_by_gamma_of_its_norm():
+    """The second call of the loss is at the perturbed weights. Biases and batch norm parameters do not change."""
     method, seen = Awp(awp_gamma=0.05), []
     net = toy_classifier(method)
     step = train_step(method, net)
@@ -107,11 +115,11 @@ def test_what_is_perturbed_and_by_how_much():
         moved = (perturbed[name] - p).norm() / p.norm()
         assert moved.item() == pytest.approx(0.05 if p.ndim > 1 else 0.0, rel=1e-6), name
     assert losses[1] > losses[0] + 0.01
-    assert step.totals()["loss"] == pytest.approx(losses[1], rel=1e-6), "the loss that is descended"
+    assert step.totals()["loss"] == pytest.approx(losses[1], rel=1e-6), "the loss is logged at the perturbed weights"
 
 
-def test_batch_norm_sees_only_the_forward_at_the_perturbed_weights():
-    """With gamma 0 those are the weights, so its statistics are those of plain PGD-AT."""
+def test_batch_norm_counts_only_the_forward_at_the_perturbed_weights():
+    """With gamma 0 the perturbed weights are the weights, so the statistics are those of plain PGD-AT."""
     statistics = []
     for method in (Awp(awp_gamma=0.0), PgdAt()):
         net = toy_classifier(method)
@@ -123,7 +131,7 @@ def test_batch_norm_sees_only_the_forward_at_the_perturbed_weights():
 
 
 def test_a_resumed_epoch_keeps_its_strength():
-    """``on_epoch_start`` is not called again in the middle of an epoch."""
+    """The trainer does not call ``on_epoch_start`` when it resumes in the middle of an epoch."""
     method, resumed = Awp(awp_base="trades"), Awp(awp_base="trades")
     for m in (method, resumed):
         train_step(m, toy_classifier(m))

@@ -1,4 +1,4 @@
-"""What is true of every distillation method, whatever its formula."""
+"""Properties that every distillation method has, whatever its formula."""
 
 import json
 import math
@@ -24,20 +24,20 @@ def ready(name, net, teacher, **options):
     return method
 
 
-def test_they_are_all_here():
+def test_all_distillation_methods_are_tested_and_have_a_robust_teacher():
     assert DISTILLATION == ["adaad", "adaiad", "akd", "ard", "iad", "rslad"]
     assert all(METHODS[name].teacher == "robust" for name in DISTILLATION)
 
 
-def test_kl_is_of_the_teacher_against_the_student():
-    """P = (1/2, 1/2), Q = (1/4, 3/4): KL(P || Q) = log(2 / sqrt 3), and KL(Q || P) is another number."""
+def test_kl_takes_the_expectation_under_the_teacher():
+    """P = (1/2, 1/2), Q = (1/4, 3/4): KL(P || Q) = log(2 / sqrt 3); KL(Q || P) differs."""
     p, q = torch.zeros(1, 2).double(), torch.tensor([[0.0, math.log(3)]], dtype=torch.float64)
     assert kl(p, q).item() == pytest.approx(math.log(2 / math.sqrt(3)), rel=1e-12)
     assert kl(q, p).item() == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5), rel=1e-12)
     assert kl(p, q * 5, temperature=5.0).item() == pytest.approx(kl(p, q).item(), rel=1e-12)
 
 
-def test_kl_of_certain_predictions_is_finite():
+def test_the_kl_of_confident_predictions_is_finite():
     certain = torch.tensor([[0.0, 2000.0, -2000.0]], requires_grad=True)
     divergence = kl(certain, torch.tensor([[0.0, 1.0, 2.0]]))
     divergence.sum().backward()
@@ -46,10 +46,9 @@ def test_kl_of_certain_predictions_is_finite():
 
 
 @pytest.mark.parametrize("name", DISTILLATION)
-def test_matching_oneself_costs_nothing(name):
-    """IGDM of a network with itself: value 0, and no gradient beside that of the method."""
+def test_igdm_of_a_network_with_itself_adds_no_gradient(name):
     net, (x, y) = toy_classifier(METHODS[name]()).eval(), batch()
-    x_adv = (x + 0.1 * (x < 0.5)).clamp(0, 1)
+    x_adv = torch.where(x < 0.5, x + 0.1, x)
     gradients = []
     for alpha in (0.0, 1000.0):
         method = ready(name, net, net, igdm_alpha=alpha)
@@ -64,10 +63,12 @@ def test_matching_oneself_costs_nothing(name):
 @pytest.mark.parametrize("name", DISTILLATION)
 def test_igdm_is_added_with_its_weight_and_ramp(name):
     net, teacher, (x, y) = toy_classifier(METHODS[name]()).eval(), teacher_classifier(), batch()
-    x_adv = (x + 0.1 * (x < 0.5)).clamp(0, 1)
+    x_adv = torch.where(x < 0.5, x + 0.1, x)
+    # With begin 0 the loss of IAD does not depend on the progress.
+    options = {"begin": 0.0} if name in ("iad", "adaiad") else {}
     losses = {}
     for alpha, progress in ((0.0, 0.5), (8.0, 0.25), (8.0, 1.0)):
-        method = ready(name, net, teacher, igdm_alpha=alpha, **({"begin": 0.0} if "iad" in name else {}))
+        method = ready(name, net, teacher, igdm_alpha=alpha, **options)
         losses[alpha, progress], parts = method.loss(net, x, x_adv, y, torch.tensor(progress))
     assert parts["igdm"] > 1e-4
     for progress in (0.25, 1.0):
@@ -76,9 +77,9 @@ def test_igdm_is_added_with_its_weight_and_ramp(name):
 
 
 @pytest.mark.parametrize("name", DISTILLATION)
-def test_the_scale_is_of_everything_but_igdm(name):
+def test_the_loss_scale_does_not_apply_to_igdm(name):
     net, (x, y) = toy_classifier(METHODS[name]()).eval(), batch()
-    x_adv = (x + 0.1 * (x < 0.5)).clamp(0, 1)
+    x_adv = torch.where(x < 0.5, x + 0.1, x)
     losses = []
     for scale in (1.0, 0.25):
         method = ready(name, net, teacher_classifier(), igdm_alpha=8.0, loss_scale=scale)
@@ -88,8 +89,8 @@ def test_the_scale_is_of_everything_but_igdm(name):
     assert losses[0] > 1e-3
 
 
-class Watched:
-    """A network that remembers what it was shown."""
+class Recorder:
+    """A network that records its inputs."""
 
     def __init__(self, net):
         self.net, self.seen = net, []
@@ -98,7 +99,7 @@ class Watched:
         self.seen.append(x.detach().clone())
         return self.net(x)
 
-    def saw(self, x):
+    def times_seen(self, x):
         return sum(torch.equal(x, seen) for seen in self.seen)
 
 
@@ -107,11 +108,13 @@ def test_no_point_is_evaluated_twice_and_the_mirrored_one_is_not_clipped(name):
     net, (x, y) = toy_classifier(METHODS[name]()), batch()
     x_adv = (x + 0.1).clamp(0, 1)
     method = ready(name, net, teacher_classifier(), igdm_alpha=1.0)
-    student, method.context.teacher = Watched(net), Watched(method.context.teacher)
+    student, method.context.teacher = Recorder(net), Recorder(method.context.teacher)
     method.loss(student, x, x_adv, y, HALF)
-    for watched in (student, method.context.teacher):
-        assert watched.saw(x_adv) == watched.saw(2 * x - x_adv) == 1
-        assert watched.saw(x) == len(watched.seen) - 2 <= 1
+    for network in (student, method.context.teacher):
+        assert network.times_seen(x_adv) == 1
+        assert network.times_seen(2 * x - x_adv) == 1
+        assert network.times_seen(x) == len(network.seen) - 2  # no other point
+        assert network.times_seen(x) <= 1
     assert (2 * x - x_adv).min() < 0
 
 
@@ -119,7 +122,7 @@ def test_no_point_is_evaluated_twice_and_the_mirrored_one_is_not_clipped(name):
 def test_the_teacher_gets_no_gradient(name):
     net, teacher, (x, y) = toy_classifier(METHODS[name]()), teacher_classifier(), batch()
     method = ready(name, net, teacher, igdm_alpha=1.0)
-    method.context.teacher = teacher.eval()  # itself, not a frozen twin
+    method.context.teacher = teacher.eval()  # the live network instead of a frozen twin
     loss, parts = method.loss(net, x, (x + 0.1).clamp(0, 1), y, HALF)
     loss.backward()
     assert all(p.grad is None for p in teacher.parameters())
@@ -128,7 +131,7 @@ def test_the_teacher_gets_no_gradient(name):
 
 
 @pytest.mark.parametrize("name", DISTILLATION)
-def test_an_extra_clean_forward_moves_statistics_alone(name):
+def test_an_extra_clean_forward_changes_only_batch_norm_statistics(name):
     (x, y), losses, means, gradients = batch(), [], [], []
     for extra in (False, True):
         net = toy_classifier(METHODS[name]())
@@ -140,8 +143,8 @@ def test_an_extra_clean_forward_moves_statistics_alone(name):
         gradients.append([p.grad for p in net.parameters()])
     assert losses[0] == losses[1]
     torch.testing.assert_close(*gradients, atol=0, rtol=0)
-    needs_it_anyway = name in ("iad", "adaiad", "rslad")
-    assert torch.equal(*means) == needs_it_anyway
+    has_a_clean_forward = name in ("iad", "adaiad", "rslad")
+    assert torch.equal(*means) == has_a_clean_forward
 
 
 @pytest.mark.parametrize("name", [*DISTILLATION, "igd"])
@@ -156,16 +159,16 @@ def test_bf16_logits_give_a_float32_loss(name):
 @pytest.mark.parametrize(
     ("name", "options", "words"),
     [
-        ("ard", {"teacher_weight": 1.5}, "--teacher-weight is a share between 0 and 1, not 1.5"),
-        ("ard", {"temperature": 0.0}, "--temperature must be above 0"),
-        ("ard", {"igdm_alpha": -1.0}, "--igdm-alpha must be 0 or more, not -1"),
-        ("iad", {"begin": 60.0}, "--begin is a share between 0 and 1, not 60"),
-        ("rslad", {"adversarial_weight": 2.0}, "--adversarial-weight is a share between 0 and 1, not 2"),
-        ("adaad", {"igdm_alpha": float("nan")}, "--igdm-alpha must be 0 or more, not nan"),
-        ("igd", {"fd_step": 0.0}, "--fd-step must be above 0"),
+        ("ard", {"teacher_weight": 1.5}, "--teacher-weight must be between 0 and 1, not 1.5"),
+        ("ard", {"temperature": 0.0}, "--temperature must be above 0, not 0"),
+        ("ard", {"igdm_alpha": -1.0}, "--igdm-alpha must be 0 or more and finite, not -1"),
+        ("iad", {"begin": 60.0}, "--begin must be between 0 and 1, not 60"),
+        ("rslad", {"adversarial_weight": 2.0}, "--adversarial-weight must be between 0 and 1, not 2"),
+        ("adaad", {"igdm_alpha": float("nan")}, "--igdm-alpha must be 0 or more and finite, not nan"),
+        ("igd", {"fd_step": 0.0}, "--fd-step must be above 0, not 0"),
     ],
 )
-def test_meaningless_options_are_refused(name, options, words):
+def test_invalid_options_are_refused(name, options, words):
     with pytest.raises(UserError, match=words):
         METHODS[name](**options).check()
 

@@ -7,12 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from helpers.float64_distillation import DistilledTwin, assert_equals_the_formula, teacher_classifier
+from helpers.float64_distillation import Float64Distillation, assert_equals_the_formula, teacher_classifier
 from helpers.three_steps import HARDWARE, batch, cross_entropy, picked, toy_classifier, train_step
 from ltat_fast.config import Config
 from ltat_fast.errors import UserError
 from ltat_fast.methods.igd import Igd
 from ltat_fast.methods.natural import Natural
+from ltat_fast.models.joint_batch import allow_joint_calls
 from ltat_fast.training import distributed, pipeline
 from ltat_fast.training.step import TrainStep
 
@@ -22,7 +23,7 @@ def gradient_images(scalars, point, create_graph=False):
     return gradient.flatten(1)
 
 
-class IgdTwin(DistilledTwin):
+class Float64Igd(Float64Distillation):
     def scalars(self, z, y):
         if self.options.get("gradient_of") == "ce":
             return -picked(z.softmax(1), y).log()
@@ -33,18 +34,21 @@ class IgdTwin(DistilledTwin):
         guide = gradient_images(self.scalars(self.teacher(clean), y), clean)
         z = self.logits(adv)
         point, at_point = (adv, z) if self.options.get("gradient_at") == "adv" else (clean, self.logits(clean))
-        twice = self.options.get("form") != "finite-difference"
-        own = gradient_images(self.scalars(at_point, y), point, twice)
-        cos = (own * guide).sum(1) / (own.norm(dim=1) * guide.norm(dim=1))
+        double_backward = self.options.get("form") != "finite-difference"
+        student = gradient_images(self.scalars(at_point, y), point, double_backward)
+        cos = (student * guide).sum(1) / (student.norm(dim=1) * guide.norm(dim=1))
         term = 1 - cos
-        if not twice:
-            term = term + self.difference(point, y, own, guide, cos)
+        if not double_backward:
+            term = term + self.difference(point, y, student, guide, cos)
         return cross_entropy(z, y) + self.options.get("igd_weight", 1.0) * term.mean()
 
-    def difference(self, point, y, own, guide, cos):
-        """Along v = -(g_T / |g_T| - cos g_S / |g_S|) / |g_S|, its largest pixel scaled to fd_step; value 0."""
-        g_s, g_t = own / own.norm(dim=1, keepdim=True), guide / guide.norm(dim=1, keepdim=True)
-        v = -(g_t - cos[:, None] * g_s) / own.norm(dim=1, keepdim=True)
+    def difference(self, point, y, student, guide, cos):
+        """The slope along v = -(g_T / |g_T| - cos g_S / |g_S|) / |g_S|, minus its value.
+
+        The largest pixel moves by fd_step.
+        """
+        g_s, g_t = student / student.norm(dim=1, keepdim=True), guide / guide.norm(dim=1, keepdim=True)
+        v = -(g_t - cos[:, None] * g_s) / student.norm(dim=1, keepdim=True)
         h = self.options.get("fd_step", 8 / 255) / v.abs().amax(1)
         move = (h[:, None] * v).view_as(point)
         up, down = (self.scalars(self.logits(point.detach() + sign * move), y) for sign in (1, -1))
@@ -65,7 +69,7 @@ class IgdTwin(DistilledTwin):
 )
 def test_three_steps_equal_the_formula(options):
     assert Igd.teacher == "natural"
-    assert_equals_the_formula(Igd, IgdTwin, options)
+    assert_equals_the_formula(Igd, Float64Igd, options)
 
 
 class Smooth(nn.Module):
@@ -89,13 +93,13 @@ def weight_gradients(method, net, x, y):
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("gradient_of", ["logit", "ce"])
-def test_finite_differences_stand_for_the_double_backward(gradient_of, training):
-    """As the step shrinks. In train mode up to how a batch's gradients act on each other through its statistics."""
+def test_finite_differences_converge_to_the_double_backward(gradient_of, training):
+    """In train mode a difference remains, because images affect each other through the batch statistics."""
     torch.manual_seed(0)
     net, (x, y) = Smooth().double().train(training), batch()
     plain = weight_gradients(Igd(igd_weight=0.0), net, x, y)[1]
     parts, exact = weight_gradients(Igd(gradient_of=gradient_of), net, x, y)
-    assert (exact - plain).norm() > 1e-2 * plain.norm()  # the alignment is there to be compared
+    assert (exact - plain).norm() > 1e-2 * plain.norm()  # the alignment term is large enough to compare
     errors = []
     for fd_step in (1e-2, 1e-3):
         ours, gradient = weight_gradients(
@@ -107,10 +111,10 @@ def test_finite_differences_stand_for_the_double_backward(gradient_of, training)
         assert errors[1] < 0.2
     else:
         assert errors[1] < 1e-4
-        assert errors[1] < errors[0] / 50  # second order: a tenth of the step, a hundredth of the error
+        assert errors[1] < errors[0] / 50  # second order: a tenth of the step gives a hundredth of the error
 
 
-def test_a_student_that_is_its_own_guide_is_aligned():
+def test_a_student_with_itself_as_guide_has_no_alignment_loss():
     net, (x, y) = teacher_classifier().eval(), batch()
     for form in ("double-backward", "finite-difference"):
         parts, gradient = weight_gradients(Igd(form=form, igd_weight=5.0), net, x, y)
@@ -119,20 +123,28 @@ def test_a_student_that_is_its_own_guide_is_aligned():
 
 
 @pytest.mark.parametrize("form", ["double-backward", "finite-difference"])
-def test_only_the_form_that_can_is_compiled(form, monkeypatch):
+def test_only_the_finite_difference_student_is_compiled(form, monkeypatch):
     compiled = []
-    monkeypatch.setattr(torch, "compile", lambda what, **_: compiled.append(what) or what)
-    net = toy_classifier(Natural())
+
+    def record(function, **_):
+        compiled.append(function)
+        return function
+
+    monkeypatch.setattr(torch, "compile", record)
+    net = allow_joint_calls(toy_classifier(Natural()))
     step = train_step(Igd(form=form), net, teacher=teacher_classifier())
+    teacher = step.method.context.teacher
     TrainStep(net, step.method, step.optimizer, step.attack, HARDWARE, backend="step")
+    assert teacher in compiled
+    others = [function for function in compiled if function is not net and function is not teacher]
+    assert len(others) == 1, "the attack step is always compiled"
     assert (net in compiled) == (form == "finite-difference")
-    assert len(compiled) == 1 + (form == "finite-difference")  # and the attack in any case
 
 
-def test_several_processes_are_refused_where_the_loss_is_differentiated_twice(monkeypatch):
+def test_double_backward_is_refused_with_several_processes(monkeypatch):
     monkeypatch.setattr(distributed, "current", lambda: distributed.World(0, 2))
 
     with pytest.raises(
-        UserError, match="--method igd as configured differentiates twice: it runs in one process alone"
+        UserError, match="--method igd with these options needs a double backward: use a single process"
     ):
         pipeline.train(Config(method="igd"), Igd(), HARDWARE)

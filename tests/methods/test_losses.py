@@ -1,4 +1,4 @@
-"""What is true of the losses of the methods whatever the numbers are."""
+"""Properties of the losses of PGD-AT, AT-BSL and LTAT that hold for any numbers."""
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ def test_ltat_without_its_teacher_terms_is_at_bsl():
     bsl, _, bsl_gradient = loss_and_gradient(ready(AtBsl()), net, x, x_adv, y)
 
     def teacher(x):
-        raise AssertionError("the teacher is not needed here")
+        raise AssertionError("the teacher must not be called")
 
     ltat, parts, gradient = loss_and_gradient(ready(Ltat(alpha=0.0), teacher=teacher), net, x, x_adv, y)
     assert ltat == pytest.approx(bsl, rel=1e-7)
@@ -55,7 +55,7 @@ def test_ltat_without_its_teacher_terms_is_at_bsl():
     assert set(parts) == {"bsl"}
 
 
-def test_matching_oneself_costs_nothing():
+def test_matching_the_student_with_itself_adds_no_gradient():
     net, (x, x_adv, y) = small_net().eval(), batch()
     _, _, bsl_gradient = loss_and_gradient(ready(AtBsl()), net, x, x_adv, y)
     _, parts, gradient = loss_and_gradient(ready(Ltat(alpha=100.0), teacher=net), net, x, x_adv, y)
@@ -63,7 +63,7 @@ def test_matching_oneself_costs_nothing():
     torch.testing.assert_close(gradient, bsl_gradient, atol=2e-5, rtol=1e-5)
 
 
-def test_distilling_from_oneself_costs_nothing():
+def test_distilling_from_the_student_itself_adds_no_gradient():
     net, (x, x_adv, y) = small_net().eval(), batch()
     bsl, _, bsl_gradient = loss_and_gradient(ready(AtBsl()), net, x, x_adv, y)
     loss, _, gradient = loss_and_gradient(ready(Ltat(alpha=0.0, kl_weight=10.0), teacher=net), net, x, x_adv, y)
@@ -81,7 +81,7 @@ def test_alpha_ramps_with_progress(ramp, share):
 
 
 class Recorder(nn.Module):
-    """A classifier that remembers what it was shown."""
+    """A classifier that records its inputs."""
 
     def __init__(self):
         super().__init__()
@@ -98,7 +98,7 @@ def test_the_mirrored_point_is_not_clipped():
     student, teacher = Recorder(), Recorder()
     ready(Ltat(), teacher=teacher).loss(student, x, x_adv, torch.tensor([0]), HALF)
     mirrored = torch.tensor([[-0.1, 1.1, 0.4, -0.08]])
-    # Two calls of the student, so that batch norm sees each point alone; one of the teacher, which does not mind.
+    # The student has one call per point, for its batch norm. The teacher may take both points in one call.
     assert len(student.seen) == 2
     torch.testing.assert_close(student.seen[0], x_adv)
     torch.testing.assert_close(student.seen[1], mirrored)
@@ -128,19 +128,19 @@ def test_bf16_logits_give_a_float32_loss(method):
 @pytest.mark.parametrize(
     ("method", "words"),
     [
-        (AtBsl(tau=-1.0), "--tau must be 0 or more, not -1"),
-        (AtBsl(tau=float("inf")), "--tau must be 0 or more, not inf"),
-        (Ltat(alpha=float("nan")), "--alpha must be 0 or more, not nan"),
-        (Ltat(kl_weight=-0.5), "--kl-weight must be 0 or more, not -0.5"),
-        (Ltat(temperature=0.0), "--temperature must be above 0"),
+        (AtBsl(tau=-1.0), "--tau must be 0 or more and finite, not -1"),
+        (AtBsl(tau=float("inf")), "--tau must be 0 or more and finite, not inf"),
+        (Ltat(alpha=float("nan")), "--alpha must be 0 or more and finite, not nan"),
+        (Ltat(kl_weight=-0.5), "--kl-weight must be 0 or more and finite, not -0.5"),
+        (Ltat(temperature=0.0), "--temperature must be above 0, not 0"),
     ],
 )
-def test_meaningless_options_are_refused(method, words):
+def test_invalid_options_are_refused(method, words):
     with pytest.raises(UserError, match=words):
         method.check()
 
 
-def test_meaningful_options_are_not():
+def test_valid_options_are_accepted():
     for method in METHODS.values():
         method().check()
     Ltat(alpha=0.0, kl_weight=0.0, tau=0.0).check()

@@ -1,16 +1,16 @@
-"""MART against its formula, where float32 would lose it, and its preset."""
+"""MART against its formula, also where plain float32 loses precision, and its preset."""
 
 import pytest
 import torch
 
-from helpers.three_steps import COUNTS, N, Twin, assert_three_steps_equal, picked
-from ltat_fast.config import parse_args
+from helpers.three_steps import COUNTS, Float64Method, N, assert_three_steps_equal, picked
+from ltat_fast.flags import parse_args
 from ltat_fast.methods import MethodContext
 from ltat_fast.methods.mart import Mart
 
 
 def formula(clean, adv, y, beta, log_prior=0.0):
-    """As it stands in the paper's code, with its constants, one sample at a time."""
+    """The loss with the constants of the authors' code, one sample at a time where it picks classes."""
     p, q, b = clean.softmax(1), adv.softmax(1), (adv + log_prior).softmax(1)
     wrong = torch.stack([torch.cat([row[:c], row[c + 1 :]]).max() for row, c in zip(b, y.tolist(), strict=True)])
     boosted = -picked(b, y).log() - (1.0001 - wrong + 1e-12).log()
@@ -18,28 +18,30 @@ def formula(clean, adv, y, beta, log_prior=0.0):
     return (boosted + beta * (1.0000001 - picked(p, y)) * divergence).mean()
 
 
-class MartTwin(Twin):
+class Float64Mart(Float64Method):
     beta, log_prior = 5.0, 0.0
 
     def loss(self, x, x_adv, y):
         return formula(self.logits(x), self.logits(x_adv), y, self.beta, self.log_prior)
 
 
-class BalancedTwin(MartTwin):
+class Float64BalancedMart(Float64Mart):
     beta, log_prior = 6.0, N.log()
 
 
 @pytest.mark.parametrize(
-    ("method", "twin"), [(Mart(), MartTwin), (Mart(beta=6.0, balanced=True), BalancedTwin)], ids=["", "balanced"]
+    ("method", "reference"),
+    [(Mart(), Float64Mart), (Mart(beta=6.0, balanced=True), Float64BalancedMart)],
+    ids=["", "balanced"],
 )
-def test_three_steps_equal_the_formula(method, twin):
+def test_three_steps_equal_the_formula(method, reference):
     assert method.noise == "gaussian"
-    assert_three_steps_equal(method, twin)
+    assert_three_steps_equal(method, reference)
 
 
 @pytest.mark.parametrize("size", [1.0, 12.0, 25.0])
-def test_float32_keeps_what_the_formula_says(size):
-    """Sure of the wrong class, 1.0001 - q has a few bits left in float32; and log(q + 1e-12) meets q = 0."""
+def test_float32_follows_the_formula_at_confident_logits(size):
+    """If the model is confident of the wrong class, 1.0001 - q has few correct bits in float32, and q can be 0."""
     generator = torch.Generator().manual_seed(0)
     clean, adv = size * torch.randn(2, 40, 7, generator=generator, dtype=torch.float64)
     y = torch.randint(7, (40,), generator=generator)
@@ -52,12 +54,12 @@ def test_float32_keeps_what_the_formula_says(size):
     logits = iter(points)
     loss, _ = method.loss(lambda x: next(logits), None, None, y, None)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
-    for grad, theirs in zip(torch.autograd.grad(loss, points), expected_grads, strict=True):
-        torch.testing.assert_close(grad.double(), theirs, atol=1e-6, rtol=1e-3)
+    for grad, expected_grad in zip(torch.autograd.grad(loss, points), expected_grads, strict=True):
+        torch.testing.assert_close(grad.double(), expected_grad, atol=1e-6, rtol=1e-3)
 
 
-def test_the_small_constants_count_in_float32():
-    """Clean prediction sure and right, adversarial one sure and wrong, with 1 - p about as small as the constants."""
+def test_the_small_constants_are_not_lost_in_float32():
+    """The clean prediction is confident and right, the adversarial one confident and wrong: 1 - p is nearly 0."""
     clean = torch.tensor([[17.0, 0, 0, 0, 0, 0, 0], [0, 0, 40.0, 0, 0, 0, 0]], dtype=torch.float64)
     adv = torch.tensor([[0, 12.3, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 14.1, 0]], dtype=torch.float64)
     for c, a, y in zip(clean[:, None], adv[:, None], torch.tensor([[0], [2]]), strict=True):
@@ -67,7 +69,7 @@ def test_the_small_constants_count_in_float32():
         _, parts = method.loss(lambda x, logits=logits: next(logits), None, None, y, None)
         boosted = formula(c, a, y, 0.0).item()
         assert parts["bce"].item() == pytest.approx(boosted, rel=3e-7)
-        # The formula's own subtraction from 1.0000001 leaves nine digits in float64.
+        # In float64 the subtraction from 1.0000001 in the formula keeps nine correct digits.
         assert parts["weighted_kl"].item() == pytest.approx(
             formula(c, a, y, 1e6).item() / 1e6 - boosted / 1e6, rel=1e-5
         )
@@ -83,7 +85,7 @@ def test_extreme_logits_stay_finite():
     assert grad.isfinite().all()
 
 
-def test_beta_goes_by_the_network():
+def test_the_default_beta_depends_on_the_network():
     def beta(*flags):
         return parse_args(["--method", "mart", *flags])[1].beta
 

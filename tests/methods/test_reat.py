@@ -1,5 +1,6 @@
-"""REAT against its formulas; the class weights: what they are, that they change no example, and that a resume keeps
-them."""
+"""REAT against its formulas; its class weights follow their formula, change no example and survive a resume."""
+
+import itertools
 
 import numpy as np
 import pytest
@@ -9,8 +10,8 @@ from helpers.three_steps import (
     CLASSES,
     COUNTS,
     HARDWARE,
+    Float64Method,
     N,
-    Twin,
     assert_three_steps_equal,
     batch,
     cross_entropy,
@@ -23,19 +24,19 @@ from ltat_fast.methods import MethodContext
 from ltat_fast.methods.reat import Reat, effective_number_weights
 from ltat_fast.training.fit import Stage, fit
 
-TAIL = {5, 6}  # floor(7 / 3) * 2 + 1 and on
+TAIL = {5, 6}  # from floor(7 / 3) * 2 + 1 on
 
 
-def reat_twin(tail_weight: float, pairwise: bool) -> type[Twin]:
-    """The loops of the authors' code, one pair of samples at a time."""
+def float64_reat(tail_weight: float, pairwise: bool) -> type[Float64Method]:
+    """The loss with loops as in the authors' code, one pair of samples at a time."""
 
-    class ReatTwin(Twin):
+    class Float64Reat(Float64Method):
         def loss(self, x, x_adv, y):
             h = self.net.features(x_adv)
             z, q, labels = h @ self.net.fc.weight.T + self.net.fc.bias, h.softmax(1), y.tolist()
             omega = (N.sum() / N).sqrt()
             tail = [b for b, label in enumerate(labels) if label in TAIL]
-            assert tail, "the batch is to have tail samples"
+            assert tail, "the batch must have tail samples"
             total = 0.0
             for b in tail:
                 held = q[b].detach()
@@ -48,23 +49,24 @@ def reat_twin(tail_weight: float, pairwise: bool) -> type[Twin]:
                     total = total + k * sum(weights) / len(y)
             return cross_entropy(z + N.log(), y) + tail_weight * total / len(tail)
 
-    return ReatTwin
+    return Float64Reat
 
 
 @pytest.mark.parametrize(
-    ("options", "twin"),
+    ("options", "reference"),
     [
-        ({}, reat_twin(1.0, pairwise=False)),
-        ({"tail_weight": 60.0}, reat_twin(60.0, pairwise=False)),  # as coded it is so small that 1 would hide mistakes
-        ({"tail_form": "pairwise"}, reat_twin(1.0, pairwise=True)),
+        ({}, float64_reat(1.0, pairwise=False)),
+        # The as-coded term is so small that weight 1 would hide mistakes.
+        ({"tail_weight": 60.0}, float64_reat(60.0, pairwise=False)),
+        ({"tail_form": "pairwise"}, float64_reat(1.0, pairwise=True)),
     ],
     ids=str,
 )
-def test_three_steps_equal_the_formulas(options, twin):
-    """The twin's attack ascends plain cross-entropy, without the class weights."""
+def test_three_steps_equal_the_formulas(options, reference):
+    """The attack of the reference ascends plain cross-entropy, without the class weights."""
     method = Reat(**options)
     assert method.noise == "uniform"
-    assert_three_steps_equal(method, twin, tolerance=1e-6)
+    assert_three_steps_equal(method, reference, tolerance=1e-6)
 
 
 @pytest.mark.parametrize("form", ["as-coded", "pairwise"])
@@ -81,19 +83,16 @@ def test_a_batch_without_tail_samples_has_no_tail_term(form):
 
 
 @pytest.mark.parametrize(("classes", "first"), [(2, 1), (10, 7), (100, 67), (200, 133)])
-def test_tail_classes(classes, first):
+def test_tail_classes_begin_after_two_thirds(classes, first):
     method = Reat()
     method.setup(MethodContext(torch.full((classes,), 5)))
     assert method._is_tail.nonzero()[:, 0].tolist() == list(range(first, classes))
 
 
-def test_tail_classes_are_rare_wherever_they_stand():
+def test_tail_classes_are_the_rare_classes_in_any_order():
     method = Reat()
     method.setup(MethodContext(torch.tensor([2, 5, 10, 20, 40, 60, 3])))
     assert method._is_tail.nonzero()[:, 0].tolist() == [0, 6]
-
-
-# -- the class weights ----------------------------------------------------------------------------------------------
 
 
 def test_class_weights_are_inverse_effective_numbers():
@@ -120,18 +119,22 @@ def test_class_weights_do_not_change_the_sign_attack():
 
     logits = torch.randn(16, CLASSES, generator=torch.Generator().manual_seed(0))
     weighted = sum(weights[c] * cross_entropy(row[None], c[None]) for row, c in zip(logits, y, strict=True))
-    assert method.objective(x, logits, y).item() == pytest.approx(weighted.item(), rel=1e-5), "but they are there"
+    assert method.objective(x, logits, y).item() == pytest.approx(weighted.item(), rel=1e-5)
 
 
-def test_predictions_of_an_epoch_weigh_the_next():
+def test_predictions_of_one_epoch_give_the_class_weights_of_the_next():
     method = Reat()
     net = toy_classifier(method)
     step = train_step(method, net)
     from_counts = effective_number_weights(torch.tensor(COUNTS), torch.tensor(COUNTS))
     predicted = []
-    net.register_forward_hook(
-        lambda module, _, out: predicted.append(out[0].argmax(1)) if isinstance(out, tuple) else None
-    )
+
+    def record(module, arguments, output):
+        if isinstance(output, tuple):
+            logits, _ = output
+            predicted.append(logits.argmax(1))
+
+    net.register_forward_hook(record)
     method.on_epoch_start(0)
     for seed in range(3):
         assert torch.equal(method.class_weights, from_counts)
@@ -150,7 +153,7 @@ class Killed(BaseException):
 
 
 def stage(folder, die_at: int | None = None) -> Stage:
-    """Three epochs of five steps, saved after every step; ``die_at``: the step, from 1, whose loss is never reached."""
+    """Three epochs of five steps, saved after every step. die_at: step, counted from 1, at which the run dies."""
     rng = np.random.RandomState(0)
     loader = DeviceLoader(
         rng.randint(0, 256, (42, 3, 6, 6)).astype(np.uint8),
@@ -161,16 +164,15 @@ def stage(folder, die_at: int | None = None) -> Stage:
         flip=True,
         device="cpu",
     )
-    method, calls = Reat(), []
+    method, steps = Reat(), itertools.count(1)
     loss = method.loss
 
-    def counted(*args):
-        calls.append(1)
-        if len(calls) == die_at:
+    def dying_loss(*args):
+        if next(steps) == die_at:
             raise Killed
         return loss(*args)
 
-    method.loss = counted
+    method.loss = dying_loss
     model = toy_classifier(method, seed=5).float()
     method.setup(MethodContext(torch.tensor(COUNTS)))
     return Stage(
@@ -194,7 +196,7 @@ def stage(folder, die_at: int | None = None) -> Stage:
 
 
 def test_a_resumed_run_keeps_its_counts(tmp_path):
-    """Killed in the middle of the second epoch, it ends with the weights and counts of a run that was not."""
+    """A run killed in the second epoch and resumed ends with the weights and counts of an uninterrupted run."""
     whole = stage(tmp_path / "whole")
     fit(whole, HARDWARE)
     with pytest.raises(Killed):
@@ -204,7 +206,7 @@ def test_a_resumed_run_keeps_its_counts(tmp_path):
     assert whole.method.predicted.sum() == 40
     for name, tensor in whole.method.state().items():
         assert torch.equal(resumed.method.state()[name], tensor), name
-    # Three classes at least, or these weights would hardly depend on how much was counted.
+    # With fewer distinct values the weights would hardly depend on the counts.
     assert whole.method.class_weights.unique().numel() > 3
     for name, tensor in whole.model.state_dict().items():
         assert torch.equal(resumed.model.state_dict()[name], tensor), name

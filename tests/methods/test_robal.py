@@ -1,4 +1,4 @@
-"""RoBal against its formulas in each configuration; what it exports, in memory and from a file."""
+"""RoBal against its formulas in each configuration; the exported network, in memory and from a file."""
 
 import json
 
@@ -10,8 +10,8 @@ from helpers import train_runs
 from helpers.three_steps import (
     COUNTS,
     HARDWARE,
+    Float64Method,
     N,
-    Twin,
     assert_three_steps_equal,
     batch,
     cross_entropy,
@@ -21,8 +21,8 @@ from helpers.three_steps import (
     train_step,
 )
 from ltat_fast import config as configuration
-from ltat_fast.config import parse_args
 from ltat_fast.errors import UserError
+from ltat_fast.flags import parse_args
 from ltat_fast.methods.robal import Robal
 from ltat_fast.runs.splits import load_splits
 from ltat_fast.runs.weights import load_model
@@ -30,8 +30,8 @@ from ltat_fast.training.device import Hardware
 from ltat_fast.training.step import frozen_twin
 
 
-def robal_twin(m, s, tau_b, tau_m, beta, g) -> type[Twin]:
-    class RobalTwin(Twin):
+def float64_robal(m, s, tau_b, tau_m, beta, g) -> type[Float64Method]:
+    class Float64Robal(Float64Method):
         def logits(self, x):
             h, w = self.net.features(x), self.net.fc.weight
             rows = [row / row.norm() for row in h]
@@ -42,12 +42,13 @@ def robal_twin(m, s, tau_b, tau_m, beta, g) -> type[Twin]:
             u = s * adv
             if tau_b > 0:
                 u = u + tau_b * (N / N.sum()).log()
+            margins = torch.zeros_like(u)
             for i, label in enumerate(y.tolist()):
-                margin = m + tau_m / s * (N[label] / N.min()).log()
-                u = u - s * margin * torch.eye(len(N), dtype=u.dtype)[label] * (torch.arange(len(u)) == i)[:, None]
+                margins[i, label] = m + tau_m / s * (N[label] / N.min()).log()
+            u = u - s * margins
             return cross_entropy(u, y) + beta * kl(clean.softmax(1), adv.softmax(1))
 
-    return RobalTwin
+    return Float64Robal
 
 
 @pytest.mark.parametrize("posthoc", [True, False])
@@ -61,15 +62,15 @@ def robal_twin(m, s, tau_b, tau_m, beta, g) -> type[Twin]:
     ],
 )
 def test_three_steps_equal_the_formulas(dataset, config, numbers, posthoc):
-    """The attack too: the network that it runs on exports shifted logits, and it ascends on the bare cosines."""
+    """The attacked network exports shifted logits, but the attack ascends the loss of the plain cosines."""
     method = Robal(robal_config=config, robal_dataset=dataset, posthoc=posthoc)
     assert method.noise == "uniform"
-    assert_three_steps_equal(method, robal_twin(*numbers), tolerance=1e-6)
+    assert_three_steps_equal(method, float64_robal(*numbers), tolerance=1e-6)
 
 
 def test_single_numbers_can_be_changed():
     method = Robal(margin=0.25, tau_b=0.7, tau_m=0.9, beta=2.0, norm_offset=0.5, scale=5.0, tau_p=3.0)
-    assert_three_steps_equal(method, robal_twin(0.25, 5.0, 0.7, 0.9, 2.0, 0.5), tolerance=1e-6)
+    assert_three_steps_equal(method, float64_robal(0.25, 5.0, 0.7, 0.9, 2.0, 0.5), tolerance=1e-6)
 
 
 EXPORTS = [
@@ -84,7 +85,7 @@ EXPORTS = [
 
 @pytest.mark.parametrize(("options", "scale", "tau_p"), EXPORTS)
 def test_the_exported_model_includes_its_shift(options, scale, tau_p):
-    """In eval mode, as it is evaluated and saved; in train mode the bare cosines."""
+    """Eval mode gives shifted logits; train mode gives the plain cosines."""
     net = toy_classifier(Robal(**options)).eval()
     g = Robal(**options).numbers.norm_offset
     x, _ = batch()
@@ -95,7 +96,7 @@ def test_the_exported_model_includes_its_shift(options, scale, tau_p):
     torch.testing.assert_close(net.fc.train()(h), cosines, atol=1e-12, rtol=0)
 
 
-def test_a_bf16_twin_exports_the_same_shift():
+def test_a_bf16_frozen_twin_exports_the_same_shift():
     net = toy_classifier(Robal(robal_dataset="cifar100")).float().eval()
     twin = frozen_twin(net, Hardware(HARDWARE.device, torch.bfloat16, ""))
     assert torch.equal(twin.net.fc.shift, net.fc.shift)
@@ -113,8 +114,7 @@ def test_an_image_without_features_has_finite_logits_and_gradients():
     assert features.grad.isfinite().all()
 
 
-def test_margins_are_of_the_true_class():
-    """A margin takes from the logit of the label alone: the loss is that of logits lowered there."""
+def test_a_margin_lowers_only_the_logit_of_the_true_class():
     method = Robal(margin=0.4, tau_m=0.0, tau_b=0.0, beta=0.0)
     net = toy_classifier(method)
     train_step(method, net)
@@ -128,7 +128,7 @@ def test_margins_are_of_the_true_class():
 
 @pytest.fixture(scope="module")
 def robal_run(tmp_path_factory):
-    """Two steps of RoBal N on the digits, evaluated."""
+    """An evaluated run with two steps of RoBal N on the digits."""
     out = tmp_path_factory.mktemp("robal") / "run"
     flags = ("--max-steps", "2", "--epochs", "1", "--eval-attacks", "clean", "--limit-eval", "50")
     assert train_runs.train("--method", "robal", "--robal-config", "N", "--tau-p", "2", "--out", str(out), *flags) == 0
@@ -155,7 +155,7 @@ def test_a_saved_run_exports_its_shift_and_reloads(robal_run):
     assert card["method_options"]["robal_config"] == "N"
 
 
-def test_a_dataset_chooses_its_numbers():
+def test_the_dataset_preset_selects_the_numbers():
     def numbers(*flags):
         return parse_args(["--method", "robal", *flags])[1].numbers
 
@@ -165,10 +165,11 @@ def test_a_dataset_chooses_its_numbers():
     assert numbers("--robal-config", "N", "--tau-b", "0.5") == (0.1, 0.5, 0.0, 6.0, 0.03125, 0.1)
 
 
-def test_meaningless_options_are_refused():
-    for method, words in ((Robal(scale=0.0), "--scale must be above 0"), (Robal(margin=-1.0), "--margin must be 0")):
-        with pytest.raises(UserError, match=words):
-            method.check()
+def test_invalid_options_are_refused():
+    with pytest.raises(UserError, match="--scale must be above 0, not 0"):
+        Robal(scale=0.0).check()
+    with pytest.raises(UserError, match="--margin must be 0 or more and finite, not -1"):
+        Robal(margin=-1.0).check()
 
 
 def test_a_class_without_images_has_finite_margins_and_shift():

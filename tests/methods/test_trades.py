@@ -1,14 +1,23 @@
-"""TRADES against its formula, and what it becomes without its second term."""
+"""TRADES against its formula, and without its second term."""
 
 import pytest
 import torch
 
-from helpers.three_steps import N, Twin, assert_three_steps_equal, batch, cross_entropy, kl, toy_classifier, train_step
+from helpers.three_steps import (
+    Float64Method,
+    N,
+    assert_three_steps_equal,
+    batch,
+    cross_entropy,
+    kl,
+    toy_classifier,
+    train_step,
+)
 from ltat_fast.methods.natural import Natural
 from ltat_fast.methods.trades import Trades
 
 
-class TradesTwin(Twin):
+class Float64Trades(Float64Method):
     beta, log_prior = 6.0, 0.0
 
     def objective(self, x, point, y):
@@ -19,20 +28,22 @@ class TradesTwin(Twin):
         return cross_entropy(clean + self.log_prior, y) + self.beta * kl(clean.softmax(1), adv.softmax(1))
 
 
-class BalancedTwin(TradesTwin):
+class Float64BalancedTrades(Float64Trades):
     beta, log_prior = 1.5, N.log()
 
 
 @pytest.mark.parametrize(
-    ("method", "twin"), [(Trades(), TradesTwin), (Trades(beta=1.5, balanced=True), BalancedTwin)], ids=["", "balanced"]
+    ("method", "reference"),
+    [(Trades(), Float64Trades), (Trades(beta=1.5, balanced=True), Float64BalancedTrades)],
+    ids=["", "balanced"],
 )
-def test_three_steps_equal_the_formula(method, twin):
+def test_three_steps_equal_the_formula(method, reference):
     assert method.noise == "gaussian"
-    assert_three_steps_equal(method, twin)
+    assert_three_steps_equal(method, reference)
 
 
 def test_beta_0_is_clean_training():
-    """Weights and statistics: the adversarial batch, though there, leaves no trace."""
+    """The adversarial batch changes neither weights nor batch norm statistics."""
     nets = []
     for method in (Trades(beta=0.0), Natural()):
         net = toy_classifier(method)

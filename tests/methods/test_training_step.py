@@ -1,6 +1,6 @@
-"""Whole training steps of each method against a twin written from the formulas in float64.
+"""Whole training steps of PGD-AT, AT-BSL and LTAT against a float64 reference that is written from the formulas.
 
-The twin shares nothing with ours but the images, the initial weights and the attack's start point.
+The reference shares only the images, the initial weights and the start of the attack with our code.
 """
 
 import pytest
@@ -17,7 +17,7 @@ HARDWARE = Hardware(torch.device("cpu"), torch.float32, "test")
 COUNTS = [40, 11, 3]
 EPS, STEP_SIZE, ATTACK_STEPS = 0.1, 0.03, 4
 LR, MOMENTUM, WEIGHT_DECAY = [0.1, 0.05, 0.02], 0.9, 5e-4
-EPOCHS = 4  # step e of the test runs as if in epoch e
+EPOCHS = 4  # step e of a test is in epoch e
 
 
 def cross_entropy(z, y):
@@ -29,13 +29,13 @@ def balanced_cross_entropy(z, y, tau):
 
 
 def kl(target, logits):
-    """KL(softmax target || softmax logits), summed over classes, averaged over the batch."""
+    """Return KL(softmax target || softmax logits), summed over classes, averaged over the batch."""
     p = target.softmax(1)
     return (p * (target.log_softmax(1) - logits.log_softmax(1))).sum(1).mean()
 
 
-class Twin:
-    """PGD on CE in eval mode, the method's loss in train mode, SGD with momentum and weight decay: in float64."""
+class Float64Training:
+    """PGD on CE in eval mode, the method's loss in train mode, SGD with momentum and weight decay, in float64."""
 
     def __init__(self, net, teacher):
         self.net, self.teacher = double(net), double(teacher).eval()
@@ -103,11 +103,16 @@ class Twin:
 def test_three_steps_equal_the_formulas(name, options):
     net, teacher = small_net(seed=1), small_net(seed=2)
     teacher_before = {k: v.clone() for k, v in teacher.state_dict().items()}
-    twin = Twin(net, teacher)
+    reference = Float64Training(net, teacher)
     method = METHODS[name](**options)
     method.setup(MethodContext(torch.tensor(COUNTS), frozen_twin(teacher.train(), HARDWARE)))
     examples, loss = [], method.loss
-    method.loss = lambda model, x, x_adv, *rest: examples.append(x_adv) or loss(model, x, x_adv, *rest)
+
+    def recording_loss(model, x, x_adv, *rest):
+        examples.append(x_adv)
+        return loss(model, x, x_adv, *rest)
+
+    method.loss = recording_loss
     attack = AttackConfig(EPS, STEP_SIZE, ATTACK_STEPS, method.noise)
     step = TrainStep(net, method, make_optimizer(net, 1.0, MOMENTUM, WEIGHT_DECAY), attack, HARDWARE)
 
@@ -115,18 +120,18 @@ def test_three_steps_equal_the_formulas(name, options):
         x, y = images(16, seed=e), labels(16, seed=e)
         start = pgd_init(x, EPS, method.noise, generator=torch.Generator().manual_seed(50 + e))
         step.restart()
-        net.eval()  # where an evaluation may have left it
+        net.eval()  # an evaluation may leave it in eval mode
         step(x, y, lr=LR[e], progress=(e + 1) / EPOCHS, seed=50 + e)
-        expected_x_adv, expected_loss = twin.step(name, options, x, y, start, e + 1, LR[e])
+        expected_x_adv, expected_loss = reference.step(name, options, x, y, start, e + 1, LR[e])
 
         torch.testing.assert_close(examples[-1].double(), expected_x_adv, atol=1e-5, rtol=0)
         assert step.totals()["loss"] == pytest.approx(expected_loss, rel=1e-5)
-        for (key, ours), theirs in zip(net.state_dict().items(), twin.net.state_dict().values(), strict=True):
+        for (key, ours), expected in zip(net.state_dict().items(), reference.net.state_dict().values(), strict=True):
             torch.testing.assert_close(
-                ours.double(), theirs.double(), atol=1e-5, rtol=1e-4, msg=lambda m, k=key: f"{k} {m}"
+                ours.double(), expected.double(), atol=1e-5, rtol=1e-4, msg=lambda m, k=key: f"{k} {m}"
             )
 
-    # The teacher was only ever read, and in eval mode though its live module is in train mode.
+    # The teacher is unchanged, and it ran in eval mode although the live module is in train mode.
     assert all(p.grad is None for p in teacher.parameters())
     assert all(torch.equal(v, teacher_before[k]) for k, v in teacher.state_dict().items())
 
@@ -140,7 +145,7 @@ def test_start_noise_and_teacher(name, noise, teacher):
 
 
 def test_the_attack_does_not_know_the_class_prior():
-    """All three train on the same examples, were their start noise the same."""
+    """With the same start noise, all three methods train on the same examples."""
     net, x, y = small_net(), images(16), labels(16)
     examples = []
     for name in ("pgd-at", "at-bsl", "ltat"):

@@ -1,4 +1,4 @@
-"""What the methods themselves do in several processes: AWP's perturbation and REAT's counts are those of all images."""
+"""AWP and REAT in two processes: the perturbation and the counts are those of all images."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ import two_processes
 
 
 @pytest.fixture(scope="module")
-def of_two(tmp_path_factory) -> dict[str, dict]:
+def two(tmp_path_factory) -> dict[str, dict]:
     out = tmp_path_factory.mktemp("two") / "outcomes.pt"
     tests = Path(__file__).parent
     path = os.pathsep.join(filter(None, [str(tests), str(tests.parent), os.environ.get("PYTHONPATH")]))
@@ -24,10 +24,10 @@ def of_two(tmp_path_factory) -> dict[str, dict]:
 
 
 @pytest.mark.parametrize("name", two_processes.OPTIONS)
-def test_two_processes_train_as_one(of_two, name):
+def test_two_processes_train_like_one(two, name):
     one = two_processes.outcome(name)
-    assert of_two[name].keys() == one.keys()
+    assert two[name].keys() == one.keys()
     for key, tensor in one.items():
-        torch.testing.assert_close(of_two[name][key], tensor, atol=1e-5, rtol=1e-4, msg=lambda m, k=key: f"{k} {m}")
+        torch.testing.assert_close(two[name][key], tensor, atol=1e-5, rtol=1e-4, msg=lambda m, k=key: f"{k} {m}")
     if name == "reat":
         assert one["predicted"].sum() == 32

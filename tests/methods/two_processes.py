@@ -1,4 +1,4 @@
-"""What each process of test_two_processes.py runs: steps of AWP and of REAT on its share of a batch."""
+"""The program of each process of test_two_processes.py: steps of AWP and of REAT on its share of a batch."""
 
 import sys
 from pathlib import Path
@@ -12,17 +12,17 @@ from ltat_fast.models.sync_batch_norm import synchronise_batch_norm
 from ltat_fast.training import distributed
 from ltat_fast.training.step import TrainStep, make_optimizer
 
-# The tail term of REAT forms its pairs within a process, so without it.
+# No tail term of REAT: it forms its pairs within a process.
 OPTIONS = {"awp": {"awp_gamma": 0.3}, "reat": {"tail_weight": 0.0}}
 
 
 def outcome(name: str) -> dict[str, torch.Tensor]:
-    """Weights, buffers and the state of the method after two steps, over all processes."""
+    """Return weights, buffers and the state of the method after two steps, over all processes."""
     world = distributed.current()
     method = METHODS[name](**OPTIONS[name])
     model = synchronise_batch_norm(toy_classifier(method).float())
     method.setup(MethodContext(torch.tensor(COUNTS)))
-    # No random start: it is drawn for each process's share.
+    # No random start: each process would draw other noise.
     attack = AttackConfig(0.1, 0.05, 2, noise="none")
     optimizer = make_optimizer(model, 0.1, 0.9, 5e-4)
     step = TrainStep(model, method, optimizer, attack, HARDWARE, train_model=distributed.wrap(model))
@@ -39,5 +39,5 @@ if __name__ == "__main__":
     outcomes = {name: outcome(name) for name in OPTIONS}
     if distributed.current().is_main:
         torch.save(outcomes, Path(sys.argv[1]))
-    distributed.wait()  # a peer that has left aborts one that has not
+    distributed.wait()  # a process that ends early would abort the others
     distributed.stop()

@@ -1,4 +1,4 @@
 import torch
 
-# Tiny networks gain nothing from a second thread, and lose tenfold when parallel test workers contend for the cores.
+# A second thread does not speed up tiny networks, and makes them ten times slower when test workers share the cores.
 torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""The frozen twin against the live model's eval mode, for every architecture and every conversion."""
+"""The frozen twin compared with the eval mode of the live model, for all architectures and conversions."""
 
 import copy
 import pickle
@@ -28,7 +28,7 @@ FOLDED = {"resnet18": 20, "preactresnet18": 8, "wrn-34-10": 16, "mobilenetv2": 5
 
 
 def train(model, x, y, steps=3, lr=0.02):
-    """A few SGD steps in train mode: weights and batch norm statistics all move."""
+    """Take a few SGD steps in train mode, so that all weights and batch norm statistics change."""
     opt = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
     for _ in range(steps):
         opt.zero_grad()
@@ -37,7 +37,7 @@ def train(model, x, y, steps=3, lr=0.02):
 
 
 def attack_gradient(f, x, y):
-    """Logits and the input gradient, as one attack step takes them."""
+    """Return the logits and the input gradient of an attack step."""
     x = x.detach().requires_grad_()
     logits = f(x)
     return logits.detach(), torch.autograd.grad(F.cross_entropy(logits, y, reduction="sum"), x)[0]
@@ -56,27 +56,27 @@ def signs_agree(a, b):
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_equals_the_live_eval_model(arch):
-    """Built on fresh weights, refreshed after training moved weights and statistics; the truth is in float64."""
+def test_the_twin_equals_the_live_model_in_eval_mode(arch):
+    """The twin is built on initial weights and refreshed after training; the reference is in float64."""
     torch.manual_seed(0)
     n, size = (2, 12) if arch == "wrn-34-10" else (8, 24)
     x, y = torch.rand(n, 3, size, size), torch.arange(n)
     model = build_model(arch, 10)
     fresh = copy.deepcopy(model.state_dict())
     train(model, x, y)
-    moved = copy.deepcopy(model.state_dict())
-    truth_logits, truth_grad = attack_gradient(copy.deepcopy(model).double().eval(), x.double(), y)
-    with torch.autocast("cpu", BF16):  # the yardstick for bfloat16
+    trained = copy.deepcopy(model.state_dict())
+    true_logits, true_grad = attack_gradient(copy.deepcopy(model).double().eval(), x.double(), y)
+    with torch.autocast("cpu", BF16):  # the reference for the error in bfloat16
         _, auto_grad = attack_gradient(copy.deepcopy(model).eval(), x, y)
 
     for name, how in CONVERSIONS.items():
         model.load_state_dict(fresh)
         twin = FrozenTwin(model, **how)
-        model.load_state_dict(moved)
+        model.load_state_dict(trained)
         twin.refresh()
         logits, grad = attack_gradient(twin, x, y)
         assert logits.dtype == grad.dtype == torch.float32
-        error, angle, signs = relative(logits, truth_logits), cosine(grad, truth_grad), signs_agree(grad, truth_grad)
+        error, angle, signs = relative(logits, true_logits), cosine(grad, true_grad), signs_agree(grad, true_grad)
         print(f"{arch} {name}: logits off by {error:.1e}, gradient cosine {angle:.5f}, signs agree {signs:.2%}")
         if twin.dtype is None:
             assert error < 1e-4
@@ -84,12 +84,12 @@ def test_equals_the_live_eval_model(arch):
             assert signs > 0.998
         else:
             assert error < 2e-2
-            assert 1 - angle < 1.5 * (1 - cosine(auto_grad, truth_grad))
-            assert 1 - signs < 1.3 * (1 - signs_agree(auto_grad, truth_grad))
+            assert 1 - angle < 1.5 * (1 - cosine(auto_grad, true_grad))
+            assert 1 - signs < 1.3 * (1 - signs_agree(auto_grad, true_grad))
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_every_batch_norm_behind_a_convolution_is_folded(arch):
+def test_every_batch_norm_after_a_convolution_is_folded(arch):
     with torch.device("meta"):
         model = build_model(arch, 10)
     twin = FrozenTwin(model)
@@ -101,12 +101,12 @@ def test_every_batch_norm_behind_a_convolution_is_folded(arch):
 
 
 @pytest.mark.parametrize("how", CONVERSIONS.values(), ids=CONVERSIONS)
-def test_the_live_model_is_only_read(how):
+def test_the_live_model_is_not_changed(how):
     torch.manual_seed(0)
     x, y = torch.rand(8, 3, 12, 12), torch.arange(8)
     model = build_model("preactresnet18", 10)
     train(model, x, y, steps=1)
-    model.blocks[1].eval()  # modes need not be uniform
+    model.blocks[1].eval()  # train mode in some modules, eval mode in others
     model.fc.bias.requires_grad_(False)
 
     def state():
@@ -142,8 +142,8 @@ def test_refresh_follows_every_change(how):
         stale = twin(x)
         train(model, x, y, steps=1, lr=0.1)
         with torch.no_grad():
-            model.fc.weight.add_(0.1)  # an outside hand, as in adversarial weight perturbation
-        assert torch.equal(twin(x), stale) != shares  # sharing needs no refresh, a converted twin does
+            model.fc.weight.add_(0.1)  # another change, as in adversarial weight perturbation
+        assert torch.equal(twin(x), stale) != shares  # only a converted twin needs refresh()
         twin.refresh()
         assert torch.equal(twin(x), FrozenTwin(copy.deepcopy(model), **how)(x))
     model.load_state_dict(build_model("smallresnet", 10, in_channels=1).state_dict())
@@ -153,14 +153,14 @@ def test_refresh_follows_every_change(how):
 
 
 def shared_with(model, twin):
-    """How many of the twin's tensors live in the model's storage, and how many there are."""
+    """Return the number of the twin's tensors that use storage of the model, and the number of its tensors."""
     live = {p.data_ptr() for p in model.parameters()} | {b.data_ptr() for b in model.buffers()}
-    own = [t.data_ptr() in live for t in twin.state_dict().values()]
-    return sum(own), len(own)
+    shared = [t.data_ptr() in live for t in twin.state_dict().values()]
+    return sum(shared), len(shared)
 
 
-def test_shares_all_storage_or_none():
-    """A mixture would be half up to date between two calls of refresh."""
+def test_the_twin_shares_all_storage_or_none():
+    """If it shared only some, a part of the weights would be newer than the rest until the next refresh."""
     model = build_model("preactresnet18", 10)
     shared, total = shared_with(model, FrozenTwin(model, fold_bn=False))
     assert shared == total
@@ -173,21 +173,21 @@ def test_shares_all_storage_or_none():
 
 @pytest.mark.parametrize("how", [{"fold_bn": False}, {}], ids=["shared", "folded"])
 @pytest.mark.parametrize("arch", ["resnet18", "preactresnet18"])
-def test_attack_step_costs_two_forwards(arch, how):
-    """A parameter gradient would make it three."""
+def test_an_attack_step_costs_two_forward_passes(arch, how):
+    """With parameter gradients it would cost three."""
     model = build_model(arch, 10).train()
     twin = FrozenTwin(model, **how)
     x, y = torch.rand(2, 3, 16, 16), torch.tensor([0, 1])
     with FlopCounterMode(display=False) as forward:
         twin(x)
     with FlopCounterMode(display=False) as step:
-        attack_gradient(lambda x: twin(x.clone()), x, y)  # the counter's hooks want an input that is no leaf
+        attack_gradient(lambda x: twin(x.clone()), x, y)  # the hooks of the counter need an input that is not a leaf
     assert step.get_total_flops() == 2 * forward.get_total_flops()
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_compiled_backward_asks_for_no_weight_gradient(frozen):
-    """The twin's reason to be: compiled, the live model pays for weight gradients nobody reads."""
+def test_compiled_backward_computes_no_weight_gradient(frozen):
+    """The compiled live model computes weight gradients that nobody reads; the twin does not."""
     from torch._dynamo.backends.common import aot_autograd
     from torch._functorch.aot_autograd import make_boxed_func
 
@@ -211,7 +211,7 @@ def test_compiled_backward_asks_for_no_weight_gradient(frozen):
 
 
 @pytest.mark.parametrize("how", CONVERSIONS.values(), ids=CONVERSIONS)
-def test_compiles_once(how):
+def test_the_twin_is_compiled_once(how):
     torch.manual_seed(0)
     torch._dynamo.reset()
     x, y = torch.rand(8, 1, 8, 8), torch.arange(8)
@@ -221,7 +221,7 @@ def test_compiles_once(how):
     compiled = torch.compile(twin, backend=backend, fullgraph=True, dynamic=False)
     for _ in range(3):
         train(model, x, y, steps=1)
-        model.train(not model.training)  # the live mode is none of the twin's business
+        model.train(not model.training)  # the mode of the live model does not matter
         twin.refresh()
         logits, grad = attack_gradient(compiled, x, y)
         expected_logits, expected_grad = attack_gradient(twin, x, y)
@@ -255,7 +255,7 @@ def test_refresh_and_gradient_in_one_compiled_graph():
 
 
 class Net(nn.Module):
-    """Layers named a, b, ... and a forward given as a function of the module and x."""
+    """A network of the given layers, whose forward is a function of the module and x."""
 
     def __init__(self, forward, **layers):
         super().__init__()
@@ -358,13 +358,13 @@ def test_irregular_networks(case, how):
                 t.uniform_(0.5, 1.5)
     twin.refresh()
     x, weight = torch.rand(4, 3, 6, 6).requires_grad_(), torch.rand(4, 1)
-    truth = copy.deepcopy(net).double().eval()(x.double())
-    assert relative(twin(x), truth) < (1e-5 if twin.dtype is None else 1e-2)
+    expected = copy.deepcopy(net).double().eval()(x.double())
+    assert relative(twin(x), expected) < (1e-5 if twin.dtype is None else 1e-2)
     grads = [torch.autograd.grad((f(x) * weight).sum(), x)[0] for f in (twin, net.eval())]
     assert relative(*grads) < (1e-5 if twin.dtype is None else 2e-2)
 
 
-def test_untraceable_network_warns_and_still_agrees():
+def test_a_network_that_cannot_be_traced_warns_and_still_agrees():
     net = Net(branching, a=same_conv(), bn=nn.BatchNorm2d(3))
     with pytest.warns(UserWarning, match="Net cannot be traced"):
         twin = FrozenTwin(net)
@@ -376,7 +376,7 @@ def test_untraceable_network_warns_and_still_agrees():
 # --- copying, saving, moving -----------------------------------------------------------------------------------------
 
 
-def test_deepcopy_follows_the_copied_model():
+def test_a_deepcopy_follows_the_copied_model():
     x = torch.rand(4, 1, 8, 8)
     model = build_model("smallresnet", 10, in_channels=1)
     for how in CONVERSIONS.values():
@@ -389,9 +389,9 @@ def test_deepcopy_follows_the_copied_model():
         torch.testing.assert_close(other["twin"](x) - holder["twin"](x), torch.ones(4, 10), rtol=0, atol=0.02)
 
 
-def test_refuses_to_be_moved_or_pickled():
+def test_a_twin_cannot_be_moved_or_pickled():
     twin = FrozenTwin(build_model("smallresnet", 10))
-    with pytest.raises(TypeError, match="save that model's weights"):
+    with pytest.raises(TypeError, match="save the weights of its live model"):
         pickle.dumps(twin)
     with pytest.raises(RuntimeError, match="then build a new twin"):
         twin.double()

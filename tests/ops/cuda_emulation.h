@@ -1,5 +1,5 @@
-// Just enough CUDA to run csrc/cuda/igdm.cu on a CPU: the threads of a block take turns, each up to its next barrier.
-// A kernel must reach its barriers and shuffles in the same order in every thread of a block that is still running.
+// The part of CUDA that csrc/cuda/igdm.cu needs, emulated on a CPU. The threads of a block take turns; each runs up to
+// its next barrier. All threads of a block that still run must reach barriers and shuffles in the same order.
 #pragma once
 
 #include <ucontext.h>

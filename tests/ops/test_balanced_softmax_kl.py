@@ -21,7 +21,7 @@ SCALARS = {"tau": 0.7, "kl_weight": 1.7, "temperature": 2.5}
 
 
 def case(rows, classes, dtype=torch.float32, device="cpu", teacher=True, seed=0):
-    """Logits, labels, long-tailed counts with an empty class that nobody is labelled with, teacher logits."""
+    """Return logits, labels, long-tailed counts with one empty class that no label names, and teacher logits."""
     logits = normal(rows, classes, dtype=dtype, device=device, seed=seed, scale=3)
     counts = (500 * 0.1 ** (torch.arange(classes) / max(classes - 1, 1))).round()
     labels = torch.randint(0, classes, (rows,), generator=generator(seed + 1))
@@ -41,7 +41,7 @@ def value_and_gradient(op, logits, labels, counts, teacher, upstream=None, **opt
 
 
 def exact(logits, labels, counts, teacher, upstream=None, **options):
-    """The reference in float64, of the same rounded inputs."""
+    """Return value and gradient of the reference in float64, for the same rounded inputs."""
     teacher = None if teacher is None else teacher.double()
     return value_and_gradient(balanced_softmax_kl_ref, logits.double(), labels, counts, teacher, upstream, **options)
 
@@ -53,6 +53,12 @@ def assert_exact(inputs, upstream=None, **options):
     assert grad.dtype == inputs[0].dtype
     torch.testing.assert_close(loss.double(), expected_loss, **LOSS)
     torch.testing.assert_close(grad.double(), expected_grad, **gradient_tolerance(grad.dtype))
+
+
+def samples():
+    """Return results on fixed inputs. test_operator.py compares them between the builds of the kernels."""
+    loss, grad = value_and_gradient(balanced_softmax_kl, *case(41, 100), temperature=2.0)
+    return {"balanced_softmax_kl: loss": loss, "balanced_softmax_kl: gradient": grad}
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -72,7 +78,7 @@ def test_reductions(reduction, teacher, device):
     assert_exact(case(41, 100, device=device, teacher=teacher), upstream, reduction=reduction)
 
 
-def test_the_reference_is_cross_entropy_and_kl_div():
+def test_the_reference_equals_cross_entropy_plus_kl_div():
     logits, labels, counts, teacher = (t.double() if t.is_floating_point() else t for t in case(16, 10))
     counts[5] = 3.0
     bsl = F.cross_entropy(logits + 0.7 * counts.log(), labels, reduction="none")
@@ -89,9 +95,9 @@ def test_by_hand():
     torch.testing.assert_close(balanced_softmax_kl(logits, labels, [6, 3, 1]), torch.tensor(10.0).log())
     torch.testing.assert_close(balanced_softmax_kl(logits, labels, [6, 3, 1], tau=0.0), torch.tensor(3.0).log())
     torch.testing.assert_close(balanced_softmax_kl(logits, labels, [6, 0, 2]), torch.tensor(4.0).log())
-    one_sure = torch.tensor([[0.0, 100.0, 0.0]])  # KL(one class || uniform over 3) = log 3
+    confident = torch.tensor([[0.0, 100.0, 0.0]])  # KL(one class || uniform over 3) = log 3
     torch.testing.assert_close(
-        balanced_softmax_kl(logits, labels, [1, 1, 1], one_sure, kl_weight=2.0), 3 * torch.tensor(3.0).log()
+        balanced_softmax_kl(logits, labels, [1, 1, 1], confident, kl_weight=2.0), 3 * torch.tensor(3.0).log()
     )
 
 
@@ -101,13 +107,13 @@ def test_by_hand():
 def test_extreme_logits(dtype, teacher, device):
     logits, labels, counts, teacher_logits = case(64, 41, dtype, device, teacher)
     logits = logits.sign() * torch.where(logits.abs() > 3, 1e4, logits.abs())
-    logits[:8] = 1e4 + logits[:8]  # large and close together
+    logits[:8] = 1e4 + logits[:8]  # large, with small differences
     if teacher:
         teacher_logits = teacher_logits.sign() * torch.where(teacher_logits.abs() > 4, 1e4, teacher_logits.abs())
     inputs = (logits, labels, counts, teacher_logits)
     loss, grad = value_and_gradient(balanced_softmax_kl, *inputs, reduction="none")
     expected_loss, expected_grad = exact(*inputs, reduction="none")
-    # 1e-3 is the spacing of float32 at 1e4, where logit and prior are added
+    # 1e-3 is the spacing of float32 at 1e4, and logit plus prior is about 1e4
     torch.testing.assert_close(loss.double(), expected_loss, rtol=1e-5, atol=1e-3)
     torch.testing.assert_close(grad.double(), expected_grad, rtol=1e-3 + 2**-8, atol=1e-3)
 
@@ -119,17 +125,18 @@ def test_masked_classes(device):
     masked[torch.arange(64), labels] = False
     masked[:, 40] = False
     inf = float("inf")
-    for z, t in [(logits, teacher.masked_fill(masked, -inf)), (logits.masked_fill(masked, -inf),) * 2]:
+    masked_logits = logits.masked_fill(masked, -inf)
+    for z, t in [(logits, teacher.masked_fill(masked, -inf)), (masked_logits, masked_logits)]:
         assert_exact((z, labels, counts, t), reduction="none")
         assert balanced_softmax_kl(z, labels, counts, t).isfinite()
-    # the teacher believes in what the student excludes
+    # the teacher gives probability to classes that the student excludes
     loss, grad = value_and_gradient(
         balanced_softmax_kl, logits.masked_fill(masked, -inf), labels, counts, teacher, reduction="none"
     )
     assert (loss == inf).all()
     assert grad.isfinite().all()
     assert_exact((logits.masked_fill(masked, -inf), labels, counts, teacher), reduction="none")
-    # the label is excluded, by its count
+    # the count of a label's class is 0
     counts = counts.index_fill(0, labels[:1], 0.0)
     loss, grad = value_and_gradient(balanced_softmax_kl, logits, labels, counts, None, reduction="none")
     assert loss[0] == inf
@@ -140,7 +147,7 @@ def test_masked_classes(device):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("where", ["logits", "teacher"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_nan_and_plus_infinity_show(value, where, device):
+def test_nan_or_plus_infinity_in_a_row_makes_only_that_row_nan(value, where, device):
     logits, labels, counts, teacher = case(4, 20, device=device)
     (logits if where == "logits" else teacher)[1, 3] = value
     loss, grad = value_and_gradient(balanced_softmax_kl, logits, labels, counts, teacher, reduction="none")
@@ -210,7 +217,7 @@ def test_only_the_student_gets_a_gradient(device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_no_weight_is_no_teacher(device):
+def test_kl_weight_0_ignores_the_teacher(device):
     logits, labels, counts, teacher = case(8, 10, device=device)
     teacher[0, 0] = float("nan")
     without = balanced_softmax_kl(logits, labels, counts)
@@ -229,7 +236,7 @@ def test_empty_batch(device):
     assert logits.grad.shape == (0, 10)
 
 
-def test_more_threads_same_result():
+def test_the_number_of_threads_does_not_change_the_result():
     inputs = case(3000, 101)
     threads = torch.get_num_threads()
     try:
@@ -277,10 +284,10 @@ def test_opcheck(teacher, reduction, device):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiled_fullgraph_is_eager(backend, device):
+def test_compiled_fullgraph_equals_eager(backend, device):
     inputs = case(41, 17, torch.bfloat16, device)
 
-    def loss(logits, labels, counts, teacher):  # counts as a tensor and as a list
+    def loss(logits, labels, counts, teacher):  # one call with counts as a tensor, one with a list
         first = balanced_softmax_kl(logits, labels, counts, teacher, **SCALARS)
         return first + balanced_softmax_kl(logits, labels, [3.0] * 17, reduction="none").sum()
 
@@ -310,7 +317,7 @@ def test_function_transforms(device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_twice_differentiated_is_an_error(device):
+def test_differentiating_twice_is_an_error(device):
     logits, labels, counts, teacher = case(6, 10, device=device)
     logits.requires_grad_()
     losses = [
@@ -394,7 +401,7 @@ def test_errors():
     refuses(ValueError, "labels are on meta", logits, labels.to("meta"), counts)
     refuses(ValueError, r"class_counts must have shape \(10,\), got \(9,\)", logits, labels, counts[:9])
     refuses(ValueError, r"class_counts must have shape \(10,\), got \(9,\)", logits, labels, [1] * 9)
-    refuses(ValueError, "class_counts is on meta", logits, labels, counts.to("meta"))
+    refuses(ValueError, "class_counts are on meta", logits, labels, counts.to("meta"))
     refuses(ValueError, "class_counts must not be negative", logits, labels, [-1] + [1] * 9)
     refuses(ValueError, "class_counts must not be negative", logits, labels, counts - 1e3)
     refuses(ValueError, r"teacher_logits has shape \(5, 10\)", logits, labels, counts, teacher[:5])

@@ -1,5 +1,8 @@
-"""csrc/cuda without a GPU: it compiles for sm_80 and sm_90 without spills or float64, its glue compiles against torch's
-headers, and its kernels, run on the CPU by an emulation of thread blocks, compute what plain torch does."""
+"""Tests of csrc/cuda without a GPU.
+
+The kernels compile for sm_80 and sm_90 without spills or float64. The C++ around them compiles against torch's headers.
+An emulation of thread blocks runs the kernels on the CPU; their results equal those of plain torch.
+"""
 
 import ctypes
 import os
@@ -36,23 +39,23 @@ def test_kernels_compile_without_spills_or_float64(tmp_path):
     flags = ["-std=c++17", "-O3", *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs), "-Xptxas=-v"]
     report = run(NVCC, *flags, "--keep", f"--keep-dir={tmp_path}", "-c", SOURCE, "-o", tmp_path / "igdm.o")
     kernels = report.count("Compiling entry function")
-    assert kernels == len(archs) * (5 * 3 * 2 + 1)  # row lengths, dtypes, directions; and the sum over rows
+    assert kernels == len(archs) * (5 * 3 * 2 + 1)  # row lengths, dtypes, directions, and the sum over rows
     assert report.count("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads") == kernels
     for arch in archs:
         ptx = next(tmp_path.glob(f"*compute_{arch}*.ptx")).read_text()
         assert "__nv_bfloat16" in ptx
-        assert not re.findall(r"^\s*\w[\w.]*\.f64", ptx, re.MULTILINE)  # an instruction, that is; not a register's name
+        assert not re.findall(r"^\s*\w[\w.]*\.f64", ptx, re.MULTILINE)  # an instruction, not the name of a register
 
 
 @needs_cxx
 @needs_nvcc
-def test_glue_compiles(tmp_path):
+def test_the_cpp_side_compiles(tmp_path):
     toolkits = [Path(CUDA_HOME or "/usr/local/cuda"), Path(NVCC).resolve().parents[1], Path("/usr/local/cuda")]
     cuda = next((root / "include" for root in toolkits if (root / "include/cuda_runtime.h").is_file()), None)
     if cuda is None:
         pytest.skip("the CUDA headers were not found")
     includes = [f"-I{path}" for path in [*include_paths(), sysconfig.get_paths()["include"], cuda]]
-    # a CPU-only torch ships these headers without the one that its CUDA build configures
+    # a CPU-only torch has these headers, but not the one that the CUDA build of torch generates
     flags = ["-std=c++20", "-fsyntax-only", "-DC10_CUDA_NO_CMAKE_CONFIGURE_FILE"]
     run(CXX, *flags, *includes, ROOT / "csrc/igdm_cuda.cpp")
 
@@ -77,7 +80,7 @@ extern "C" void sum(const float* losses, int64_t rows, float scale, float* resul
 
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory):
-    """The kernels of igdm.cu as a library that runs them on the CPU."""
+    """Return a library that runs the kernels of igdm.cu on the CPU."""
     if not CXX:
         pytest.skip("no C++ compiler")
     folder = tmp_path_factory.mktemp("emulated")
@@ -98,7 +101,7 @@ def pointers(*tensors):
     return (ctypes.c_void_p * len(tensors))(*(t.data_ptr() for t in tensors))
 
 
-# each of the kernel's row lengths, with a remainder and without; a block that its rows do not fill
+# each row length of the kernel, with and without a remainder; a block with fewer rows than warps
 SHAPES = [(1, 1), (5, 10), (4, 32), (6, 100), (3, 128), (5, 200), (2, 1000), (1, 1024), (2, 1271), (1, 4099)]
 NUMBER = {"kl": 0, "l1": 1, "l2": 2, torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -110,8 +113,8 @@ def test_emulated_kernels(emulated, shape, dtype, divergence):
     rows, classes = shape
     logits = [normal(rows, classes, dtype=dtype, seed=seed, scale=2) for seed in range(4)]
     if classes > 2:
-        logits[0][0, 1] = logits[2][0, 1] = -float("inf")  # a class that both exclude
-        logits[2][-1, 0] = -float("inf")  # and one that the teacher alone does
+        logits[0][0, 1] = logits[2][0, 1] = -float("inf")  # a class that student and teacher exclude
+        logits[2][-1, 0] = -float("inf")  # a class that only the teacher excludes
     student = [t.double().requires_grad_() for t in logits[:2]]
     expected = igdm_loss_ref(*student, logits[2].double(), logits[3].double(), divergence=divergence, reduction="none")
     numbers = (ctypes.c_int64(rows), ctypes.c_int64(classes), NUMBER[divergence], NUMBER[dtype])
@@ -120,7 +123,7 @@ def test_emulated_kernels(emulated, shape, dtype, divergence):
     emulated.forward(pointers(*logits), ctypes.c_void_p(loss.data_ptr()), *numbers)
     torch.testing.assert_close(loss.double(), expected.detach(), equal_nan=True, **LOSS)
 
-    for stride, scale in ((1, 1.0), (0, 1 / rows)):  # "none", and "mean"
+    for stride, scale in ((1, 1.0), (0, 1 / rows)):  # "none" and "mean"
         upstream = normal(rows, seed=9)
         plus, minus = torch.full_like(logits[0], 7.0), torch.full_like(logits[0], 7.0)
         emulated.backward(

@@ -1,4 +1,4 @@
-"""The examples: the plain and the fused version agree, differ in three statements, and docs/ops.md shows which."""
+"""The plain and the fused version of each example agree and differ in three statements, which docs/ops.md shows."""
 
 import difflib
 import importlib.util
@@ -22,7 +22,7 @@ def load(version, name):
 
 @pytest.fixture
 def versions(request, monkeypatch):
-    """The plain and the fused module; the second draws its start noise as the first does, for numbers to compare."""
+    """Return the plain and the fused module. The fused one draws the same start noise, so that results can agree."""
     plain, fused = (load(version, request.param) for version in ("plain", "fused"))
     if hasattr(fused, "pgd_init"):
         monkeypatch.setattr(fused, "pgd_init", pgd_init_ref)
@@ -36,7 +36,7 @@ def network(seed=0):
 
 def batch():
     torch.manual_seed(1)
-    # away from 0 and 1, where pgd_init clamps the start and the plain TRADES loop does not
+    # not near 0 or 1: there pgd_init clamps the start, and the plain TRADES loop does not
     return 0.1 + 0.8 * torch.rand(20, 64, dtype=torch.float64), torch.randint(0, 10, (20,))
 
 
@@ -83,7 +83,7 @@ def test_fused_example_runs(name, capsys):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_three_statements_change_and_the_guide_shows_them(name):
+def test_the_guide_shows_the_three_statements_that_change(name):
     plain, fused = (
         (ROOT / "examples" / version / f"{name}.py").read_text().splitlines() for version in ("plain", "fused")
     )

@@ -42,6 +42,15 @@ def assert_exact(inputs, upstream=None, **options):
         torch.testing.assert_close(grad.double(), expected, equal_nan=True, **gradient_tolerance(grad.dtype))
 
 
+def samples():
+    """Return results on fixed inputs. test_operator.py compares them between the builds of the kernels."""
+    found = {}
+    for divergence in DIVERGENCES:
+        results = value_and_gradients(igdm_loss, *case(41, 100), divergence=divergence)
+        found |= {f"igdm_loss: {divergence}, {i}": result for i, result in enumerate(results)}
+    return found
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -59,7 +68,7 @@ def test_reductions(reduction, divergence, device):
     assert_exact(case(41, 100, device=device), upstream, divergence=divergence, reduction=reduction)
 
 
-def test_the_reference_is_kl_div_of_the_differences():
+def test_the_reference_equals_kl_div_of_the_differences():
     plus, minus, teacher_plus, teacher_minus = (t.double() for t in case(16, 10))
     log_q, p = (plus - minus).log_softmax(-1), (teacher_plus - teacher_minus).softmax(-1)
     expected = F.kl_div(log_q, p, reduction="batchmean")
@@ -71,11 +80,11 @@ def test_the_reference_is_kl_div_of_the_differences():
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_what_the_loss_ignores(device):
+def test_the_loss_ignores_constants_and_depends_only_on_differences(device):
     plus, minus, teacher_plus, teacher_minus = case(16, 10, device=device)
     shift = normal(16, 1, seed=7, scale=5).to(device)
     loss, grad_plus, grad_minus = value_and_gradients(igdm_loss, plus, minus, teacher_plus, teacher_minus)
-    # a constant added to any row of logits
+    # a constant added to a row of logits
     for moved in (
         (plus + shift, minus, teacher_plus, teacher_minus),
         (plus, minus, teacher_plus, teacher_minus - shift),
@@ -83,7 +92,7 @@ def test_what_the_loss_ignores(device):
         torch.testing.assert_close(igdm_loss(*moved), loss)
     assert_same(grad_plus, -grad_minus)
     torch.testing.assert_close(grad_plus.sum(1), torch.zeros(16, device=device), atol=1e-6, rtol=0)
-    # the same difference from another pair
+    # the same difference of other logits
     torch.testing.assert_close(igdm_loss(plus, minus, plus + shift, minus), torch.zeros((), device=device))
 
 
@@ -98,7 +107,7 @@ def test_extreme_logits(divergence, device):
         doubled = [t.double() for t in logits]
         exact = value_and_gradients(igdm_loss_ref, *doubled, divergence=divergence, reduction="none")
         for actual, expected in zip(ours, exact, strict=True):
-            # a difference of logits of 1e4 is known to 2e-3, and its exponential to as much, relatively
+            # the error of a difference of logits of 1e4 is 2e-3, which is also the relative error of its exponential
             torch.testing.assert_close(actual.double(), expected, rtol=2e-3, atol=4e-3)
 
 
@@ -121,7 +130,7 @@ def test_masked_classes(device):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("which", range(4))
-def test_nan_shows(which, divergence, device):
+def test_nan_in_a_row_makes_only_its_loss_nan(which, divergence, device):
     inputs = case(4, 20, device=device)
     inputs[which][1, 3] = float("nan")
     loss, *_ = value_and_gradients(igdm_loss, *inputs, divergence=divergence, reduction="none")
@@ -181,7 +190,7 @@ def test_empty_batch(device):
     assert inputs[0].grad.shape == (0, 10)
 
 
-def test_more_threads_same_result():
+def test_the_number_of_threads_does_not_change_the_result():
     inputs = case(3000, 101)
     threads = torch.get_num_threads()
     try:
@@ -224,7 +233,7 @@ def test_opcheck(divergence, reduction, device):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiled_fullgraph_is_eager(backend, device):
+def test_compiled_fullgraph_equals_eager(backend, device):
     inputs = case(41, 17, torch.bfloat16, device)
 
     def loss(*logits):
@@ -248,7 +257,7 @@ def test_function_transforms(device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_twice_differentiated_is_an_error(device):
+def test_differentiating_twice_is_an_error(device):
     inputs = case(6, 10, device=device)
     inputs[0].requires_grad_()
     for loss in (igdm_loss(*inputs), torch.ops.ltat.igdm(*inputs, "kl", "mean")):

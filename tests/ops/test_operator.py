@@ -1,9 +1,11 @@
-"""How ops find their kernels: schemas, shortcuts, builds for several instruction sets, life without the extension."""
+"""How operators find their kernels: schemas, direct calls, instruction sets, running without the extension."""
 
+import importlib
 import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,30 +13,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ltat_fast
 from helpers.op_cases import assert_same, normal
-from ltat_fast import _ext
-from ltat_fast.ops import backend_info, balanced_softmax_kl, igdm, pgd, pgd_step
-from ltat_fast.ops._operator import Operator, is_plain_call
+from ltat_fast import _ext, ops
+from ltat_fast.ops import backend_info, balanced_softmax_kl, pgd, pgd_step
+from ltat_fast.ops._operator import OPERATORS, is_plain_call
 
 NEEDS_EXT = pytest.mark.skipif(not _ext.HAS_EXT, reason=f"no C++ extension: {_ext.WHY_NOT}")
-MODULES = [pgd, sys.modules["ltat_fast.ops.balanced_softmax_kl"], igdm]
-OPERATORS = {f"{m.__name__}.{name}": op for m in MODULES for name, op in vars(m).items() if isinstance(op, Operator)}
-ONE_OF_EACH = """
-    import torch
-    from ltat_fast.ops import balanced_softmax_kl, igdm_loss, pgd_init, pgd_step
-
-    def one_of_each():
-        torch.manual_seed(0)
-        x, grad = torch.rand(2, 3, 9, 7), torch.randn(2, 3, 9, 7)
-        student = torch.randn(4, 41, 100).requires_grad_()
-        counts = torch.arange(100.0)
-        step = pgd_step(x, grad, x, 0.02, 0.03, out=torch.empty_like(x))
-        bsl = balanced_softmax_kl(student[0], torch.arange(1, 42), counts, student[1], temperature=2.0)
-        losses = [bsl] + [igdm_loss(*student, divergence=name) for name in ("kl", "l1", "l2")]
-        (grad,) = torch.autograd.grad(sum(losses), student)
-        starts = [pgd_init(x, 0.1, noise, torch.Generator().manual_seed(1)) for noise in ("uniform", "gaussian")]
-        assert all(((start - x).abs() <= 0.1 + 1e-7).all() for start in starts)
-        return [step, grad, *losses, *starts]
-"""
+NAMES = [operator.dispatched._schema.name for operator in OPERATORS]
+HERE = Path(__file__).parent
+OP_FILES = [path.stem for path in Path(ops.__file__).parent.glob("[a-z]*.py")]
+OP_TESTS = sorted(f"test_{name}" for name in OP_FILES if (HERE / f"test_{name}.py").exists())  # each has samples()
 
 
 def run_python(code, *args, **environment):
@@ -43,26 +30,60 @@ def run_python(code, *args, **environment):
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
-@NEEDS_EXT
-@pytest.mark.parametrize("name", OPERATORS)
-def test_python_and_cpp_define_the_same_schema(name):
-    operator = OPERATORS[name]
+@pytest.mark.parametrize("operator", OPERATORS, ids=NAMES)
+def test_the_dispatcher_has_the_schema_of_the_operator(operator):
     assert torch._C.parse_schema(operator.schema) == operator.dispatched._schema
 
 
 @NEEDS_EXT
-def test_every_op_is_covered():
-    assert len(OPERATORS) == 7
-    assert set(backend_info()) == {"pgd_init", "pgd_step", "balanced_softmax_kl", "igdm_loss"}
+@pytest.mark.parametrize("operator", OPERATORS, ids=NAMES)
+def test_the_extension_implements_the_operator(operator):
+    name = operator.dispatched._schema.name
+    assert "cpu" in operator.kernels
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU")
+    assert operator.autograd is None or torch._C._dispatch_has_kernel_for_dispatch_key(name, "Autograd")
 
 
 @NEEDS_EXT
-def test_shortcut_and_dispatcher_agree():
+def test_every_function_of_the_extension_belongs_to_an_operator():
+    expected = {f"{name.removeprefix('ltat::')}_{kind}" for name in NAMES for kind in ("cpu", "cuda", "autograd")}
+    assert {name for name in dir(_ext.C) if not name.startswith("_")} <= expected | {"build_info"}
+
+
+@NEEDS_EXT
+def test_a_schema_that_does_not_fit_the_cpp_function_is_refused():
+    """torch checks this when Python defines the schema. So the schema is written only in Python."""
+    code = """
+    import torch
+    from ltat_fast import _ext
+
+    try:
+        torch.library.Library("ltat", "FRAGMENT").define("igdm(Tensor student_plus) -> Tensor")
+    except RuntimeError as error:
+        assert "igdm" in str(error), error
+    else:
+        raise AssertionError("a wrong schema was accepted")
+    """
+    ran = run_python(code)
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_backend_info_lists_every_public_op():
+    public = {name for name in ops.__all__ if not name.endswith("_ref") and name != "backend_info"}
+    assert set(backend_info()) == public
+
+
+def test_every_op_has_samples():
+    assert {key.split(":")[0] for key in samples_here()} == set(backend_info())
+
+
+@NEEDS_EXT
+def test_direct_call_and_dispatcher_agree():
     logits, labels, counts, teacher = normal(41, 100), torch.arange(41), torch.arange(1.0, 101), normal(41, 100, seed=1)
     results = []
     for dispatched in (False, True):
         z = logits.clone().requires_grad_()
-        if dispatched:  # an active mode must be seen by every op
+        if dispatched:  # every op must go through an active mode
             with FlopCounterMode(display=False):
                 loss = balanced_softmax_kl(z, labels, counts, teacher)
                 grad = torch.autograd.grad(loss, z)[0]
@@ -74,7 +95,7 @@ def test_shortcut_and_dispatcher_agree():
         assert_same(a, b)
 
 
-def test_what_is_a_plain_call():
+def test_only_eager_calls_on_ordinary_tensors_are_plain():
     x = torch.rand(3)
     assert is_plain_call(x, torch.nn.Parameter(x), None, 1.0, "mean")
     assert not is_plain_call(x.as_subclass(type("Marked", (torch.Tensor,), {})))
@@ -105,18 +126,30 @@ def test_other_devices_run_plain_torch():
     assert balanced_softmax_kl(x, torch.zeros(4, dtype=torch.int64, device="meta"), [1] * 10).shape == ()
 
 
+SAVE_SAMPLES = f"""
+    import importlib, sys, torch
+    sys.path.insert(0, {str(HERE)!r})
+    samples = {{}}
+    for test in {OP_TESTS}:
+        samples |= importlib.import_module(test).samples()
+    torch.save(samples, sys.argv[1])
+"""
+
+
+def samples_here():
+    return {key: value for test in OP_TESTS for key, value in importlib.import_module(test).samples().items()}
+
+
 @NEEDS_EXT
 @pytest.mark.skipif("avx2" not in _ext.C.build_info()["cpu_builds"] if _ext.HAS_EXT else True, reason="one build only")
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
-def test_every_instruction_set_gives_the_same(capability, tmp_path):
-    """Each build of the kernels that this CPU can run, against plain torch in this process."""
-    saved = tmp_path / "results.pt"
+def test_every_instruction_set_gives_the_same_results(capability, tmp_path):
+    """Compare each build of the kernels that this CPU can run with the build of this process."""
+    saved = tmp_path / "samples.pt"
     code = (
-        ONE_OF_EACH
+        SAVE_SAMPLES
         + """
-    import sys
     from ltat_fast import _ext
-    torch.save(one_of_each(), sys.argv[1])
     print(_ext.C.build_info()["cpu_isa"])
     """
     )
@@ -124,10 +157,7 @@ def test_every_instruction_set_gives_the_same(capability, tmp_path):
     assert ran.returncode == 0, ran.stderr
     if ran.stdout.strip() != {"default": "baseline"}.get(capability, capability):
         pytest.skip(f"this CPU has no {capability}: it ran {ran.stdout.strip()}")
-    namespace = {}
-    exec(textwrap.dedent(ONE_OF_EACH), namespace)
-    for actual, expected in zip(torch.load(saved), namespace["one_of_each"](), strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(torch.load(saved), samples_here(), rtol=1e-5, atol=1e-6)
 
 
 HIDE_EXTENSION = """
@@ -142,24 +172,23 @@ HIDE_TRITON = """
 
 @pytest.mark.parametrize("hidden", [HIDE_EXTENSION, HIDE_EXTENSION + HIDE_TRITON], ids=["_C", "_C and Triton"])
 def test_without_the_extension_or_triton(hidden, tmp_path):
-    saved = tmp_path / "results.pt"
+    saved = tmp_path / "samples.pt"
     code = (
         hidden
-        + ONE_OF_EACH
+        + SAVE_SAMPLES
         + """
     from ltat_fast import _ext
-    from ltat_fast.ops import backend_info
+    from ltat_fast.ops import backend_info, balanced_softmax_kl, igdm_loss, pgd_init, pgd_step
 
-    if "ltat_fast._C" in sys.modules and sys.modules["ltat_fast._C"] is None:
-        assert not _ext.HAS_EXT
-        assert "_C" in _ext.WHY_NOT and "pip install" in _ext.WHY_NOT, _ext.WHY_NOT
-        assert all(info["cpu"] == f"torch ({_ext.WHY_NOT})" for info in backend_info().values())
-    eager = one_of_each()
+    assert not _ext.HAS_EXT
+    assert "_C" in _ext.WHY_NOT and "pip install" in _ext.WHY_NOT, _ext.WHY_NOT
+    assert all(info["cpu"] == f"torch ({_ext.WHY_NOT})" for info in backend_info().values())
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def compiled(x, logits, labels, teacher):
         x_adv = pgd_step(pgd_init(x, 0.1), x, x, 0.1, 0.2, out=torch.empty_like(x))
-        return balanced_softmax_kl(logits, labels, [1.0] * 4, teacher) + igdm_loss(*[logits] * 2, *[teacher] * 2), x_adv
+        loss = balanced_softmax_kl(logits, labels, [1.0] * 4, teacher)
+        return loss + igdm_loss(logits, logits, teacher, teacher), x_adv
 
     loss, x_adv = compiled(torch.rand(2, 3), torch.randn(3, 4), torch.tensor([0, 3, 1]), torch.randn(3, 4))
     assert loss.isfinite() and ((x_adv >= 0) & (x_adv <= 1)).all()
@@ -169,31 +198,59 @@ def test_without_the_extension_or_triton(hidden, tmp_path):
         except ValueError as error:
             assert f"label {label}" in str(error)
         else:
-            raise AssertionError("a wrong label went unnoticed")
-    torch.save(eager[:-2], sys.argv[1])  # plain torch draws other noise
+            raise AssertionError(f"label {label} raised no error")
     """
     )
     ran = run_python(code, saved)
     assert ran.returncode == 0, ran.stderr
-    namespace = {}
-    exec(textwrap.dedent(ONE_OF_EACH), namespace)
-    for actual, expected in zip(torch.load(saved), namespace["one_of_each"](), strict=False):
-        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+    plain, fused = (
+        {key: value for key, value in samples.items() if "random" not in key}  # plain torch draws other noise
+        for samples in (torch.load(saved), samples_here())
+    )
+    torch.testing.assert_close(plain, fused, rtol=1e-5, atol=1e-6)
 
 
 def test_schemas_are_defined_without_the_extension():
     code = (
         HIDE_EXTENSION
         + """
-    from ltat_fast.ops import igdm, pgd
-    for operator in (igdm._forward, igdm._backward, pgd._pgd_init, pgd._pgd_step, pgd._pgd_step_out):
+    from ltat_fast import ops
+    from ltat_fast.ops._operator import OPERATORS
+
+    for operator in OPERATORS:
         print(operator.dispatched._schema)
     """
     )
     ran = run_python(code)
     assert ran.returncode == 0, ran.stderr
-    operators = (igdm._forward, igdm._backward, pgd._pgd_init, pgd._pgd_step, pgd._pgd_step_out)
-    assert ran.stdout.splitlines() == [str(torch._C.parse_schema(operator.schema)) for operator in operators]
+    assert ran.stdout.splitlines() == [str(torch._C.parse_schema(operator.schema)) for operator in OPERATORS]
+
+
+def test_an_extension_older_than_an_op_leaves_that_op_to_plain_torch():
+    code = """
+    import torch
+    from ltat_fast import _ext
+
+    class Older:  # the extension before igdm_loss was written
+        def __getattr__(self, name):
+            if name.startswith("igdm"):
+                raise AttributeError(name)
+            return getattr(extension, name)
+
+    extension, _ext.C = _ext.C, Older()
+    from ltat_fast.ops import backend_info, igdm_loss, igdm_loss_ref
+
+    logits = [torch.randn(3, 4) for _ in range(4)]
+    assert torch.equal(igdm_loss(*logits), igdm_loss_ref(*logits))
+    print(backend_info()["igdm_loss"]["cpu"])
+    print(backend_info()["pgd_step"]["cpu"])
+    """
+    ran = run_python(code)
+    assert ran.returncode == 0, ran.stderr
+    igdm, pgd_step = ran.stdout.splitlines()
+    assert igdm.startswith("torch (")
+    assert _ext.INSTALL in igdm
+    assert pgd_step == ("c++" if _ext.HAS_EXT else f"torch ({_ext.WHY_NOT})")
 
 
 def test_importing_the_package_is_light():
@@ -211,5 +268,5 @@ def test_importing_the_package_is_light():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: this GPU test did not run")
 @pytest.mark.parametrize("op", backend_info())
 def test_a_gpu_runs_the_fused_kernel(op):
-    """Or the other GPU tests compare the reference with itself."""
+    """Without this the other GPU tests could compare the reference with itself."""
     assert backend_info()[op]["cuda"] in ("triton", "c++/cuda")

@@ -16,7 +16,7 @@ SHAPES = [(1,), (7,), (41,), (1271,), (2, 3, 5, 7), (4, 3, 32, 32), (70_001,), (
 
 
 def image_batch(shape, dtype=torch.float32, device="cpu"):
-    """Point, gradient with zeros of both signs and NaN, and centre; some pixels at the ends of the range."""
+    """Return x_adv, grad (with zeros of both signs, NaN and infinity) and x (with some pixels at 0 and at 1)."""
     x = torch.rand(shape, generator=generator(1)).mul(1.2).sub(0.1).clamp(0, 1).to(device, dtype)
     x_adv = (x + 1.3 * EPS * normal(*shape, dtype=dtype, device=device, seed=2)).clamp(0, 1)
     grad = normal(*shape, device=device, seed=3)
@@ -25,13 +25,25 @@ def image_batch(shape, dtype=torch.float32, device="cpu"):
     return x_adv, grad.to(dtype), x
 
 
+def samples():
+    """Return results on fixed inputs. test_operator.py compares them between the builds of the kernels."""
+    torch.manual_seed(0)
+    x, grad = torch.rand(2, 3, 9, 7), torch.randn(2, 3, 9, 7)
+    found = {"pgd_step": pgd_step(x, grad, x, 0.02, 0.03, out=torch.empty_like(x))}
+    for noise in ("uniform", "gaussian"):
+        start = pgd_init(x, 0.1, noise, generator(1))
+        assert ((start - x).abs() <= 0.1 + 1e-7).all()
+        found[f"pgd_init: random, {noise}"] = start
+    return found
+
+
 # --- step ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_step_is_the_reference_bit_for_bit(shape, dtype, device):
+def test_step_equals_the_reference_bit_for_bit(shape, dtype, device):
     x_adv, grad, x = image_batch(shape, dtype, device)
     assert_same(pgd_step(x_adv, grad, x, STEP, EPS), pgd_step_ref(x_adv, grad, x, STEP, EPS))
 
@@ -40,9 +52,8 @@ def test_step_by_hand():
     x = torch.tensor([0.5, 0.5, 0.5, 0.5, 0.0, 1.0, 0.5])
     x_adv = torch.tensor([0.5, 0.59, 0.41, 0.5, 0.0, 1.0, 0.9])
     grad = torch.tensor([3.0, 1.0, -1.0, 0.0, -1.0, 1.0, 0.0])
-    expected = torch.tensor(
-        [0.55, 0.6, 0.4, 0.5, 0.0, 1.0, 0.6]
-    )  # ascend, two projections, sign(0), two clamps, pull in
+    # ascent, two projections, sign(0), two clamps, a start outside the ball
+    expected = torch.tensor([0.55, 0.6, 0.4, 0.5, 0.0, 1.0, 0.6])
     torch.testing.assert_close(pgd_step(x_adv, grad, x, 0.05, 0.1), expected)
     torch.testing.assert_close(pgd_step(x, -torch.ones(7), x, -0.05, 0.1, upper=2), (x + 0.05))
 
@@ -56,8 +67,8 @@ def test_step_against_float64(device):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_every_half_precision_value_is_read_and_rounded_right(dtype, device):
-    """All 65,536 of them, moved by amounts that leave results between two values, subnormal, or too large."""
+def test_every_half_precision_value_is_read_and_rounded_correctly(dtype, device):
+    """Each of the 65,536 values is moved so that results lie between two values, are subnormal, or are too large."""
     x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).to(device)
     inf = float("inf")
     for amount in (0.0, 2**-26, 1e-7, 3e-5, 2**-9, 0.3, 17.0, 8.0, 2.0**118):
@@ -77,12 +88,12 @@ def test_step_takes_a_gradient_of_any_dtype(dtype, grad_dtype, device):
     x_adv, grad, x = image_batch((3, 41), dtype, device)
     grad = grad.to(grad_dtype)
     if grad_dtype == torch.float64:
-        grad[0, 0] = 1e-60  # positive, though 0 in float32
+        grad[0, 0] = 1e-60  # positive, but 0 in float32
     assert_same(pgd_step(x_adv, grad, x, STEP, EPS), pgd_step_ref(x_adv, grad, x, STEP, EPS))
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_nan_in_a_point_or_centre_stays(device):
+def test_nan_in_x_adv_or_x_gives_nan(device):
     x_adv, grad, x = image_batch((50,), device=device)
     x_adv[3] = x[7] = float("nan")
     stepped = pgd_step(x_adv, grad, x, STEP, EPS)
@@ -91,7 +102,7 @@ def test_nan_in_a_point_or_centre_stays(device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_no_ball_and_no_range(device):
+def test_infinite_ball_and_infinite_range(device):
     x_adv, grad, x = image_batch((50,), device=device)
     inf = float("inf")
     assert_same(pgd_step(x_adv, grad, x, 3.0, inf, -inf, inf), pgd_step_ref(x_adv, grad, x, 3.0, inf, -inf, inf))
@@ -118,7 +129,7 @@ def test_step_keeps_the_layout(layout, device):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("grad_layout", [name for name in LAYOUTS if name != "one channel"])
 @pytest.mark.parametrize("out_layout", [name for name in LAYOUTS if name != "one channel"])
-def test_step_mixes_layouts(grad_layout, out_layout, device):
+def test_step_takes_tensors_of_different_layouts(grad_layout, out_layout, device):
     x_adv, grad, x = image_batch((4, 3, 6, 8), device=device)
     expected = pgd_step_ref(x_adv, grad, x, STEP, EPS)
     x_adv, grad = LAYOUTS["channels_last"](x_adv), LAYOUTS[grad_layout](grad)
@@ -131,7 +142,7 @@ def test_step_mixes_layouts(grad_layout, out_layout, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_broadcast_centre_is_read_right(device):
+def test_step_takes_a_broadcast_centre(device):
     x_adv, grad, x = image_batch((4, 3, 6, 8), device=device)
     x = x[:1].expand(4, -1, -1, -1)
     assert_same(pgd_step(x_adv, grad, x, STEP, EPS), pgd_step_ref(x_adv, grad, x, STEP, EPS))
@@ -147,11 +158,11 @@ def test_step_in_place(dtype, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_step_has_no_gradient_and_autograd_knows_of_out(device):
+def test_step_has_no_gradient_and_autograd_sees_the_write_to_out(device):
     x_adv, grad, x = image_batch((10,), device=device)
     x_adv, x = x_adv.requires_grad_(), x.requires_grad_()
     assert not pgd_step(x_adv, grad, x, STEP, EPS).requires_grad
-    square = x_adv**2  # saves x_adv for its backward
+    square = x_adv**2  # autograd saves x_adv for the backward
     pgd_step(x_adv, grad, x, STEP, EPS, out=x_adv)
     assert x_adv.is_leaf
     assert x_adv.requires_grad
@@ -174,7 +185,7 @@ def test_an_attack_never_leaves_the_ball_or_the_range(size, seed, eps, step, ste
         x_adv = pgd_step(x_adv, normal(size, seed=seed + k), x, step, eps)
     assert (x_adv >= 0).all()
     assert (x_adv <= 1).all()
-    assert ((x_adv.double() - x.double()).abs() <= eps + 2**-24).all()  # one rounding of x +- eps, below 1
+    assert ((x_adv.double() - x.double()).abs() <= eps + 2**-24).all()  # x +- eps is rounded once
 
 
 def test_step_errors():
@@ -213,14 +224,14 @@ def test_out_that_partly_overlaps_an_input_is_refused():
     with pytest.raises(ValueError, match="overlaps"):
         pgd_step(square, torch.rand(4, 4), torch.rand(4, 4), STEP, EPS, out=square.T)
     expected = pgd_step_ref(buffer[:10], x, x, STEP, EPS)
-    assert_same(pgd_step(buffer[:10], x, x, STEP, EPS, out=buffer[10:]), expected)  # side by side is fine
+    assert_same(pgd_step(buffer[:10], x, x, STEP, EPS, out=buffer[10:]), expected)  # adjacent memory is allowed
 
 
 # --- start --------------------------------------------------------------------------------------------------------
 
 
 def philox(counter, key):
-    """Philox4x32-10 in Python integers: four words."""
+    """Return the four words of Philox4x32-10, computed with Python integers."""
     c, k = [counter & 0xFFFFFFFF, counter >> 32, 0, 0], [key & 0xFFFFFFFF, key >> 32]
     for _ in range(10):
         p, q = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
@@ -230,7 +241,7 @@ def philox(counter, key):
 
 
 def uniforms(count, seed):
-    """What pgd_init makes of the words, in [0, 1]."""
+    """Return the numbers in [0, 1] that pgd_init computes from the words."""
     words = np.array([philox(i, seed % 2**64) for i in range(-(-count // 4))], dtype=np.uint32).ravel()[:count]
     k = words.view(np.int32).astype(np.int64)
     return np.where(k < 0, -k - 1, k).astype(np.float32).astype(np.float64) / 2**31
@@ -241,8 +252,8 @@ def drawn_seed(seed):
     return torch.randint(*bounds, (1,), dtype=torch.int64, generator=generator(seed)).item()
 
 
-def test_philox_is_the_published_one():
-    assert philox(0, 0) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]  # Random123's known answer
+def test_philox_gives_the_published_words():
+    assert philox(0, 0) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]  # known answer of Random123
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -280,7 +291,7 @@ def test_noise_has_the_stated_distribution(device):
 @pytest.mark.parametrize("noise", ["uniform", "gaussian"])
 def test_start_stays_in_the_ball_and_the_range(noise, dtype, device):
     x = torch.rand(4, 3, 33, 31, generator=generator(0)).to(device, dtype)
-    eps = 0.0005  # less than the gaussian's standard deviation, so that the projection bites
+    eps = 0.0005  # less than the standard deviation of the gaussian noise, so that the projection changes values
     start = pgd_init(x, eps, noise)
     ulp = torch.finfo(dtype).eps / 2
     assert ((start.double() - x.double()).abs() <= eps + ulp).all()
@@ -290,7 +301,7 @@ def test_start_stays_in_the_ball_and_the_range(noise, dtype, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_start_follows_its_generator(device):
+def test_start_is_a_function_of_its_generator(device):
     x = torch.full((2, 3, 5, 7), 0.5, device=device)
 
     def draw(seed):
@@ -323,7 +334,7 @@ def test_start_does_not_depend_on_the_number_of_threads():
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_start_keeps_layout_and_input(layout, device):
+def test_start_keeps_the_layout_and_does_not_change_its_input(layout, device):
     x = LAYOUTS[layout](torch.rand(4, 3, 6, 8, device=device)).requires_grad_()
     before = x.detach().clone()
     start = pgd_init(x, 0.1)
@@ -370,7 +381,7 @@ def test_opcheck(layout, device):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiled_fullgraph_is_eager(backend, device):
+def test_compiled_fullgraph_equals_eager(backend, device):
     x_adv, grad, x = (LAYOUTS["channels_last"](t) for t in image_batch((2, 3, 4, 6), device=device))
 
     def three_steps(x_adv, grad, x):
@@ -391,7 +402,7 @@ def test_compiled_fullgraph_is_eager(backend, device):
     assert (first != second).float().mean() > 0.8
 
 
-def test_function_transforms_see_a_constant():
+def test_function_transforms_treat_the_step_as_a_constant():
     x_adv, grad, x = image_batch((3, 41))
     weighted = torch.func.grad(lambda x_adv: (x_adv * pgd_step(x_adv, grad, x, STEP, EPS)).sum())(x_adv)
     assert_same(weighted, pgd_step(x_adv, grad, x, STEP, EPS))
@@ -400,7 +411,7 @@ def test_function_transforms_see_a_constant():
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiled_step_writes_the_callers_tensor(backend):
+def test_compiled_step_writes_to_the_tensor_of_the_caller(backend):
     x_adv, grad, x = image_batch((2, 3, 4, 6))
     expected = pgd_step_ref(x_adv, grad, x, STEP, EPS)
 
@@ -413,7 +424,7 @@ def test_compiled_step_writes_the_callers_tensor(backend):
 
 
 @pytest.mark.gpu
-def test_graph_replays_draw_fresh_noise_and_step_right():
+def test_graph_replays_draw_new_noise_and_step_correctly():
     x_adv, grad, x = image_batch((4, 3, 8, 8), device="cuda")
     static = x_adv.clone()
 

@@ -108,13 +108,13 @@ def test_a_weights_file_knows_its_network(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"num_classes": 4}, "knows 4 classes, the data has 3"),
+        ({"num_classes": 4}, "has 4 classes, the data has 3"),
         ({"in_channels": 1}, "takes 1 channels, the images have 3"),
         ({"class_names": ["class 0", "class 2", "class 1"]}, "'class 2' where the data has 'class 1'"),
         ({"arch": "resnet18"}, "does not fit resnet18"),
         ({"arch": "vgg"}, "unknown architecture 'vgg'"),
-        ({"method": "of-tomorrow"}, "a method this version does not know, 'of-tomorrow'"),
-        ({"method_options": {"omega": 1}}, "a method this version does not know"),
+        ({"method": "of-tomorrow"}, "of the method 'of-tomorrow', which this version does not know"),
+        ({"method_options": {"omega": 1}}, "of the method 'ltat', which this version does not know"),
     ],
 )
 def test_a_weights_file_that_does_not_fit(tmp_path, changes, words):

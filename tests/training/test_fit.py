@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from ltat_fast.runs.weights import read_weights
 from ltat_fast.schedule import learning_rate
 from ltat_fast.training.fit import fit
 from ltat_fast.training.signals import SIGNALS, Interrupted
+from ltat_fast.training.stage import Selection
 
 pytestmark = pytest.mark.usefixtures("unmeasured")
 
@@ -56,13 +58,13 @@ def test_best_is_the_first_of_the_highest(uninterrupted):
 def test_best_goes_by_the_number_that_selects(tmp_path):
     """Clean accuracy peaks in epoch 1, robust accuracy in epoch 3."""
     by_epoch = iter([{"pgd20": 10.0, "clean": 90.0}, {"pgd20": 20.0, "clean": 80.0}, {"pgd20": 30.0, "clean": 70.0}])
-    fit(stage(tmp_path, evaluate=lambda model: next(by_epoch), select_by="pgd20"), HARDWARE)
+    fit(stage(tmp_path, selection=Selection(lambda model: next(by_epoch), lambda epoch: True, "pgd20")), HARDWARE)
     assert read_weights(tmp_path / "checkpoints" / "best.safetensors")[1]["epoch"] == 3
     assert saved(tmp_path)["best"] == {"epoch": 3, "pgd20": 30.0, "clean": 70.0}
 
 
 def test_the_last_epoch_is_evaluated_even_if_no_other_is(tmp_path):
-    never = stage(tmp_path, evaluate=lambda model: {"pgd20": 0.0}, select_by="pgd20", evaluate_when=lambda epoch: False)
+    never = stage(tmp_path, selection=Selection(lambda model: {"pgd20": 0.0}, lambda epoch: False, "pgd20"))
     fit(never, HARDWARE)
     assert ["pgd20" in r for r in log.read_metrics(tmp_path / "metrics.jsonl")] == [False, False, True]
     assert read_weights(tmp_path / "checkpoints" / "best.safetensors")[1]["epoch"] == 3
@@ -123,14 +125,14 @@ def test_stopped_over_and_over(tmp_path, uninterrupted):
 def test_a_signal_during_an_evaluation_is_not_lost(tmp_path, uninterrupted, epoch):
     """Also in the last epoch: what would come next is another stage, or hours of AutoAttack."""
     first = stage(tmp_path)
-    evaluate = first.evaluate
+    evaluate = first.selection.evaluate
 
     def evaluate_and_signal(model):
         if len(log.read_metrics(tmp_path / "metrics.jsonl")) == epoch - 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return evaluate(model)
 
-    first.evaluate = evaluate_and_signal
+    first.selection = replace(first.selection, evaluate=evaluate_and_signal)
     with pytest.raises(Interrupted):
         fit(first, HARDWARE)
     # The step after an evaluation may still be taken before the signal is seen, but no epoch.

@@ -1,8 +1,5 @@
 """What the configuration says is what the stages of a run are built from."""
 
-import dataclasses
-import inspect
-
 import numpy as np
 import pytest
 import torch
@@ -34,9 +31,10 @@ def data():
 
 def assert_as_configured(stage: Stage, noise: str) -> None:
     assert stage.attack == AttackConfig(eps=0.2, step_size=0.03, steps=3, noise=noise)
-    found = (stage.lr, stage.momentum, stage.weight_decay, stage.lr_schedule, stage.seed, stage.backend)
-    assert found == (0.07, 0.8, 3e-4, "0.5,0.8", 11, "none")
-    assert (stage.max_steps, stage.save_minutes, stage.on_nan) == (9, 4.0, "rollback")
+    assert {name: getattr(stage.config, name) for name in SETTINGS} == SETTINGS
+    last = (stage.epochs - 1, len(stage.loader) - 1)
+    assert stage.step_arguments(*last)["lr"] == pytest.approx(0.07 * 0.1**2)
+    assert stage.step_arguments(*last)["progress"] == 1
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -47,8 +45,8 @@ def test_the_student(method, data, tmp_path):
     assert (student.epochs, student.loader.batch_size, student.folder) == (7, 48, tmp_path)
     assert student.loader.indices.tolist() == list(range(461))
     assert type(student.method) is METHODS[method]
-    assert [epoch for epoch in range(7) if student.evaluate_when(epoch)] == [4, 5, 6], "from the first drop on"
-    assert student.select_by == "test_pgd20"
+    assert [epoch for epoch in range(7) if student.selection.after(epoch)] == [4, 5, 6], "from the first drop on"
+    assert student.selection.by == "test_pgd20"
 
 
 @pytest.mark.parametrize(
@@ -90,7 +88,7 @@ def test_teacher_and_student_are_seeded_apart(data, tmp_path):
 )
 def test_the_precision_of_the_attack(method, options, given, fp32, data, tmp_path):
     config = config_of(method, tmp_path, attack_precision=given)
-    assert pipeline.student_stage(config, METHODS[method](**options), data, HARDWARE).attack_fp32 is fp32
+    assert pipeline.student_stage(config, METHODS[method](**options), data, HARDWARE).attacks_in_fp32 is fp32
 
 
 def test_the_method_knows_the_long_tail_and_the_teacher(monkeypatch, tmp_path, data):
@@ -107,10 +105,3 @@ def test_the_method_knows_the_long_tail_and_the_teacher(monkeypatch, tmp_path, d
     assert method.context.class_counts.tolist() == data.counts
     x = data.test.images[:4] / 255
     torch.testing.assert_close(method.context.teacher(x), teacher.model.eval()(x), rtol=1e-4, atol=1e-4)
-
-
-def test_every_setting_of_a_stage_is_given():
-    """A field of Stage that pipeline leaves at its default is one that no flag reaches."""
-    given = inspect.getsource(pipeline._stage) + inspect.getsource(pipeline.student_stage)
-    for field in dataclasses.fields(Stage):
-        assert f"{field.name}=" in given or f"stage.{field.name}" in given, field.name

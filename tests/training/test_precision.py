@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ltat_fast.attacks import AttackConfig
-from ltat_fast.methods import METHODS
+from ltat_fast.methods import METHODS, MethodContext
 from ltat_fast.models import build_model
 from ltat_fast.training.device import Hardware
 from ltat_fast.training.precision import gradient_health
@@ -17,7 +17,9 @@ from ltat_fast.training.step import TrainStep, make_optimizer
 def step_of(model: nn.Module, dtype: torch.dtype, method: str = "pgd-at") -> TrainStep:
     hardware = Hardware(torch.device("cpu"), dtype, "")
     optimizer = make_optimizer(model, 0.1, 0.9, 0.0)
-    return TrainStep(model, METHODS[method](), optimizer, AttackConfig(noise=METHODS[method].noise), hardware)
+    chosen = METHODS[method]()
+    chosen.setup(MethodContext(torch.ones(10)))
+    return TrainStep(model, chosen, optimizer, AttackConfig(noise=chosen.noise), hardware)
 
 
 @pytest.fixture

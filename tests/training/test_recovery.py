@@ -29,6 +29,7 @@ from ltat_fast.runs.weights import read_weights, write_weights
 from ltat_fast.training.fit import fit
 from ltat_fast.training.recovery import Diverged
 from ltat_fast.training.signals import Interrupted
+from ltat_fast.training.stage import Selection
 
 pytestmark = pytest.mark.usefixtures("unmeasured")
 
@@ -164,7 +165,7 @@ def test_two_damaged_states_are_refused_and_left_alone(tmp_path):
         flip_a_bit(state)
     content = [state.read_bytes() for state in states]
     metrics = (tmp_path / "metrics.jsonl").read_text()
-    with pytest.raises(UserError, match=r"resume\.safetensors is damaged: .*resume\.previous\.safetensors.*nothing is"):
+    with pytest.raises(UserError, match=r"resume\.safetensors is damaged: .*resume\.previous\.safetensors.*no state"):
         fit(stage(tmp_path), HARDWARE)
     assert [state.read_bytes() for state in states] == content
     assert (tmp_path / "metrics.jsonl").read_text() == metrics
@@ -177,7 +178,8 @@ def test_best_weights_of_an_epoch_that_is_taken_again_keep_their_score(tmp_path,
         with pytest.raises(Killed):
             fit(stage(tmp_path), HARDWARE)
     assert saved(tmp_path)["best"]["epoch"] == 1
-    again = stage(tmp_path, evaluate=lambda model: {"test_pgd20": 40.0}, evaluate_when=lambda epoch: True)
+    selection = Selection(lambda model: {"test_pgd20": 40.0}, lambda epoch: True, "test_pgd20")
+    again = stage(tmp_path, selection=selection)
     assert fit(again, HARDWARE).best == {"epoch": 2, "test_pgd20": 50.0, "test_clean": 60.0}
     assert read_weights(tmp_path / "checkpoints" / "best.safetensors")[1]["epoch"] == 2
 
@@ -188,7 +190,7 @@ def test_best_weights_that_are_lost_are_picked_anew(tmp_path, capsys, damage):
         fit(stage(tmp_path, Method(send(signal.SIGTERM, 12))), HARDWARE)
     damage(tmp_path / "checkpoints" / "best.safetensors")
     assert fit(stage(tmp_path), HARDWARE).best["epoch"] == 3
-    assert "the best epoch is picked from those still to come" in capsys.readouterr().out
+    assert "the best epoch is selected from the remaining epochs" in capsys.readouterr().out
     assert read_weights(tmp_path / "checkpoints" / "best.safetensors")[1]["epoch"] == 3
 
 
@@ -205,7 +207,7 @@ def test_divergence_names_its_step_and_keeps_the_last_good_state(tmp_path, repla
     message = str(error.value)
     what = "loss" if replacement is not_a_number else "weights"
     assert f"student: {what} not finite at epoch 2, step {at + 1}; python -m ltat_fast.replay {tmp_path}" in message
-    assert f"the last good state, of epoch 1, step 0, is in {tmp_path / 'checkpoints'}" in message
+    assert f"the last good state (epoch 1, step 0) is in {tmp_path / 'checkpoints'}" in message
     assert saved(tmp_path)["epoch"] == 1
     for file in [*(tmp_path / "checkpoints").iterdir(), *(tmp_path / "nan").iterdir()]:
         tensors, _ = read_weights(file)
@@ -232,7 +234,7 @@ def test_the_dump_is_what_stood_before_the_bad_step(tmp_path, at):
 
 
 def test_divergence_in_the_first_epoch_goes_back_to_the_start(tmp_path):
-    with pytest.raises(Diverged, match=r"epoch 1, step 3; .*the last good state, of epoch 0, step 0, is in"):
+    with pytest.raises(Diverged, match=r"epoch 1, step 3; .*the last good state \(epoch 0, step 0\) is in"):
         fit(stage(tmp_path, Poisoned(not_a_number, (0, 2))), HARDWARE)
     assert torch.equal(
         read_weights(tmp_path / "checkpoints" / "resume.safetensors")[0]["model.0.weight"],
@@ -242,7 +244,7 @@ def test_divergence_in_the_first_epoch_goes_back_to_the_start(tmp_path):
 
 def test_divergence_that_does_not_come_back_is_said_to(tmp_path):
     once = Method(lambda step: not_a_number if step == 7 else None)
-    with pytest.raises(Diverged, match="loss not finite in epoch 2; it did not come back when the steps since were"):
+    with pytest.raises(Diverged, match=r"loss not finite in epoch 2; repeating the steps .* gave finite numbers"):
         fit(stage(tmp_path, once, on_nan="rollback"), HARDWARE)
     assert saved(tmp_path)["epoch"] == 1
 
@@ -279,7 +281,7 @@ def test_rollback_leaves_the_bad_batch_out(tmp_path, replacement, save_minutes):
 
 def test_a_second_divergence_stops(tmp_path):
     poisoned = Poisoned(not_a_number, (1, 1), (2, 3))
-    with pytest.raises(Diverged, match=r"epoch 3, step 4; .* a batch had been left out before, so the run stops"):
+    with pytest.raises(Diverged, match=r"epoch 3, step 4; .* a batch was skipped before, so the run stops"):
         fit(stage(tmp_path, poisoned, on_nan="rollback"), HARDWARE)
     assert dumps(tmp_path) == ["epoch-2-step-2.safetensors", "epoch-3-step-4.safetensors"]
     assert saved(tmp_path)["epoch"] == 2

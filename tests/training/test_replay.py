@@ -5,8 +5,9 @@ import torch
 
 from helpers.toy_networks import small_net
 from helpers.toy_stage import HARDWARE, Method, Poisoned, finite_with_infinite_gradient, not_a_number, stage
-from ltat_fast import replay
+from ltat_fast import replay as command
 from ltat_fast.methods import METHODS, MethodContext
+from ltat_fast.training import replay
 from ltat_fast.training.fit import train_step
 from ltat_fast.training.step import TrainStep, frozen_twin, make_optimizer
 
@@ -78,7 +79,7 @@ def test_a_part_of_the_loss():
             loss, parts = super().loss(*args)
             return loss + NAN, parts | {"regulariser": torch.tensor(NAN)}
 
-    assert examine(step_of(Parted()))[:2] == ["loss: its part regulariser (1 of 1 values)", "loss (1 of 1 values)"]
+    assert examine(step_of(Parted()))[:2] == ["loss: part regulariser (1 of 1 values)", "loss (1 of 1 values)"]
 
 
 @pytest.mark.parametrize(
@@ -106,5 +107,5 @@ def test_a_step_within_a_step_is_seen_too():
 def test_a_checkpoint_is_no_dump(tmp_path, digits_run, capsys):
     weights = digits_run / "checkpoints" / "last.safetensors"
     with pytest.raises(SystemExit, match="2"):
-        replay.main([str(weights)])
-    assert "is not a step that a run has written down to be replayed" in capsys.readouterr().err
+        command.main([str(weights)])
+    assert "is not a dump of a training step" in capsys.readouterr().err

@@ -91,7 +91,7 @@ def test_torchvision_refusals(data, tmp_path):
     (tmp_path / "w.pth").touch()
     with pytest.raises(UserError, match=r"is not a \.safetensors file"):
         teachers.find(f"torchvision:resnet18@{tmp_path / 'w.pth'}", "resnet18")
-    known = "torchvision:resnet18: its published weights know 1000 classes, the data has 3; give weights of your own"
+    known = "torchvision:resnet18: its published weights have 1000 classes, the data has 3; use your own weights"
     with pytest.raises(UserError, match=known):
         teachers.load("torchvision:resnet18", "resnet18", data, FP32)
     file = tmp_path / "ten.safetensors"
@@ -132,7 +132,7 @@ def test_timm_with_weights_of_yours(data, tmp_path, timm):
 
 def test_timm_with_its_own_weights_and_normalisation(data, timm):
     package, cards = timm
-    with pytest.raises(UserError, match="timm:tiny: its published weights know 5 classes, the data has 3"):
+    with pytest.raises(UserError, match="timm:tiny: its published weights have 5 classes, the data has 3"):
         teachers.load("timm:tiny", "resnet18", data, FP32)
     make = package.create_model
     package.create_model = lambda name, pretrained: make(name, pretrained, num_classes=3)
@@ -144,7 +144,7 @@ def test_timm_with_its_own_weights_and_normalisation(data, timm):
 def test_timm_refusals(data, timm, monkeypatch):
     with pytest.raises(UserError, match="timm has no network called 'nothing'"):
         teachers.find("timm:nothing", "resnet18")
-    with pytest.raises(UserError, match="timm has no weights for it; give your own, timm:bare@FILE"):
+    with pytest.raises(UserError, match="timm has no weights for it; use your own with timm:bare@FILE"):
         teachers.load("timm:bare", "resnet18", data, FP32)
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(UserError, match=r"--teacher timm:tiny needs the package timm .*pip install timm"):
@@ -210,7 +210,7 @@ def test_its_logits_keep_float32_where_the_run_is_in_bf16(data, my_teachers):
     ("name", "words"),
     [
         ("module:nowhere.at_all:teacher", "cannot be used: ModuleNotFoundError: No module named 'nowhere'"),
-        ("module:zoo.my_teachers", "lacks a part: module:PACKAGE.MODULE:NAME"),
+        ("module:zoo.my_teachers", "is incomplete: write module:PACKAGE.MODULE:NAME"),
         ("module:zoo.my_teachers:nothing", "zoo.my_teachers has no function called 'nothing'"),
         ("module:zoo.my_teachers:number", "zoo.my_teachers has no function called 'number'"),
     ],
@@ -224,11 +224,11 @@ def test_modules_refused_before_the_data_is_read(my_teachers, name, words):
     ("name", "words"),
     [
         ("broken", "cannot be used: OSError: weights could not$"),
-        ("not_a_network", r"not_a_network\(\) gives a function, not a torch.nn.Module"),
-        ("ten_classes", r"gives \(2, 10\) for two images, not logits of 3 classes each"),
-        ("Tuple", "gives tuple for two images, not logits of 3 classes each"),
+        ("not_a_network", r"not_a_network\(\) returns a function, not a torch.nn.Module"),
+        ("ten_classes", r"returns shape \(2, 10\) for two images, not logits of 3 classes each"),
+        ("Tuple", "returns a tuple for two images, not logits of 3 classes each"),
         ("Grey", "cannot be used: RuntimeError: Given groups=1"),
-        ("Infinite", "gives logits that are not finite numbers"),
+        ("Infinite", "returns logits that are not finite numbers"),
     ],
 )
 def test_modules_that_do_not_fit(data, my_teachers, name, words):

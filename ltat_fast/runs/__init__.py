@@ -1,0 +1,1 @@
+"""Files of a run: weights, checkpoints, results, tables, logs and exports; jobs that make runs."""

@@ -174,13 +174,13 @@ def provenance(device: torch.device) -> dict[str, object]:
 
 
 def git_hash() -> str:
-    """Commit of the working tree, with + where tracked files differ from it."""
+    """Commit of the working tree, with + where tracked files differ from it; $LTAT_GIT_REVISION in a copy of it."""
     root = Path(__file__).parent
     try:
         command = ["git", "describe", "--always", "--abbrev=10", "--dirty=+", "--exclude=*"]
         return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("LTAT_GIT_REVISION", "unknown")
 
 
 def cpu_name() -> str:

@@ -174,7 +174,7 @@ def provenance(device: torch.device) -> dict[str, object]:
 
 
 def git_hash() -> str:
-    """Commit of the working tree, with + where tracked files differ from it; $LTAT_GIT_REVISION in a copy of it."""
+    """Commit of the working tree, with + where tracked files differ from it."""
     root = Path(__file__).parent
     try:
         command = ["git", "describe", "--always", "--abbrev=10", "--dirty=+", "--exclude=*"]

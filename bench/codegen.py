@@ -41,7 +41,7 @@ from torch.utils.flop_counter import flop_registry
 from bench import common, generated_code, levers
 from bench.fake_cuda import INDUCTOR_WITHOUT_GPU, FakeDevice, built_with_cuda, fake_device
 from bench.generated_code import GeneratedCode
-from bench.step import Ours, Problem, Variant, ladder
+from bench.step import COMPILED, GRAPH, LEVER_ROWS, Ours, Problem, Variant, ladder
 from ltat_fast.models import ARCHS
 from ltat_fast.models.frozen import FrozenTwin
 
@@ -53,8 +53,10 @@ BANDWIDTH = 4.3e12  # bytes/s of a device copy, read plus write
 CONV_SHARE = {32: 0.44, 64: 0.60}  # share of the ceiling that convolutions reach, up to this image size at batch 128
 GAP = 1e-6  # seconds between two nodes of a CUDA graph
 HOST = 12e-6  # seconds of the host for each node
-COMPILED, CAPTURED = "+ torch.compile", "+ CUDA graph"
-PREDICTED_ROWS = ["reference", "+ bf16", COMPILED, CAPTURED]
+LAST_LEVER = LEVER_ROWS[-1][0]
+# The rows whose parts are counted: without a lever, with the student's, and with all.
+COUNTED_ROWS = [COMPILED, "+ joint student call", "+ combo kernels", LAST_LEVER]
+PREDICTED_ROWS = ["reference", "+ bf16", COMPILED, *(name for name, _, _ in LEVER_ROWS), GRAPH]
 
 
 @dataclass(frozen=True)
@@ -288,18 +290,18 @@ def measure(problem: Problem, pulled: list[str], rows: list[str]) -> tuple[list[
     """Return the rows of both tables."""
     builds, recorded = ladder(problem), {}
     # Nothing can be captured here, but a captured step does the same work as a compiled one.
-    source = {name: COMPILED if name == CAPTURED else name for name in rows}
+    source = {name: LAST_LEVER if name == GRAPH else name for name in rows}
     with levers.pulled(pulled), fake_device() as device:
         for name in dict.fromkeys(source.values()):
             print(f"recording {name}", flush=True)
             recorded[name] = record(builds[name], device)
     table = []
-    if COMPILED in recorded:
-        table = [counts(name, part.calls, part.work) for name, part in recorded[COMPILED].items()]
-        table.append(counts("whole step", 1, total(recorded[COMPILED])))
+    for row in [row for row in COUNTED_ROWS if row in recorded]:
+        parts = [counts(name, part.calls, part.work) for name, part in recorded[row].items()]
+        parts.append(counts("whole step", 1, total(recorded[row])))
+        table += [{"variant": row} | part for part in parts]
     predictions = [
-        {"variant": name} | predict(total(recorded[source[name]]), problem.image_size, name == CAPTURED)
-        for name in rows
+        {"variant": name} | predict(total(recorded[source[name]]), problem.image_size, name == GRAPH) for name in rows
     ]
     return table, predictions
 

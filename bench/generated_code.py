@@ -59,7 +59,7 @@ def read(source: str) -> GeneratedCode:
             elements[ast.unparse(value.args[0])] = math.prod(ast.literal_eval(value.args[1]))
         elif function.endswith(".run"):
             launch_bytes.append(_launch_bytes(kernels, function.removesuffix(".run"), value, elements))
-        elif function == "extern_kernels.convolution":
+        elif function in ("extern_kernels.convolution", "torch.ops.ltat.conv_relu.default"):
             conv_forward += 1
         elif function == "torch.ops.aten.convolution_backward.default":
             conv_backward += 1

@@ -1,4 +1,6 @@
-"""Settings of torch that may speed up the compiled step, each a flag of ``bench.step`` and ``bench.codegen``.
+"""Settings of torch that may speed up the step, each a flag of ``bench.step`` and ``bench.codegen``.
+
+The optimisations of our own step are rows of ``bench.step`` instead.
 
 A lever is a line in :data:`LEVERS`. Its settings are in force while a row is built and timed.
 """
@@ -19,14 +21,6 @@ class Lever:
 
 
 LEVERS = {
-    "combo-kernels": Lever(
-        "let Inductor launch independent small kernels together",
-        {"torch._inductor.config.combo_kernels": True, "torch._inductor.config.benchmark_combo_kernel": False},
-    ),
-    "pdl": Lever(
-        "programmatic dependent launch: a Triton kernel starts while the one before it ends (Hopper)",
-        {"torch._inductor.config.triton.enable_pdl": True},
-    ),
     "search-all-convolutions": Lever(
         "let cuDNN's search try every algorithm, in place of the first ten",
         {"torch.backends.cudnn.benchmark_limit": 0},

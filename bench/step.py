@@ -36,6 +36,7 @@ Predictions made before the first run, as reference time / time:
 
 import argparse
 import csv
+import dataclasses
 import functools
 import math
 import subprocess
@@ -55,15 +56,26 @@ from ltat_fast.attacks import AttackConfig
 from ltat_fast.methods import METHODS, MethodContext
 from ltat_fast.models import ARCHS, build_model
 from ltat_fast.models.frozen import FrozenTwin
+from ltat_fast.models.joint_batch import allow_joint_calls
 from ltat_fast.ops import pgd_init
 from ltat_fast.training.device import Hardware
 from ltat_fast.training.speed import MATMUL_SIZE, FlopCounter
-from ltat_fast.training.step import TrainStep, make_optimizer
+from ltat_fast.training.step import NO_LEVERS, TrainStep, make_optimizer
 
 LR = 0.01  # every step uses the same batch: with the paper's 0.1 the loss would diverge at once
 LOSS_STEPS = 3
 REFERENCE, GRAPH = "reference", "+ CUDA graph"
-NEED_A_COMPILER = ("torch.compile(reference)", "+ torch.compile", GRAPH)
+COMPILED = "+ torch.compile"
+# The levers of the compiled step, in the order of their rows: name, change of Levers or of the twins, needs CUDA.
+LEVER_ROWS = [
+    ("+ joint student call", {"joint_student": True}, False),
+    ("+ compiled teacher", {"compiled_teacher": True}, False),
+    ("+ combo kernels", {"combo_kernels": True}, True),
+    ("+ dependent launch", {"dependent_launch": True}, True),
+    ("+ fused ReLU", {"fuse_relu": True}, True),
+    ("+ padded stem", {"pad_stem": True}, True),
+]
+NEED_A_COMPILER = ("torch.compile(reference)", COMPILED, *(name for name, _, _ in LEVER_ROWS), GRAPH)
 
 
 @dataclass(frozen=True)
@@ -157,14 +169,19 @@ class Ours:
         channels_last: bool = True,
         dtype: torch.dtype = torch.float32,
         backend: str = "eager",
+        fuse_relu: bool = False,
+        pad_stem: bool = False,
+        **levers: bool,
     ):
+        """levers: fields of :class:`~ltat_fast.training.step.Levers`; those not given are off."""
         layout = torch.channels_last if channels_last else torch.contiguous_format
 
         def twin(model: nn.Module) -> FrozenTwin:
             reduced = None if dtype == torch.float32 else dtype
-            return FrozenTwin(model, fold_bn=fold_bn, dtype=reduced, channels_last=channels_last)
+            options = {"fuse_relu": fuse_relu, "pad_stem": pad_stem}
+            return FrozenTwin(model, fold_bn=fold_bn, dtype=reduced, channels_last=channels_last, **options)
 
-        self.model = problem.network(seed=1).to(memory_format=layout)
+        self.model = allow_joint_calls(problem.network(seed=1).to(memory_format=layout))
         self.x, self.y = problem.batch()
         method = METHODS[problem.method]()
         teacher = twin(problem.network(seed=2).to(memory_format=layout)) if problem.has_teacher else None
@@ -177,6 +194,7 @@ class Ours:
             Hardware(problem.device, dtype, "benchmark"),
             backend,
             twin=twin(self.model),
+            levers=dataclasses.replace(NO_LEVERS, compiled=backend != "eager", **levers),
         )
 
     def __call__(self, seed: int = 0) -> None:
@@ -207,10 +225,15 @@ def ladder(problem: Problem) -> dict[str, Callable[[], Variant]]:
         "+ BN folded": functools.partial(ours, channels_last=False),
         "+ channels_last": ours,
         "+ bf16": functools.partial(ours, dtype=bf16),
-        "+ torch.compile": functools.partial(ours, dtype=bf16, backend="step"),
+        COMPILED: functools.partial(ours, dtype=bf16, backend="step"),
     }
+    on = {}
+    for name, lever, needs_cuda in LEVER_ROWS:
+        if problem.device.type == "cuda" or not needs_cuda:
+            on |= lever
+            rows[name] = functools.partial(ours, dtype=bf16, backend="step", **on)
     if problem.device.type == "cuda":
-        rows["+ CUDA graph"] = functools.partial(ours, dtype=bf16, backend="graph")
+        rows[GRAPH] = functools.partial(ours, dtype=bf16, backend="graph", **on)
     return rows
 
 

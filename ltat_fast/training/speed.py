@@ -5,7 +5,7 @@ import time
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import conv_flop_count, flop_registry, register_flop_formula
 
 from ltat_fast.training.device import tf32, without_cudnn_search
 from ltat_fast.training.step import TrainStep
@@ -14,6 +14,14 @@ from ltat_fast.training.step import TrainStep
 # second on two cores.
 MATMUL_SIZE = {"cuda": 8192, "cpu": 2048}
 COUNTED_IMAGES = 2  # batch norm in train mode needs more than one
+
+
+@register_flop_formula(
+    [torch.ops.aten.cudnn_convolution_relu, torch.ops.aten.cudnn_convolution_add_relu, torch.ops.ltat.conv_relu]
+)
+def _conv_relu_flops(x_shape, weight_shape, *_, out_shape=None, **__) -> int:
+    """Operations of a fused convolution (:mod:`ltat_fast.models.fused_conv`), which torch does not count."""
+    return conv_flop_count(x_shape, weight_shape, out_shape)
 
 
 class FlopCounter(TorchDispatchMode):

@@ -12,6 +12,7 @@ passes over the activations. Only the gradients of x and of the residual exist:
 
 import operator
 from collections.abc import Sequence
+from typing import TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
@@ -143,18 +144,18 @@ def fuse_relu(net: nn.Module, graph: torch.fx.Graph) -> nn.Module:
     for relu in list(graph.nodes):
         if not _is_relu(relu, modules):
             continue
-        conv, residual = _conv_and_residual(relu.args[0], modules)
+        before = relu.all_input_nodes[0]
+        conv, residual = _conv_and_residual(before, modules)
         if conv is None:
             continue
         name = f"fused_{len(fused)}"
-        fused[name] = FusedConvReLU(modules[conv.target])
+        fused[name] = FusedConvReLU(cast(nn.Conv2d, modules[str(conv.target)]))
         with graph.inserting_before(relu):
             arguments = (conv.args[0],) if residual is None else (conv.args[0], residual)
             relu.replace_all_uses_with(graph.call_module(name, arguments))
-        addition = relu.args[0]
         graph.erase_node(relu)
         if residual is not None:
-            graph.erase_node(addition)
+            graph.erase_node(before)
         graph.erase_node(conv)
     if not fused:
         return net
@@ -166,7 +167,9 @@ def fuse_relu(net: nn.Module, graph: torch.fx.Graph) -> nn.Module:
     return result.eval()
 
 
-def _conv_and_residual(node: torch.fx.Node, modules: dict[str, nn.Module]):
+def _conv_and_residual(
+    node: torch.fx.Node, modules: dict[str, nn.Module]
+) -> tuple[torch.fx.Node | None, torch.fx.Node | None]:
     """The convolution behind ``node`` and what is added to it, if anything; (None, None) if it cannot be fused."""
     if _is_private_conv(node, modules):
         return node, None
@@ -178,18 +181,18 @@ def _conv_and_residual(node: torch.fx.Node, modules: dict[str, nn.Module]):
     return None, None
 
 
-def _is_private_conv(node: object, modules: dict[str, nn.Module]) -> bool:
+def _is_private_conv(node: object, modules: dict[str, nn.Module]) -> TypeGuard[torch.fx.Node]:
     """Whether ``node`` is a plain convolution whose result one node reads."""
     if not (isinstance(node, torch.fx.Node) and node.op == "call_module" and len(node.users) == 1):
         return False
-    module = modules[node.target]
+    module = modules[str(node.target)]
     plain = type(module) is nn.Conv2d and module.padding_mode == "zeros" and not isinstance(module.padding, str)
     return plain and not (module._forward_hooks or module._forward_pre_hooks)
 
 
 def _is_relu(node: torch.fx.Node, modules: dict[str, nn.Module]) -> bool:
     if node.op == "call_module":
-        return type(modules[node.target]) is nn.ReLU
+        return type(modules[str(node.target)]) is nn.ReLU
     return (node.op == "call_function" and node.target in RELUS) or (
         node.op == "call_method" and node.target in ("relu", "relu_")
     )

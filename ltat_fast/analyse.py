@@ -1,4 +1,4 @@
-"""Analyse finished runs beyond accuracy: gradients, linearity, corruptions, classes by frequency.
+"""Command line of the analysis: gradients, linearity, corruptions and accuracy by class frequency of finished runs.
 
 python -m ltat_fast.analyse RUN... [--teacher PATH] [--parts alignment,linearity]     # docs/analysis.md
 """
@@ -12,6 +12,7 @@ from typing import Literal
 
 import tyro
 
+from ltat_fast import cli
 from ltat_fast.analysis import runner
 from ltat_fast.errors import UserError, exit_on_user_error
 from ltat_fast.runs import log
@@ -20,28 +21,28 @@ from ltat_fast.training import device as devices
 
 @dataclass(frozen=True)
 class Arguments:
-    """Alignment with the teacher, local linearity, inequality, corruptions, accuracy by class frequency."""
+    """Measure alignment with the teacher, local linearity, inequality, corruptions, and accuracy by class frequency."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """run folders; corruptions are measured on the images that all of these runs classify correctly"""
     parts: str = ",".join(runner.PARTS)
-    """what to measure, comma-separated"""
-    options: tyro.conf.OmitArgPrefixes[runner.Options] = field(default_factory=runner.Options)
+    """parts to measure, comma-separated"""
+    measurement: tyro.conf.OmitArgPrefixes[runner.Options] = field(default_factory=runner.Options)
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: cuda if a GPU is present"""
+    """device to measure on; auto: cuda if a GPU is present"""
 
 
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
-    arguments = tyro.cli(Arguments, prog="python -m ltat_fast.analyse", args=argv)
+    arguments = cli.parse(Arguments, "python -m ltat_fast.analyse", argv)
     parts = runner.parse_parts(arguments.parts)
     if not arguments.runs:
         raise UserError("name at least one run folder")
     for name in ("limit", "batch_size"):
-        if (value := getattr(arguments.options, name)) is not None and value < 1:
+        if (value := getattr(arguments.measurement, name)) is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} must be 1 or more, not {value}")
     hardware = devices.choose(arguments.device, "fp32")
-    log.say(runner.analyse(list(dict.fromkeys(arguments.runs)), parts, arguments.options, hardware))
+    log.say(runner.analyse(list(dict.fromkeys(arguments.runs)), parts, arguments.measurement, hardware))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
-"""Demo: LTAT against AT-BSL and PGD-AT on the embedded long-tailed digits, offline, in minutes on two CPU cores.
-
-It ends with a table, and a page with plots and pictures beside the runs.
+"""Demo: compare LTAT with AT-BSL and PGD-AT on the embedded long-tailed digits, offline, in minutes on two CPU cores.
 
 python -m ltat_fast.demo [--seeds 0 1 2] [--out runs/demo]
 
-Runs that are already there are kept, interrupted ones go on.
+Prints a table and writes a page with plots and pictures beside the runs. Finished runs are skipped and interrupted runs
+are resumed.
 """
 
 import ltat_fast.entry_point  # noqa: F401  (before torch)
@@ -14,30 +13,28 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
-from ltat_fast import report
+from ltat_fast import cli, report
 from ltat_fast.errors import UserError, exit_on_user_error
 from ltat_fast.runs import log
 from ltat_fast.runs.jobs import outstanding, repetitions, train_all
 
-METHODS = ("ltat", "at-bsl", "pgd-at")  # the longest first, so that two workers finish together
+METHODS = ("ltat", "at-bsl", "pgd-at")  # the slowest first, so that two workers finish at about the same time
 FLAGS = ("--dataset", "digits-lt", "--limit-autoattack", "100")
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """LTAT, AT-BSL and PGD-AT on the embedded digits, as one table and one page."""
+    """Train LTAT, AT-BSL and PGD-AT on the embedded digits and report them as a table and a page."""
 
     seeds: tuple[int, ...] = (0,)
-    """each gives one run a method; the table shows mean and standard deviation"""
+    """train one run per method with each of these seeds; the table shows mean and standard deviation"""
     out: Path = Path("runs/demo")
-    """where the runs go, and report.html"""
+    """folder for the runs and report.html"""
 
 
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
-    arguments = tyro.cli(Arguments, prog="python -m ltat_fast.demo", args=argv)
+    arguments = cli.parse(Arguments, "python -m ltat_fast.demo", argv)
     started = time.monotonic()
     by_method = [
         repetitions(arguments.out / method, ("--method", method, *FLAGS), arguments.seeds) for method in METHODS
@@ -45,10 +42,10 @@ def main(argv: list[str] | None = None) -> None:
     jobs = [job for of_one_seed in zip(*by_method, strict=True) for job in of_one_seed]
     todo, refused = outstanding(jobs)
     if refused:
-        raise UserError(f"{arguments.out} holds runs that are not this demo's: choose another --out")
+        raise UserError(f"{arguments.out} holds runs with other settings than the demo: choose another --out")
     statuses = train_all(todo, show=lambda line: "test_clean" in line or " test set" in line)
     if failed := [job.run_dir.name for job, status in statuses.items() if status]:
-        raise UserError(f"{', '.join(failed)} did not finish; the logs are beside the run folders")
+        raise UserError(f"{', '.join(failed)} did not finish: see the .log files beside the run folders")
     report.main([*(str(job.run_dir) for job in jobs), "--html", str(arguments.out / "report.html")])
     log.say(f"Done in {time.monotonic() - started:.0f} s.")
 

@@ -11,10 +11,9 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import tyro
 from rich.table import Table
 
-from ltat_fast import __version__
+from ltat_fast import __version__, cli
 
 PACKAGES = (
     "torch",
@@ -41,7 +40,7 @@ class Arguments:
 
 def main(argv: list[str] | None = None) -> int:
     """Print the report. Return exit status 1 if a required package is missing or broken, else 0."""
-    arguments = tyro.cli(Arguments, prog="python -m ltat_fast.doctor", args=argv)
+    arguments = cli.parse(Arguments, "python -m ltat_fast.doctor", argv)
     from ltat_fast.ops import backend_info
     from ltat_fast.runs.log import console, say
 

@@ -1,8 +1,9 @@
-"""Evaluate: a finished run under the attacks of your choice, merged into RUN/eval.json (docs/evaluation.md).
+"""Command line of the evaluation: attack a finished run, add the results to RUN/eval.json and print its table.
 
     python -m ltat_fast.evaluate RUN [--checkpoint best] [--attacks clean,fgsm,pgd20,cw20,autoattack]
 
-Exit status: 0 done; 2 a flag, a path or the data is at fault; 75 interrupted, what is finished is kept.
+The work is in ``ltat_fast/training/evaluation.py``; docs/evaluation.md describes attacks, checks and the file. Exit
+status: 0 done; 2 a flag, a path or the data is wrong; 75 interrupted, finished attacks are kept.
 """
 
 import ltat_fast.entry_point  # noqa: F401  (before torch)
@@ -17,12 +18,13 @@ from typing import Annotated, Literal
 
 import tyro
 
+from ltat_fast import cli
 from ltat_fast import config as configuration
 from ltat_fast.attacks.by_name import CHOICES, parse_attacks
 from ltat_fast.errors import EXIT_INTERRUPTED, exit_on_user_error
 from ltat_fast.files import refuse_read_only
 from ltat_fast.runs import log, tables
-from ltat_fast.runs.results import read_results
+from ltat_fast.runs.results import EvalFile
 from ltat_fast.runs.splits import load_splits
 from ltat_fast.runs.weights import weights_file
 from ltat_fast.training import device
@@ -32,31 +34,33 @@ from ltat_fast.training.signals import Interrupted, leave, stop_at_once
 
 @dataclass(frozen=True)
 class Arguments:
-    """Evaluate a run; results go into its eval.json, attack by attack, so an interrupted evaluation goes on."""
+    """Evaluate a run. Each attack is written to its eval.json when it ends, so an interrupted evaluation can resume."""
 
     run: tyro.conf.Positional[Path]
     """run folder"""
     checkpoint: Literal["best", "last", "both"] = "both"
-    """which weights"""
-    attacks: Annotated[str, tyro.conf.arg(help=f"comma-separated: {CHOICES}")] = "clean,pgd20,autoattack"
+    """weights to evaluate"""
+    attacks: Annotated[str, tyro.conf.arg(help=f"attacks to run, comma-separated: {CHOICES}")] = (
+        "clean,pgd20,autoattack"
+    )
     limit_eval: int | None = None
-    """use this many test images only, spread evenly over the classes"""
+    """use only this many test images, spread evenly over the classes"""
     limit_autoattack: int | Literal["run", "none"] = "run"
-    """at most this many for AutoAttack; run: as many as the run itself was evaluated on"""
+    """use at most this many images for AutoAttack; run: the limit in the settings of the run; none: no such limit"""
     data_dir: Path | None = None
-    """where the images are now, if not where the run found them"""
+    """folder of the images, if they were moved since the run"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: cuda where there is one"""
+    """device to evaluate on; auto: cuda if a GPU is present"""
     batch_size: int = 256
-    """images at a time"""
+    """images per batch"""
     again: bool = False
-    """run attacks whose results are already there once more"""
+    """run attacks again whose results are already in eval.json"""
 
 
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status."""
-    arguments = tyro.cli(Arguments, prog="python -m ltat_fast.evaluate", args=argv)
+    """Return the exit status."""
+    arguments = cli.parse(Arguments, "python -m ltat_fast.evaluate", argv)
     attacks = parse_attacks(arguments.attacks)
     config, method = configuration.load(arguments.run)
     limits = {"run": config.limit_autoattack, "none": None}
@@ -72,8 +76,9 @@ def main(argv: list[str] | None = None) -> int:
     which = ["best", "last"] if arguments.checkpoint == "both" else [arguments.checkpoint]
     for name in which:
         weights_file(arguments.run, name)
-    if arguments.again or not set(attacks) <= attacks_in(arguments.run / "eval.json", which):
-        refuse_read_only(arguments.run)  # of the rest the images decide, when they are loaded
+    evaluated = EvalFile.load_or_empty(arguments.run / "eval.json")
+    if arguments.again or not all(evaluated.result(name, attack) for name in which for attack in attacks):
+        refuse_read_only(arguments.run)  # before the images are loaded; they decide whether the others are current
     hardware = device.choose(arguments.device, "fp32")
     try:
         with stop_at_once():
@@ -81,16 +86,10 @@ def main(argv: list[str] | None = None) -> int:
             evaluate_checkpoints(config, data, hardware, which, attacks, arguments.again)
     except Interrupted as error:
         flags = [flag for flag in (sys.argv[1:] if argv is None else argv) if flag != "--again"]
-        log.say(f"{error}; go on with: python -m ltat_fast.evaluate {shlex.join(flags)}")
+        log.say(f"{error}; resume with: python -m ltat_fast.evaluate {shlex.join(flags)}")
         return EXIT_INTERRUPTED
     log.say(tables.render([arguments.run]))
     return 0
-
-
-def attacks_in(file: Path, checkpoints: list[str]) -> set[str]:
-    """The attacks that eval.json has results of at all ``checkpoints``, be they of these weights and images or not."""
-    results = read_results(file) if file.exists() else {}
-    return set.intersection(*(set(results.get(which, {})) for which in checkpoints))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Export a trained network as a folder of standard files that need no part of this package.
+"""Command line of the export: write a trained network as standard files that do not need this package.
 
 python -m ltat_fast.export RUN [--checkpoint best|last] [--out DIR]
 """
@@ -9,6 +9,7 @@ from typing import Literal
 
 import tyro
 
+from ltat_fast import cli
 from ltat_fast.errors import exit_on_user_error
 from ltat_fast.runs import log
 from ltat_fast.runs.export import export
@@ -21,16 +22,16 @@ class Arguments:
     run: tyro.conf.Positional[Path]
     """run folder"""
     checkpoint: Literal["best", "last"] = "last"
-    """which weights to export"""
+    """weights to export"""
     out: Path | None = None
-    """folder to write; RUN/export-<checkpoint> if not given"""
+    """folder to write; default: RUN/export-<checkpoint>"""
     image_size: int | None = None
     """height and width of the images, if the run did not record them"""
 
 
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
-    arguments = tyro.cli(Arguments, prog="python -m ltat_fast.export", args=argv)
+    arguments = cli.parse(Arguments, "python -m ltat_fast.export", argv)
     out = arguments.out or arguments.run / f"export-{arguments.checkpoint}"
     for file in export(arguments.run, arguments.checkpoint, out, arguments.image_size):
         log.say(f"{file}  {file.stat().st_size / 2**20:.2f} MiB")

@@ -1,12 +1,13 @@
-"""Replay the training step whose loss or weights were not finite, and print where this begins.
+"""Replay a training step whose loss or weights were not finite, and print the first tensor that is not.
 
     python -m ltat_fast.replay RUN/nan/epoch-3-step-17.safetensors
 
-The file holds the batch, the seed and all tensors that the step starts from. The run's folder must still be there; its
-images and its teacher are loaded from where the run found them. The step runs in eager mode, whatever backend the run
-used.
+The file holds the batch, the seed and all tensors that the step starts from. The run folder must still exist; the
+images and the teacher are loaded from the folders that the run used. The step runs in eager mode, whatever backend the
+run used.
 
-Exit status: 0 the step gave numbers that are not finite again; 1 it did not; 2 the file, the run or the data is wrong.
+Exit status: 0 the step gives numbers that are not finite again; 1 it does not; 2 the file, the run or the data is
+wrong.
 """
 
 import ltat_fast.entry_point  # noqa: F401  (before torch)
@@ -18,11 +19,12 @@ from typing import Literal
 
 import tyro
 
+from ltat_fast import cli
 from ltat_fast.errors import exit_on_user_error
 from ltat_fast.runs import log
 from ltat_fast.training.replay import replay
 
-SHOWN = 8  # findings; once a number is not finite, it soon is in every tensor
+SHOWN = 8  # findings to print; a number that is not finite soon spreads to every tensor
 
 
 @dataclass(frozen=True)
@@ -30,22 +32,22 @@ class Arguments:
     """Replay a training step whose loss or weights were not finite."""
 
     dump: tyro.conf.Positional[Path]
-    """a file from the nan/ folder of a run or of its teacher"""
+    """file in the nan/ folder of a run or of its teacher"""
     data_dir: Path | None = None
-    """where the images are now, if they moved since the run"""
+    """folder of the images, if they were moved since the run"""
     device: Literal["auto", "cpu", "cuda"] | None = None
-    """where to replay; the run's own device if not given"""
+    """device to replay on; default: the device of the run"""
 
 
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> int:
-    arguments = tyro.cli(Arguments, prog="python -m ltat_fast.replay", args=argv)
+    arguments = cli.parse(Arguments, "python -m ltat_fast.replay", argv)
     findings = replay(arguments.dump, arguments.data_dir, arguments.device)
     for finding in findings[:SHOWN]:
         log.say(f"not finite: {finding}")
     if len(findings) > SHOWN:
         log.say(f"... and {len(findings) - SHOWN} more after these")
-    log.say(f"first: {findings[0]}" if findings else "every number is finite here: it did not happen again")
+    log.say(f"first: {findings[0]}" if findings else "every number is finite: the problem did not occur again")
     return 0 if findings else 1
 
 

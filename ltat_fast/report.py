@@ -1,4 +1,4 @@
-"""Report: finished runs as the paper's table, mean and standard deviation over seeds; on request as a page.
+"""Report: print finished runs as the paper's table, with mean and standard deviation over seeds, or write a page.
 
 python -m ltat_fast.report RUN... [--html FILE] [--markdown FILE] [--csv FILE]
 """
@@ -12,59 +12,49 @@ from typing import Literal
 
 import tyro
 
-from ltat_fast import files
+from ltat_fast import cli
 from ltat_fast.errors import UserError, exit_on_user_error
 from ltat_fast.reporting import tabular
+from ltat_fast.reporting.output import write
 from ltat_fast.runs import tables
+from ltat_fast.runs.experiments import experiments
 from ltat_fast.training import device
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Finished runs as the paper's table."""
+    """Print finished runs as the paper's table; write them as a page, Markdown or CSV."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
-    """run folders; those that differ in the seed alone become one row"""
+    """run folders; runs that differ only in the seed become one row"""
     html: Path | None = None
-    """write a page with plots, pictures and the evaluation protocol; it loads nothing from elsewhere"""
+    """write an HTML page with plots, pictures and the evaluation protocol; it loads nothing from the network"""
     markdown: Path | None = None
-    """write the table in Markdown"""
+    """write the table as Markdown"""
     csv: Path | None = None
-    """write every accuracy, one a line: run, checkpoint, attack, group of classes or class"""
+    """write every accuracy as CSV, one per line: run, checkpoint, attack, group of classes or class"""
     data_dir: Path | None = None
-    """where the images for the page are now, if not where the runs found them"""
+    """folder of the images for the page, if they were moved since the runs"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where the pictures of the page are computed"""
+    """device that computes the pictures of the page; auto: cuda if a GPU is present"""
 
 
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
-    arguments = tyro.cli(Arguments, prog="python -m ltat_fast.report", args=argv)
+    arguments = cli.parse(Arguments, "python -m ltat_fast.report", argv)
     if not arguments.runs:
         raise UserError("name at least one run folder")
-    runs = list(arguments.runs)
-    print(tables.render(runs))
-    found = tables.experiments(runs)
+    print(tables.render(arguments.runs))
+    found = experiments(arguments.runs)
     if arguments.csv:
-        _write(arguments.csv, tabular.as_csv(found))
+        write(arguments.csv, tabular.as_csv(found))
     if arguments.markdown:
-        _write(arguments.markdown, tabular.as_markdown(found))
+        write(arguments.markdown, tabular.as_markdown(found))
     if arguments.html:
-        from ltat_fast.reporting import page  # matplotlib and jinja2 take a second that the table need not wait for
+        from ltat_fast.reporting import page  # matplotlib and jinja2 take a second to import
 
         chosen = device.choose(arguments.device, "fp32").device
-        _write(arguments.html, page.render(found, chosen, arguments.data_dir))
-
-
-def _write(path: Path, text: str) -> None:
-    content = text.encode()
-    if path.is_symlink() or (path.exists() and not path.is_file()):  # /dev/stdout, a pipe: not to be replaced
-        with files.oserror_as_user_error(path):
-            path.write_bytes(content)
-    else:
-        with files.atomic_write(path) as file:
-            file.write(content)
-    print(f"{path}: {len(content) / 1000:,.0f} kB")
+        write(arguments.html, page.render(found, chosen, arguments.data_dir))
 
 
 if __name__ == "__main__":

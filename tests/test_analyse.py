@@ -1,4 +1,4 @@
-"""``python -m ltat_fast.analyse``: what is measured on a run, what is kept, what is refused."""
+"""``python -m ltat_fast.analyse``: measuring, keeping parts, and refusals."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def analysis(*runs_and_flags) -> dict:
 
 @pytest.fixture(scope="module")
 def analysed(digits_run, tmp_path_factory):
-    """A run with all its parts, measured on 60 images, the best weights."""
+    """A run with all parts of the analysis of its best weights on 60 images."""
     run = shutil.copytree(digits_run, tmp_path_factory.mktemp("analysed") / "run")
     analysis(run, *FEW)
     return run
@@ -40,7 +40,7 @@ def analysed(digits_run, tmp_path_factory):
 
 @pytest.fixture
 def measured(monkeypatch):
-    """The (run, part)s that are measured, in order."""
+    """The pairs of run and part that are measured, in order."""
     done, keep = [], runner.Analysed.keep
 
     def recording(self, part, numbers):
@@ -118,7 +118,7 @@ def test_the_numbers_are_those_of_the_exported_weights(analysed):
     assert best["corruptions"]["common_images"] == correct.sum()
 
 
-def test_numbers_under_noise_and_attack_go_the_way_they_must(analysed):
+def test_stronger_noise_and_attacks_cost_more(analysed):
     best = json.loads((analysed / "analysis.json").read_text())["best"]
     distance = best["linearity"]["distance"]
     assert distance["adv"]["probabilities"]["all"] > distance["uniform"]["probabilities"]["all"]
@@ -134,7 +134,7 @@ def test_numbers_under_noise_and_attack_go_the_way_they_must(analysed):
 
 
 def test_accuracy_by_frequency_is_that_of_eval_json(analysed):
-    """Ten classes, so each group is one; the digits' classes are in order of frequency."""
+    """With ten classes each group is one class; the classes of the digits are in order of frequency."""
     classwise = json.loads((analysed / "analysis.json").read_text())["best"]["classwise"]
     scores = json.loads((analysed / "eval.json").read_text())["best"]
     assert classwise["classes"] == [[c] for c in range(10)]
@@ -143,7 +143,7 @@ def test_accuracy_by_frequency_is_that_of_eval_json(analysed):
         assert classwise[attack]["images"] == scores[attack]["images"] == 100
 
 
-def test_accuracy_that_eval_json_has_not_is_measured(run):
+def test_accuracy_that_is_not_in_eval_json_is_measured(run):
     results = analysis(run, "--parts", "classwise", "--limit", "200")["best"]["classwise"]
     assert results["pgd20"]["images"] == 200
     flags = ("--attacks", "clean,pgd20", "--limit-eval", "200", "--checkpoint", "best")
@@ -152,7 +152,7 @@ def test_accuracy_that_eval_json_has_not_is_measured(run):
     assert results["pgd20"]["accuracy"] == pytest.approx(scores["pgd20"]["per_class"])
 
 
-def test_what_is_there_is_kept(analysed, measured, tmp_path):
+def test_parts_in_the_file_are_kept(analysed, measured, tmp_path):
     run = shutil.copytree(analysed, tmp_path / "run")
     before = (run / "analysis.json").read_text()
     analysis(run, *FEW)
@@ -175,7 +175,7 @@ def test_what_is_there_is_kept(analysed, measured, tmp_path):
     assert list(results["last"]) == ["inequality"]
 
 
-def test_other_weights_or_another_teacher_are_measured_afresh(analysed, measured, tmp_path):
+def test_other_weights_or_another_teacher_are_measured_again(analysed, measured, tmp_path):
     run = shutil.copytree(analysed, tmp_path / "run")
     before = json.loads((run / "analysis.json").read_text())["best"]
     student = run / "checkpoints" / "best.safetensors"
@@ -204,14 +204,14 @@ def test_a_run_without_teacher(run, capfd):
     assert "no alignment, because it has no teacher" in capfd.readouterr().out
 
 
-def test_a_teacher_that_is_gone_matters_to_its_own_parts_alone(run, capfd):
+def test_a_missing_teacher_matters_only_to_the_parts_that_need_it(run, capfd):
     shutil.rmtree(run / "teacher" / "checkpoints")
     assert list(analysis(run, *FEW, "--parts", "inequality")["best"]) == ["inequality"]
     assert train_runs.status_of("analyse", str(run), *FEW, "--parts", "linearity") == 2
     assert "has no finished weights" in capfd.readouterr().err
 
 
-def test_corruptions_are_on_what_all_runs_get_right(run, tmp_path, measured):
+def test_corruptions_use_images_that_all_runs_classify_correctly(run, tmp_path, measured):
     other = shutil.copytree(run, tmp_path / "other")
     file = other / "checkpoints" / "best.safetensors"
     tensors, card = read_weights(file)
@@ -232,7 +232,7 @@ def test_corruptions_are_on_what_all_runs_get_right(run, tmp_path, measured):
     assert together["gaussian"]["5"]["tail"] == alone["gaussian"]["5"]["tail"]
 
 
-def test_an_interrupted_analysis_goes_on(run, monkeypatch, measured):
+def test_an_interrupted_analysis_is_resumed(run, monkeypatch, measured):
     def interrupt(*_):
         raise KeyboardInterrupt
 
@@ -244,7 +244,7 @@ def test_an_interrupted_analysis_goes_on(run, monkeypatch, measured):
     assert measured == [("a run", "linearity"), ("a run", "inequality")]
 
 
-def test_other_test_images_are_measured_afresh(folder_run, tmp_path, measured):
+def test_other_test_images_are_measured_again(folder_run, tmp_path, measured):
     run = shutil.copytree(folder_run, tmp_path / "run")
     flags = ("--parts", "inequality", "--checkpoint", "last")
     first = analysis(run, *flags)["last"]["inequality"]
@@ -289,7 +289,7 @@ def test_runs_that_cannot_be_analysed(run, folder_run, tmp_path, capfd):
     assert "has no finished weights" in capfd.readouterr().err
     folder = shutil.copytree(folder_run, tmp_path / "folder")
     assert train_runs.status_of("analyse", str(run), str(folder), "--parts", "corruptions") == 2
-    assert "corruptions compare runs on the same images" in capfd.readouterr().err
+    assert "corruptions compare runs on the same images, but" in capfd.readouterr().err
     (run / "analysis.json").write_text("[")
     assert train_runs.status_of("analyse", str(run), "--parts", "inequality") == 2
     assert "analysis.json is damaged" in capfd.readouterr().err
@@ -335,7 +335,7 @@ def test_a_read_only_run_is_refused_before_anything_is_measured(analysed, run, t
         {"best": {"classwise": {"images": 60, "pgd20": {"accuracy": ["x"]}}}},
     ],
 )
-def test_an_analysis_of_another_type_is_left_as_it_is(run, capfd, content):
+def test_a_damaged_analysis_is_not_overwritten(run, capfd, content):
     (run / "analysis.json").write_text(json.dumps(content))
     capfd.readouterr()
     assert train_runs.status_of("analyse", str(run), *FEW, "--parts", "inequality") == 2

@@ -1,4 +1,4 @@
-"""``python -m ltat_fast.evaluate`` and ``report``: what is measured, what is kept, what is refused."""
+"""``python -m ltat_fast.evaluate`` and ``report``: measuring, keeping results, and refusals."""
 
 import json
 import os
@@ -47,11 +47,11 @@ def attacked(monkeypatch):
     return names
 
 
-# -- what is measured -----------------------------------------------------------------------------------------------
+# -- measuring ------------------------------------------------------------------------------------------------------
 
 
 def test_the_format(digits_run):
-    """What other people's scripts read."""
+    """Scripts of other people read these fields."""
     results = json.loads((digits_run / "eval.json").read_text())
     assert list(results) == ["best", "last"]
     for by_attack in results.values():
@@ -74,7 +74,7 @@ def test_the_format(digits_run):
 
 
 def test_clean_accuracy_is_what_the_exported_weights_do(run):
-    """Measured again from the files alone: scikit-learn's digits, the network, nothing of the engine."""
+    """Measured again from the files alone, with the digits of scikit-learn and the network."""
     scores = evaluate(run, "--attacks", "clean", "--checkpoint", "last")["last"]["clean"]
     model = build_model("smallresnet", 10, in_channels=1).eval()
     model.load_state_dict(read_weights(run / "checkpoints" / "last.safetensors")[0])
@@ -92,8 +92,8 @@ def test_clean_accuracy_is_what_the_exported_weights_do(run):
     assert scores["medium"] == pytest.approx(100 * correct[(y >= 3) & (y < 9)].mean())
 
 
-def test_more_attacks_join_those_that_are_there(run, digits_run):
-    """And the worst case with them, if they are on as many images."""
+def test_new_attacks_are_added_to_the_file(run, digits_run):
+    """The worst case includes them if they are on as many images."""
     before = json.loads((digits_run / "eval.json").read_text())
     few = evaluate(run, "--attacks", "fgsm,cw5x2", "--checkpoint", "best", "--limit-eval", "20")
     attacks = ["clean", "pgd20", "fgsm", "cw5x2"]
@@ -113,7 +113,7 @@ def quick_autoattack(monkeypatch):
     monkeypatch.setattr(pyautoattack, "AutoAttack", QuickAutoAttack)
 
 
-def test_autoattack_has_its_place(run, quick_autoattack, capfd):
+def test_autoattack_runs_after_the_checks(run, quick_autoattack, capfd):
     flags = ("--attacks", "clean,pgd20,autoattack", "--checkpoint", "last", "--limit-eval", "20", "--again")
     results = evaluate(run, *flags)
     assert results["last"]["autoattack"]["images"] == 20
@@ -154,10 +154,10 @@ def test_autoattack_takes_as_many_images_as_in_the_run(run, quick_autoattack, mo
     assert images("--limit-eval", "4", "--again") == 4
 
 
-# -- what is kept and what is run again -----------------------------------------------------------------------------
+# -- keeping results ------------------------------------------------------------------------------------------------
 
 
-def test_what_is_there_is_not_run_again(run, attacked, digits_run):
+def test_attacks_in_the_file_are_not_run_again(run, attacked, digits_run):
     results = evaluate(run, "--attacks", "clean,pgd20", "--limit-eval", "100")
     assert attacked == []
     assert results == json.loads((digits_run / "eval.json").read_text())
@@ -168,14 +168,14 @@ def test_a_smaller_evaluation_does_not_replace_a_larger_one(run, attacked):
     assert attacked == []
 
 
-def test_a_larger_one_does(run, attacked):
+def test_a_larger_evaluation_replaces_a_smaller_one(run, attacked):
     results = evaluate(run, "--attacks", "clean", "--limit-eval", "200")
     assert results["last"]["clean"]["images"] == 200
     assert results["last"]["pgd20"]["images"] == 100
     assert set(attacked) == {"clean"}
 
 
-def test_again_means_again(run, attacked, digits_run):
+def test_again_runs_an_attack_a_second_time(run, attacked, digits_run):
     results = evaluate(run, "--attacks", "pgd20", "--limit-eval", "100", "--again", "--checkpoint", "last")
     assert attacked == ["pgd20"]
     assert results == json.loads((digits_run / "eval.json").read_text())
@@ -187,15 +187,15 @@ def change_weights(file, change) -> None:
     write_weights(file, tensors, card)
 
 
-def test_other_weights_are_evaluated_afresh(run, attacked):
+def test_other_weights_are_evaluated_again(run, attacked):
     change_weights(run / "checkpoints" / "last.safetensors", lambda tensors: tensors["fc.bias"][9].add_(1000))
     scores = evaluate(run, "--attacks", "clean", "--limit-eval", "100", "--checkpoint", "last")["last"]
     assert attacked == ["clean"]
     assert (scores["clean"]["all"], scores["clean"]["tail"], scores["clean"]["head"]) == (10.0, 100.0, 0.0)
-    assert "worst" not in scores  # pgd20 is of the weights before
+    assert "worst" not in scores  # pgd20 belongs to the old weights
 
 
-def test_other_images_are_evaluated_afresh(run, attacked, monkeypatch):
+def test_other_images_are_evaluated_again(run, attacked, monkeypatch):
     load = command.load_splits
 
     def changed(*args):
@@ -209,7 +209,7 @@ def test_other_images_are_evaluated_afresh(run, attacked, monkeypatch):
     assert attacked == ["clean"]
 
 
-def test_results_of_an_earlier_version_are_read_and_not_relied_on(run, attacked, capfd):
+def test_results_of_an_earlier_version_are_read_but_measured_again(run, attacked, capfd):
     results = json.loads((run / "eval.json").read_text())
     for entry in results.values():
         del entry["worst"]
@@ -218,13 +218,13 @@ def test_results_of_an_earlier_version_are_read_and_not_relied_on(run, attacked,
                 scores.pop(key, None)
     (run / "eval.json").write_text(json.dumps(results))
     assert train_runs.status_of("report", str(run)) == 0
-    afresh = evaluate(run, "--attacks", "pgd20", "--limit-eval", "100", "--checkpoint", "last")["last"]
+    again = evaluate(run, "--attacks", "pgd20", "--limit-eval", "100", "--checkpoint", "last")["last"]
     assert attacked == ["pgd20"]
-    assert afresh["clean"] == results["last"]["clean"]
-    assert afresh["pgd20"]["all"] == results["last"]["pgd20"]["all"]
+    assert again["clean"] == results["last"]["clean"]
+    assert again["pgd20"]["all"] == results["last"]["pgd20"]["all"]
 
 
-def test_best_that_is_last_is_attacked_once(run, attacked, capfd):
+def test_equal_best_and_last_weights_are_attacked_once(run, attacked, capfd):
     shutil.copy(run / "checkpoints" / "last.safetensors", run / "checkpoints" / "best.safetensors")
     (run / "eval.json").unlink()
     flags = ("--attacks", "clean,pgd5", "--limit-eval", "20")
@@ -236,7 +236,7 @@ def test_best_that_is_last_is_attacked_once(run, attacked, capfd):
     assert attacked == ["clean", "pgd5", "clean", "pgd5"]
 
 
-def test_what_another_process_wrote_meanwhile_is_kept(run, monkeypatch):
+def test_results_of_another_process_are_kept(run, monkeypatch):
     original = evaluation.evaluate
 
     def meanwhile(model, images, labels, attacks, *args, **kwargs):
@@ -252,8 +252,8 @@ def test_what_another_process_wrote_meanwhile_is_kept(run, monkeypatch):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_an_interrupted_evaluation_goes_on(run, number):
-    """A real signal in the midst of an attack that would take hours."""
+def test_an_interrupted_evaluation_is_resumed(run, number):
+    """A real signal during an attack that would take hours."""
     (run / "eval.json").unlink()
     flags = ("--limit-eval", "20", "--checkpoint", "last", "--device", "cpu")
     command = [sys.executable, "-m", "ltat_fast.evaluate", str(run), *flags, "--again"]
@@ -275,7 +275,7 @@ def test_an_interrupted_evaluation_goes_on(run, number):
     out, err = process.communicate(timeout=30)
     assert (process.returncode, err) == (75, "")
     name = signal.Signals(number).name
-    expected = f"stopped by {name}; finished work is kept; go on with: python -m ltat_fast.evaluate {run} "
+    expected = f"stopped by {name}; finished work is kept; resume with: python -m ltat_fast.evaluate {run} "
     (said,) = [line for line in out.replace(f"'{run}'", str(run)).splitlines() if "stopped" in line]
     assert said == expected + shlex.join([*flags, "--attacks", "clean,pgd5,pgd9999999"])
     assert not list(run.glob(".*partial"))
@@ -287,7 +287,7 @@ def test_an_interrupted_evaluation_goes_on(run, number):
     assert results["worst"]["attacks"] == ["clean", "pgd5", "fgsm"]
 
 
-def test_images_that_have_moved(tmp_path, image_tree, folder_run, attacked, capfd):
+def test_moved_images_are_found_with_data_dir(tmp_path, image_tree, folder_run, attacked, capfd):
     moved_run = shutil.copytree(folder_run, tmp_path / "run")
     config = json.loads((moved_run / "config.json").read_text())
     (moved_run / "config.json").write_text(json.dumps(config | {"data_dir": str(tmp_path / "gone")}))
@@ -299,7 +299,7 @@ def test_images_that_have_moved(tmp_path, image_tree, folder_run, attacked, capf
     assert results["last"]["clean"] == json.loads((folder_run / "eval.json").read_text())["last"]["clean"]
 
 
-# -- what is refused ------------------------------------------------------------------------------------------------
+# -- refusals -------------------------------------------------------------------------------------------------------
 
 
 def refused(capfd, *flags: str) -> str:
@@ -326,7 +326,7 @@ def test_refusals(tmp_path, run, capfd):
 
 @pytest.fixture
 def read_only(digits_run, tmp_path):
-    """A run on a file system that is read-only, for root too."""
+    """A run on a file system that is read-only even for root."""
     with small_disks.file_system(tmp_path / "disk", "64m") as disk:
         run = shutil.copytree(digits_run, disk / "run", ignore=shutil.ignore_patterns("tb"))
         small_disks.remount(disk, "ro")
@@ -348,7 +348,7 @@ def test_a_read_only_run_is_refused_before_anything_is_measured(read_only, digit
 
 
 @pytest.mark.parametrize("content", ["", '{"best": {"clean"', "[]"])
-def test_a_damaged_eval_json_is_left_as_it_is(run, capfd, content):
+def test_a_damaged_eval_json_is_not_overwritten(run, capfd, content):
     (run / "eval.json").write_text(content)
     assert "eval.json is damaged" in refused(capfd, str(run), "--attacks", "clean")
     assert (run / "eval.json").read_text() == content
@@ -366,7 +366,7 @@ def test_a_damaged_eval_json_is_left_as_it_is(run, capfd, content):
         ("pgd20", {"chosen": "zz"}),
     ],
 )
-def test_a_result_of_another_type_is_left_as_it_is(run, capfd, name, broken):
+def test_a_result_of_another_type_is_not_overwritten(run, capfd, name, broken):
     results = json.loads((run / "eval.json").read_text())
     for entry in results.values():
         entry[name] = entry[name] | broken if name in entry else broken
@@ -420,4 +420,4 @@ def test_report_refuses(tmp_path, capfd):
     assert train_runs.status_of("report") == 2
     assert "name at least one run folder" in capfd.readouterr().err
     assert train_runs.status_of("report", str(tmp_path)) == 2
-    assert "has no results: config.json is not there" in capfd.readouterr().err
+    assert "has no results: config.json does not exist" in capfd.readouterr().err

@@ -1,4 +1,4 @@
-"""``python -m ltat_fast.export``: every file computes what the network does, and needs nothing of ours."""
+"""``python -m ltat_fast.export``: every file computes the logits of the network and does not need this package."""
 
 import json
 import shutil
@@ -45,7 +45,7 @@ def images():
 
 
 def live(run, which="last"):
-    """The network as the checkpoint has it, built by hand."""
+    """The network of the checkpoint, built without the code under test."""
     tensors, card = read_weights(run / "checkpoints" / f"{which}.safetensors")
     model = build_model(card["arch"], card["num_classes"], in_channels=card["in_channels"])
     model.load_state_dict(tensors)
@@ -114,9 +114,9 @@ def test_the_module_of_every_network(arch, method, tmp_path):
         assert torch.equal(exporting.import_file(tmp_path / "model.py").load_model()(x), model(x))
 
 
-@pytest.mark.filterwarnings("error:batch norm is not folded")
+@pytest.mark.filterwarnings("error:nothing is folded")
 def test_as_a_teacher(exported, tmp_path, monkeypatch):
-    """The folder serves as ``--teacher module:model:load_model``, as fast as a network of ours."""
+    """The folder can be used as ``--teacher module:model:load_model``, with batch norm folded."""
     monkeypatch.syspath_prepend(str(exported))
     flags = [*train_runs.QUICK[:-2], "--max-steps", "2", "--method", "ard", "--teacher", "module:model:load_model"]
     assert train_runs.train("--out", str(tmp_path / "student"), *flags) == 0
@@ -168,11 +168,11 @@ def test_a_file_that_computes_something_else_is_refused(digits_run, tmp_path, mo
     monkeypatch.setattr(exporting, "source", broken)
     assert train_runs.status_of("export", str(digits_run), "--out", str(tmp_path / "out")) == 2
     assert "gives other logits than the network" in capsys.readouterr().err
-    assert not any((tmp_path / "out").iterdir()), "what is wrong is not handed on"
+    assert not any((tmp_path / "out").iterdir()), "a wrong file is not exported"
 
 
 def test_a_full_disk(digits_run, tmp_path, capfd):
-    """One sentence, nothing half-written, and an export that was there stays as it was."""
+    """One sentence, no partial files, and an older export does not change."""
     with small_disks.file_system(tmp_path / "disk", "700k") as disk:
         out = disk / "export"
         assert train_runs.status_of("export", str(digits_run), "--out", str(out)) == 2

@@ -34,7 +34,7 @@ def test_without_files_only_the_table_is_made(digits_run, tmp_path, monkeypatch,
     assert not list(tmp_path.iterdir())
 
 
-def test_the_runs_are_left_as_they_were(digits_run, tmp_path):
+def test_the_runs_do_not_change(digits_run, tmp_path):
     run = shutil.copytree(digits_run, tmp_path / "run")
     before = {file: file.stat().st_mtime_ns for file in run.rglob("*")}
     assert train_runs.status_of("report", str(run), "--html", str(tmp_path / "page.html")) == 0
@@ -46,19 +46,22 @@ def test_the_runs_are_left_as_they_were(digits_run, tmp_path):
     [
         (lambda run, tmp: [], "name at least one run folder"),
         (lambda run, tmp: [str(tmp)], "has no results"),
-        (lambda run, tmp: [str(run), str(shutil.copytree(run, tmp / "copy"))], "are one experiment with one seed, 0"),
+        (
+            lambda run, tmp: [str(run), str(shutil.copytree(run, tmp / "copy"))],
+            "are the same experiment",
+        ),
         (lambda run, tmp: [str(run), "--csv", str(run / "config.json" / "x.csv")], "cannot write"),
     ],
     ids=["none", "no run", "copy", "not writable"],
 )
-def test_what_cannot_be_done_is_one_sentence(digits_run, tmp_path, capsys, make, said):
+def test_refusals_are_one_sentence(digits_run, tmp_path, capsys, make, said):
     assert train_runs.status_of("report", *make(digits_run, tmp_path)) == 2
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
 
 
-def test_a_full_disk_leaves_the_report_that_is_there(digits_run, tmp_path, capsys):
+def test_a_full_disk_keeps_the_old_report(digits_run, tmp_path, capsys):
     with small_disks.file_system(tmp_path / "disk", "64k") as disk:
         for name in ("new.html", "old.html"):
             page_file = disk / name
@@ -93,7 +96,7 @@ def test_a_damaged_result_is_one_sentence(digits_run, tmp_path, capsys, broken):
     assert error.count("\n") == 1
 
 
-def test_a_gpu_that_is_not_there_is_said(digits_run, tmp_path, capsys):
+def test_a_missing_gpu_is_refused(digits_run, tmp_path, capsys):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     flags = ("--html", str(tmp_path / "page.html"), "--device", "cuda")

@@ -1,4 +1,4 @@
-"""A sweep over an option of LTAT: the right runs, kept when finished, and their means and deviations."""
+"""A sweep over one option of LTAT: the runs, which are kept when finished, and their means and deviations."""
 
 import csv
 import json
@@ -10,14 +10,15 @@ import pytest
 from helpers import small_disks
 from helpers.train_runs import status_of
 from ltat_fast import sensitivity
-from ltat_fast.sensitivity import Arguments, collect, draw, plan
+from ltat_fast.analysis.sensitivity import collect, draw, plan
 
 QUICK = ("--epochs", "1", "--teacher-epochs", "1", "--max-steps", "1", "--attack-steps", "1", "--precision", "fp32")
 QUICK += ("--limit-eval", "50")
 
 
 def test_the_runs():
-    jobs = plan(Arguments((10.0, 0.5, 0.5 + 1e-9), "gamma", seeds=(3, 4, 3)), Path("out"), ("--epochs", "7"))
+    values = (10.0, 0.5, 0.5 + 1e-9)
+    jobs = plan("gamma", values, (3, 4, 3), Path("out"), dataset="digits-lt", extra=("--epochs", "7"))
     assert list(jobs) == [0.5, 10.0]
     assert [job.run_dir for job in jobs[0.5]] == [Path("out/gamma0.5-seed3"), Path("out/gamma0.5-seed4")]
     flags = jobs[10.0][1].flags
@@ -34,7 +35,7 @@ def test_the_runs():
 
 
 def written(folder, scores):
-    """A finished run as far as a table reads it; ``scores``: clean, its tail, PGD-20, its tail."""
+    """Write the files of a finished run. scores: clean, clean tail, PGD-20, PGD-20 tail."""
     folder.mkdir(parents=True)
     clean, tail_clean, pgd, tail_pgd = scores
     result = {"clean": {"all": clean, "tail": tail_clean}, "pgd20": {"all": pgd, "tail": tail_pgd}}
@@ -45,23 +46,23 @@ def written(folder, scores):
 
 
 def test_means_and_deviations(tmp_path):
-    jobs = plan(Arguments((1.0, 3.0, 9.0), seeds=(0, 1, 2)), tmp_path, ())
+    jobs = plan("alpha", (1.0, 3.0, 9.0), (0, 1, 2), tmp_path, dataset="digits-lt")
     scores = [(90, 80, 50, 20), (92, 81, 53, 22), (91, 88, 55, 30)]
     for job, of_seed in zip(jobs[1.0], scores, strict=True):
         written(job.run_dir, of_seed)
     written(jobs[3.0][0].run_dir, (70, 60, 40, 10))
     entries = collect("alpha", jobs, "test")
-    found = {(e["value"], e["checkpoint"], e["attack"], e["group"]): e for e in entries}
+    found = {(e.value, e.checkpoint, e.attack, e.group): e for e in entries}
     assert len(found) == len(entries) == 2 * (4 + 1), (
         "nothing for 9, which has not run, and no tail where there is none"
     )
     for column, key in enumerate((("clean", "all"), ("clean", "tail"), ("pgd20", "all"), ("pgd20", "tail"))):
         entry, values = found[(1.0, "best", *key)], [of_seed[column] for of_seed in scores]
-        assert entry["mean"] == pytest.approx(sum(values) / 3)
-        assert entry["std"] == pytest.approx(statistics.stdev(values))
-        assert (entry["option"], entry["seeds"]) == ("alpha", 3)
-    assert found[3.0, "best", "pgd20", "tail"]["mean"] == 10
-    assert (found[3.0, "best", "pgd20", "tail"]["std"], found[3.0, "best", "pgd20", "tail"]["seeds"]) == (0, 1)
+        assert entry.mean == pytest.approx(sum(values) / 3)
+        assert entry.std == pytest.approx(statistics.stdev(values))
+        assert (entry.option, entry.seeds) == ("alpha", 3)
+    single = found[3.0, "best", "pgd20", "tail"]
+    assert (single.mean, single.std, single.seeds) == (10, 0, 1)
 
     everything, tail = draw("alpha", "digits-lt", entries).axes
     assert "tail" in tail.get_title()
@@ -73,7 +74,7 @@ def test_means_and_deviations(tmp_path):
     assert curves["clean, last"] == [[1, 1], [3, 1]]
 
 
-def test_run_and_keep(tmp_path, capsys):
+def test_finished_runs_are_kept(tmp_path, capsys):
     out = tmp_path / "over alpha"
     sweep = ("--option", "alpha", "--values", "0", "10", "--out", str(out))
     assert status_of("sensitivity", *sweep, "--", *QUICK) == 0
@@ -83,7 +84,7 @@ def test_run_and_keep(tmp_path, capsys):
     assert "2 runs, 0 to do" in capsys.readouterr().out
     assert (out / "sensitivity.csv").read_text() == first
 
-    # What is asked for now is not what is there, be a flag changed, left out or unknown; how it runs does not matter.
+    # Runs with a flag that is changed, left out or unknown are refused; flags that do not change results are not.
     others = {
         "epochs (1 -> 2)": (*QUICK, "--epochs", "2"),
         "limit_eval (50 -> None)": QUICK[:-2],
@@ -106,7 +107,7 @@ def test_run_and_keep(tmp_path, capsys):
     capsys.readouterr()
     assert status_of("sensitivity", *sweep, "--", *QUICK) == 1
     said = capsys.readouterr().out
-    assert "alpha0-seed0 is left as it is" in said
+    assert "alpha0-seed0 is kept as it is" in said
     assert f"{damaged} cannot be read" in said
     assert [line for line in said.splitlines() if "±" in line] != []
     assert "alpha 0," not in said
@@ -138,8 +139,8 @@ def test_a_full_disk(tmp_path, monkeypatch, capsys):
         assert (disk / "sensitivity.png").read_text() == "the old one"
 
 
-def test_chosen_on_images_held_out(tmp_path):
-    """A run's own scores of them, of the epoch they picked and of the last one; its test images stay out of it."""
+def test_accuracy_on_held_out_images(tmp_path):
+    """Uses the accuracies on the held-out images of the best and the last epoch, and never the test images."""
     flags = ("--option", "kl_weight", "--values", "0.5", "--images", "heldout", "--out", str(tmp_path))
     assert status_of("sensitivity", *flags, "--", *QUICK, "--epochs", "3", "--eval-every", "1") == 0
     folder = tmp_path / "kl_weight0.5-seed0"

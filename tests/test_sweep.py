@@ -1,17 +1,16 @@
-"""A table of the paper as runs: the right rows with the right flags, finished ones skipped, ours beside the paper's."""
+"""A table of the paper as runs: rows and flags, finished runs are skipped, our numbers beside those of the paper."""
 
 import json
 import os
-from importlib.resources import files
 from pathlib import Path
 from shutil import copytree
 
 import pytest
 
 from helpers.train_runs import status_of
-from ltat_fast.sweep import Arguments, plan, render
+from ltat_fast.reporting.paper_table import load_tables, plan, render
 
-TABLES = json.loads((files("ltat_fast") / "paper_tables.json").read_text())
+TABLES = load_tables()
 QUICK = ("--epochs", "1", "--teacher-epochs", "1", "--max-steps", "1", "--attack-steps", "1", "--precision", "fp32")
 QUICK += ("--eval-attacks", "clean,pgd20", "--limit-eval", "50")
 
@@ -28,7 +27,7 @@ def test_tables_hold_the_papers_numbers():
 
 
 def test_a_table_on_its_own_dataset():
-    rows = list(plan(TABLES["1"], Arguments("1"), ("--data-dir", "images")))
+    rows = list(plan(TABLES["1"], Path("out"), extra=("--data-dir", "images")))
     assert [row.title for row in rows] == ["PGD-AT", "TRADES", "MART", "AWP", "RoBal", "REAT", "AT-BSL", "Ours"]
     (job,) = rows[-1].jobs
     flags = dict(zip(job.flags[::2], job.flags[1::2], strict=True))
@@ -40,13 +39,13 @@ def test_a_table_on_its_own_dataset():
 
 
 def test_another_dataset_brings_its_own_preset():
-    rows = list(plan(TABLES["1"], Arguments("1", dataset="digits-lt"), ()))
+    rows = list(plan(TABLES["1"], Path("out"), "digits-lt"))
     assert "--arch" not in rows[0].jobs[0].flags
     assert "--imbalance-ratio" not in rows[0].jobs[0].flags
 
 
 def test_a_table_over_ratios_keeps_them():
-    rows = list(plan(TABLES["5"], Arguments("5", dataset="digits-lt", seeds=(3, 4)), ()))
+    rows = list(plan(TABLES["5"], Path("out"), "digits-lt", (3, 4)))
     assert len(rows) == 16
     assert rows[0].title == "RoBal IR 50"
     assert "--imbalance-ratio" in rows[0].jobs[0].flags
@@ -85,15 +84,15 @@ def test_a_failed_row_does_not_stop_the_others(tmp_path, capsys):
     assert f"ours-seed0 ltat_fast: error: --out {tmp_path / 'ours-seed0'} is a file, not a folder" in said
 
 
-def test_the_papers_numbers_stand_beside_ours():
-    rows = list(plan(TABLES["1"], Arguments("1", out=Path("nowhere")), ()))
+def test_the_papers_numbers_are_shown_beside_ours():
+    rows = list(plan(TABLES["1"], Path("nowhere")))
     text = render(rows, TABLES["1"]["notes"])
     assert "| Ours | last | 0 | - (71.74) | - (37.8) | - (33.74) | - (74.7) | - (36.2) |" in text
 
 
 def test_longer_baselines_have_the_epochs_of_teacher_and_student():
     for dataset, epochs in ((None, "130"), ("digits-lt", "60")):
-        *longer, ours = plan(TABLES["9"], Arguments("9", dataset=dataset), ())
+        *longer, ours = plan(TABLES["9"], Path("out"), dataset)
         assert [row.title for row in longer][-1] == "AT-BSL longer"
         for row in longer:
             assert row.jobs[0].flags[row.jobs[0].flags.index("--epochs") + 1] == epochs
@@ -101,8 +100,8 @@ def test_longer_baselines_have_the_epochs_of_teacher_and_student():
 
 
 def test_the_self_teacher_is_a_row_of_its_own(tmp_path):
-    """Table 6 compares it with students: its scores are not those of the run it belongs to."""
-    rows = list(plan(TABLES["6"], Arguments("6", seeds=(0, 1), out=tmp_path), ()))
+    """Table 6 compares it with students, so the row uses the results of the teacher, not of its run."""
+    rows = list(plan(TABLES["6"], tmp_path, seeds=(0, 1)))
     for row, score in ((rows[0], 50.0), (rows[-1], 70.0)):
         for i, job in enumerate(row.jobs):
             for file, extra in (("eval.json", 0), ("teacher/eval.json", -20)):
@@ -122,7 +121,7 @@ echo Submitted batch job 4711
 
 
 def test_rows_as_slurm_jobs(tmp_path, monkeypatch, capsys):
-    """submitit itself, with an sbatch that keeps what it is given."""
+    """Uses the real submitit, with an sbatch that records its input."""
     pytest.importorskip("submitit")
     scripts = tmp_path / "scripts"
     (tmp_path / "bin").mkdir()
@@ -146,9 +145,9 @@ def test_rows_as_slurm_jobs(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("flag", ["--seed", "--out=here", "--resume"])
-def test_what_each_run_has_of_its_own_is_not_forwarded(flag, tmp_path, capsys):
+def test_flags_that_differ_between_runs_are_not_forwarded(flag, tmp_path, capsys):
     assert status_of("sweep", "--table", "10", "--out", str(tmp_path / "table"), "--", flag, "7") == 2
-    assert f"{flag.partition('=')[0]} behind --: each run gets its own" in capsys.readouterr().err
+    assert f"{flag.partition('=')[0]} cannot stand after --, because each run gets its own" in capsys.readouterr().err
     assert not (tmp_path / "table").exists()
 
 

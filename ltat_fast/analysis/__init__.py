@@ -1,5 +1,5 @@
-"""What the papers measure of a trained network besides its accuracy. docs/analysis.md says what each number means.
+"""Measurements of the papers on trained networks besides accuracy; docs/analysis.md explains each number.
 
-The functions take any ``nn.Module`` from images in [0, 1], ``(B, C, H, W)``, to logits ``(B, K)``, and give a value an
-image, so that the mean over a group of classes is the caller's.
+The functions take any ``nn.Module`` from images in [0, 1], ``(B, C, H, W)``, to logits ``(B, K)``. They return one
+value per image, so that the caller can average over any group of classes.
 """

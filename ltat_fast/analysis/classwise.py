@@ -1,8 +1,8 @@
 """Accuracy in ten groups of classes, from the most to the least frequent.
 
 Cho, Lee, Kim, "Long-tailed Adversarial Training with Self-Distillation" (ICLR 2025), appendix B, figure 8: the classes
-of CIFAR-100 in ten groups by their number of training images. With ten classes each group is one. Open: how the paper
-breaks ties of frequency; here the lower class comes first.
+of CIFAR-100 in ten groups by their number of training images. With ten classes each group is one class. The paper does
+not say how it orders classes of equal frequency; here the class with the lower index comes first.
 """
 
 from collections.abc import Sequence
@@ -11,9 +11,9 @@ import numpy as np
 
 
 def frequency_groups(counts: Sequence[int], groups: int = 10) -> list[list[int]]:
-    """The classes from the most frequent on, in at most ``groups`` groups whose sizes differ by one at most.
+    """Split the classes, the most frequent first, into at most ``groups`` groups whose sizes differ by at most one.
 
-    counts: training images a class.
+    counts: training images per class.
     """
     order = np.argsort(-np.asarray(counts), kind="stable")
     return [group.tolist() for group in np.array_split(order, min(groups, len(order)))]
@@ -22,7 +22,8 @@ def frequency_groups(counts: Sequence[int], groups: int = 10) -> list[list[int]]
 def classwise(per_class: Sequence[float | None], images: Sequence[int], counts: Sequence[int]) -> list[float | None]:
     """Accuracy in each of :func:`frequency_groups`; None for a group without images.
 
-    per_class: accuracy in each class, None where there are no images. images: test images a class, the weights.
+    per_class: accuracy per class, None for a class without images. images: test images per class, used as weights.
+    counts: training images per class.
     """
     means = []
     for group in frequency_groups(counts):

@@ -1,19 +1,20 @@
-"""Noise and occlusion on the pixels a network relies on most, random noise, and the noises of ImageNet-C.
+"""Noise and occlusion on the pixels that a network relies on most, random noise, and the noises of ImageNet-C.
 
 Chen, Dong, Xie, "Releasing Inequality Phenomenon in L_inf-norm Adversarial Training via Input Gradient Distillation"
 (IGD, 2023), after Duan et al. (ICLR 2023); Hendrycks, Dietterich, "Benchmarking Neural Network Robustness to Common
-Corruptions and Perturbations" (ICLR 2019). With M the k entries of the largest *signed* attribution (or, for RN, k
-random ones), k = floor(t * C*H*W) single channel values, and n ~ N(0, 1) an entry:
+Corruptions and Perturbations" (ICLR 2019). Let k = floor(t * C*H*W) be a number of single channel values, M the mask of
+the k values with the largest *signed* attribution (for RN: of k random values), and n ~ N(0, 1) for each value:
 
     INA1, RN  clip(x + M n),      INA2  clip((1 - M) x + M n)
 
-    occlusion  one colour on the squares [i - r, i + r) x [j - r, j + r) around the best pixels by the attribution
-               averaged over channels: 1 pixel with r = 1, 2, ... R, then 2 pixels, ... to 10; an image that any of
-               these flips is an error
+    occlusion  one colour on the squares [i - r, i + r) x [j - r, j + r) around the pixels with the largest attribution
+               (mean over channels): first 1 pixel with r = 1, 2, ... R, then 2 pixels, ... up to 10; an image counts
+               as an error if any of these occlusions changes its class
 
-Certain: these formulas. Duan et al. draw n uniformly between the image's extremes and loop over r first; IGD's is the
-default. IGD's R = 20 is for 224 pixels and shrinks with the image. Its t of 0.2 to 2 percent select nothing in
-an image of 64 values, so under 500 values INA takes the t of RN, 2 to 20 percent (:func:`inductive_shares`).
+The papers state these formulas. Duan et al. draw n uniformly between the extremes of the image and loop over r first;
+we follow IGD. The R = 20 of IGD is for images of 224 pixels and is scaled with the image. Its t of 0.2 to 2 percent
+select nothing in an image of 64 values, so images of fewer than 500 values use the t of RN for INA, 2 to 20 percent
+(:func:`inductive_shares`).
 """
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from ltat_fast.analysis.gradients import frozen
 
 RANDOM_SHARES = tuple(round(0.02 * i, 2) for i in range(1, 11))
-COLOURS = {"grey": 0.5, "white": 1.0, "black": 0.0}  # grey and white are IGD's, black is Duan et al.'s
+COLOURS = {"grey": 0.5, "white": 1.0, "black": 0.0}  # grey and white from IGD, black from Duan et al.
 # Standard deviation of gaussian, photons of shot and share of impulse noise at severities 1 to 5.
 CONSTANTS = {
     "CIFAR-10-C": {
@@ -44,17 +45,17 @@ CONSTANTS = {
 
 
 def constants_for(size: int) -> str:
-    """The set of :data:`CONSTANTS` made for images about ``size`` pixels wide."""
+    """The name of the set of :data:`CONSTANTS` for images of ``size`` pixels width."""
     return "CIFAR-10-C" if size <= 32 else "Tiny-ImageNet-C" if size <= 64 else "ImageNet-C"
 
 
 def inductive_shares(entries: int) -> tuple[float, ...]:
-    """t of INA1 and INA2 for images of ``entries`` values: the published ones where the least selects a value."""
+    """The t of INA1 and INA2 for images of ``entries`` values: the published ones, or those of RN below 500 values."""
     return tuple(round(t / 10, 3) for t in RANDOM_SHARES) if entries >= 500 else RANDOM_SHARES
 
 
 def top_mask(scores: Tensor, share: float) -> Tensor:
-    """Where the floor(share * C*H*W) highest of each image's ``scores`` ``(B, C, H, W)`` are: bool, like ``scores``."""
+    """Mask of the floor(share * C*H*W) highest ``scores`` ``(B, C, H, W)`` of each image: bool, like ``scores``."""
     flat = scores.flatten(1)
     count = int(share * flat.shape[1] + 1e-9)  # 0.29 * 100 is 28.999999999999996
     mask = torch.zeros_like(flat, dtype=torch.bool).scatter_(1, flat.topk(count, dim=1).indices, True)
@@ -62,27 +63,27 @@ def top_mask(scores: Tensor, share: float) -> Tensor:
 
 
 def random_mask(like: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """As many entries as :func:`top_mask` has, drawn uniformly without replacement."""
+    """Mask of as many entries as in :func:`top_mask`, drawn uniformly without replacement."""
     return top_mask(torch.rand(like.shape, generator=generator, device=like.device), share)
 
 
 def add_noise(x: Tensor, mask: Tensor, noise: Tensor) -> Tensor:
-    """INA1, and RN with a random mask: ``noise`` on top of the masked entries of ``x``, clipped to [0, 1]."""
+    """Add ``noise`` to the masked entries of ``x`` and clip to [0, 1]: INA1, and RN with a random mask."""
     return torch.where(mask, x + noise, x).clamp(0, 1)
 
 
 def replace_by_noise(x: Tensor, mask: Tensor, noise: Tensor) -> Tensor:
-    """INA2: ``noise`` in place of the masked entries of ``x``, clipped to [0, 1]."""
+    """Replace the masked entries of ``x`` by ``noise`` and clip to [0, 1]: INA2."""
     return torch.where(mask, noise, x).clamp(0, 1)
 
 
 def occlusion_radius(size: int) -> int:
-    """R for images ``size`` pixels wide: IGD's 20 of 224."""
+    """R for images of ``size`` pixels width: 20 of 224 as in IGD."""
     return max(1, round(20 * size / 224))
 
 
 def occlusion_mask(attribution: Tensor, pixels: int, radius: int) -> Tensor:
-    """Squares around the ``pixels`` best pixels of each image: bool ``(B, 1, H, W)``."""
+    """Mask of the squares around the ``pixels`` pixels of each image with the largest attribution: ``(B, 1, H, W)``."""
     height, width = attribution.shape[2:]
     best = attribution.mean(1).flatten(1).topk(pixels, dim=1).indices[:, :, None]
     rows = torch.arange(height, device=best.device) - best // width
@@ -95,7 +96,10 @@ def occlusion_mask(attribution: Tensor, pixels: int, radius: int) -> Tensor:
 def correct_under_occlusion(
     model: nn.Module, x: Tensor, y: Tensor, attribution: Tensor, colour: float, pixels: int = 10, radius: int = 0
 ) -> Tensor:
-    """Whether no occlusion of the search flips the image: bool ``(B,)``. radius: R, :func:`occlusion_radius` if 0."""
+    """Whether the image is classified correctly under every occlusion of the search: bool ``(B,)``.
+
+    radius: R; 0 for :func:`occlusion_radius`.
+    """
     model = frozen(model)
     radius = radius or occlusion_radius(min(x.shape[2:]))
     alive = model(x).argmax(1) == y
@@ -120,7 +124,7 @@ def shot_noise(x: Tensor, photons: float, generator: torch.Generator) -> Tensor:
 
 
 def impulse_noise(x: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """Each entry is, with probability ``share``, set to 0 or 1, both equally likely."""
+    """Set each entry with probability ``share`` to 0 or 1, both equally likely."""
     draw = torch.rand(x.shape, generator=generator, device=x.device)
     return torch.where(draw < share, (draw < share / 2).to(x.dtype), x)
 

@@ -1,4 +1,4 @@
-"""Gradients of a scalar of the logits with respect to the image, one an image."""
+"""Gradients of a scalar function of the logits with respect to the image, one per image."""
 
 from collections.abc import Callable
 
@@ -9,19 +9,19 @@ from ltat_fast.models.frozen import FrozenTwin
 
 
 def frozen(model: nn.Module) -> FrozenTwin:
-    """``model`` in eval mode without parameter gradients; the model itself is left as it is."""
+    """A frozen twin of ``model``: eval mode, no parameter gradients. The model itself does not change."""
     return model if isinstance(model, FrozenTwin) else FrozenTwin(model, fold_bn=False)
 
 
 def true_logit(logits: Tensor, y: Tensor) -> Tensor:
-    """The logit of each image's own class: ``(B,)``."""
+    """The logit of the true class of each image: ``(B,)``."""
     return logits.gather(1, y[:, None]).squeeze(1)
 
 
 def input_gradient(model: nn.Module, x: Tensor, scalar: Callable[[Tensor], Tensor]) -> Tensor:
-    """d scalar_i / d x_i for each image i, like ``x``. scalar: logits ``(B, K)`` to one value an image ``(B,)``.
+    """d scalar_i / d x_i for each image i, like ``x``. scalar: maps logits ``(B, K)`` to one value per image ``(B,)``.
 
-    The images of a batch do not act on each other (eval mode), so one backward pass of the sum gives all of them.
+    In eval mode the images of a batch do not influence each other, so one backward pass of the sum gives all gradients.
     """
     point = x.detach().requires_grad_()
     with torch.enable_grad():

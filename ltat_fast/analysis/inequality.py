@@ -1,13 +1,16 @@
-"""How unevenly a network's attribution is spread over the image.
+"""Inequality of the attribution of a network over the image: Gini values.
 
-Attribution A = d z_y / d x, the signed gradient of the true-class logit. With a = |A| in ascending order, n values,
+The attribution is A = d z_y / d x, the signed gradient of the logit of the true class. Let a be the n values of |A| in
+ascending order:
 
-    Gini = (n + 1 - 2 * sum_i (n + 1 - i) a_i / sum_i a_i) / n:    0 where all are equal, (n - 1) / n where one has all.
+    Gini = (n + 1 - 2 * sum_i (n + 1 - i) a_i / sum_i a_i) / n
+
+It is 0 if all values are equal and (n - 1) / n if all but one are zero.
 
 Duan et al., "Inequality phenomenon in l_inf-adversarial training, and its unrealized threats" (ICLR 2023), eq. (2);
 Chen, Dong, Xie, "Releasing Inequality Phenomenon in L_inf-norm Adversarial Training via Input Gradient Distillation"
-(IGD, 2023). Certain: the Gini value, global over C*H*W values, and IGD's regions of 16x16. Our reading: the attribution
-is the logit's gradient (Duan et al. also use others), and Duan's blocks sum over the channels.
+(IGD, 2023). The papers state the Gini value, global over C*H*W values, and the 16x16 regions of IGD. Our choices: the
+attribution is the gradient of the logit (Duan et al. use others, too), and the blocks of Duan et al. sum over channels.
 """
 
 from typing import Literal
@@ -22,9 +25,9 @@ Form = Literal["pooled", "block-sum"]
 
 
 def saliency(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """Signed gradient of the true-class logit with respect to the image: float32 ``(B, C, H, W)``.
+    """Signed gradient of the logit of the true class with respect to the image: float32 ``(B, C, H, W)``.
 
-    x: float images in [0, 1], ``(B, C, H, W)``. y: int64 ``(B,)``. The model runs in eval mode and is left as it is.
+    x: float images in [0, 1], ``(B, C, H, W)``. y: int64 ``(B,)``. The model runs in eval mode and does not change.
     """
     return input_gradient(model, x, lambda logits: true_logit(logits, y)).float()
 
@@ -35,7 +38,7 @@ def gini(values: Tensor) -> Tensor:
     Raises ValueError for negative values.
     """
     if (values < 0).any():
-        raise ValueError("a Gini value is of non-negative values: take the absolute attribution")
+        raise ValueError("a Gini value needs non-negative values: take the absolute attribution")
     ascending, n = values.double().sort(1).values, values.shape[1]
     weights = torch.arange(n, 0, -1, dtype=torch.float64, device=values.device)
     share = (ascending @ weights) / ascending.sum(1)
@@ -50,9 +53,9 @@ def global_gini(attribution: Tensor) -> Tensor:
 def regional_gini(attribution: Tensor, block: int | None = None, form: Form = "pooled") -> Tensor:
     """Gini value over square blocks of absolute attributions: ``(B, C, H, W)`` to ``(B,)``.
 
-    form: "pooled" (IGD) averages blocks a channel, after reflecting the right and bottom edge where the last block is
-        not full; "block-sum" (Duan et al.) sums over blocks and channels, the last block as it is.
-    block: side in pixels; :func:`default_block` if not given.
+    form: "pooled" (IGD) averages each block of each channel, and reflects the right and bottom edges if the last block
+        is not full; "block-sum" (Duan et al.) sums over blocks and channels and pads the last block with zeros.
+    block: side in pixels; default: :func:`default_block`.
     Raises ValueError if the image is too small to be reflected to a multiple of the block.
     """
     height, width = attribution.shape[2:]
@@ -69,11 +72,11 @@ def regional_gini(attribution: Tensor, block: int | None = None, form: Form = "p
 
 
 def default_block(size: int, form: Form = "pooled") -> int:
-    """Side of a block for images ``size`` pixels wide.
+    """Side of a block in pixels for images of ``size`` pixels width.
 
-    The published ones: 16 in IGD, and in Duan et al. 16 for ImageNet and 4 for CIFAR-10, that is a power of two with at
-    least eight blocks a side. Images under 32 pixels take the latter for both, and at least 2: the 8x8 digits have 4x4
-    blocks of 2x2.
+    Published values: 16 in IGD; 16 for ImageNet and 4 for CIFAR-10 in Duan et al., which is a power of two with at
+    least eight blocks per side. Images below 32 pixels use the second rule for both forms, with a side of at least 2:
+    the 8x8 digits have 4x4 blocks of 2x2.
     """
     if form == "pooled" and size >= 32:
         return 16

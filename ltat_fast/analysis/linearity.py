@@ -1,14 +1,14 @@
-"""How far a network is from its first-order expansion, and a student's outputs from its teacher's.
+"""Distance of a network from its first-order expansion, and of the outputs of a student from those of its teacher.
 
     remainder   || f(x + e) - f(x) - J_f(x) e ||_2 / || f(x + e) ||_2
     distance    || f_S(x + d) - f_T(x + d) ||_2
 
 Lee, Cho, Kim, "Indirect Gradient Matching for Adversarial Robust Distillation" (IGDM, ICLR 2025): section 3.1 and
-figure 2 (the remainder, e uniform in [-eps, eps]), table 5 (the distance, d uniform or an attack). Certain: the two
-formulas. Open: whether f is the logits or the probabilities, so both are measured; logits are the default reading of
-the remainder (they are what is expanded), probabilities of the distance (published values are 0.13 to 0.48, below what
-logits give). Also open: x + e is not clipped to [0, 1] here, and the attack is PGD-20 on the student's cross-entropy
-where the paper takes each method's own inner loss.
+figure 2 (the remainder, e uniform in [-eps, eps]), table 5 (the distance, d uniform or an attack). The paper states
+both formulas. It leaves open whether f is the logits or the probabilities, so both are measured. The default of the
+remainder is logits, because these are what is expanded; the default of the distance is probabilities, because the
+published values of 0.13 to 0.48 are below those of logits. Our choices: x + e is not clipped to [0, 1], and the attack
+is PGD-20 on the cross-entropy of the student, while the paper uses the inner loss of each method.
 """
 
 from collections.abc import Callable
@@ -20,14 +20,14 @@ from ltat_fast.analysis.gradients import frozen
 
 
 def outputs(logits: Tensor) -> dict[str, Tensor]:
-    """Both readings of f, ``(B, K)`` each."""
+    """Both candidates for f, ``(B, K)`` each."""
     return {"logits": logits, "probabilities": logits.softmax(1)}
 
 
 def jvp(function: Callable[[Tensor], Tensor], x: Tensor, tangent: Tensor) -> tuple[Tensor, Tensor]:
-    """``function(x)`` and its exact derivative along ``tangent``.
+    """Return ``function(x)`` and its exact derivative along ``tangent``.
 
-    By forward-mode differentiation; by two backward passes where an operator has no forward derivative.
+    Uses forward-mode differentiation, or two backward passes if an operator has no forward derivative.
     """
     try:
         return torch.func.jvp(function, (x,), (tangent,))
@@ -36,7 +36,7 @@ def jvp(function: Callable[[Tensor], Tensor], x: Tensor, tangent: Tensor) -> tup
 
 
 def jvp_by_double_backward(function: Callable[[Tensor], Tensor], x: Tensor, tangent: Tensor) -> tuple[Tensor, Tensor]:
-    """As :func:`jvp`: J^T u is linear in u, and its derivative with respect to u along ``tangent`` is J ``tangent``."""
+    """Same as :func:`jvp`: J^T u is linear in u, and its derivative along ``tangent`` is J ``tangent``."""
     point = x.detach().requires_grad_()
     with torch.enable_grad():
         value = function(point)
@@ -47,7 +47,7 @@ def jvp_by_double_backward(function: Callable[[Tensor], Tensor], x: Tensor, tang
 
 
 def remainder(model: nn.Module, x: Tensor, noise: Tensor) -> dict[str, Tensor]:
-    """Share of f(x + noise) that the first-order expansion at ``x`` misses: ``{"logits", "probabilities"}``, ``(B,)``.
+    """Relative error of the first-order expansion at ``x`` for f(x + noise): ``{"logits", "probabilities"}``, ``(B,)``.
 
     x: float images in [0, 1], ``(B, C, H, W)``. noise: like ``x``.
     """
@@ -64,6 +64,6 @@ def remainder(model: nn.Module, x: Tensor, noise: Tensor) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def output_distance(student: nn.Module, teacher: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """L2 distance of the two networks' outputs at ``x``: ``{"logits": (B,), "probabilities": (B,)}``."""
+    """L2 distance of the outputs of both networks at ``x``: ``{"logits": (B,), "probabilities": (B,)}``."""
     of_student, of_teacher = (outputs(frozen(model)(x)) for model in (student, teacher))
     return {name: (of_student[name] - of_teacher[name]).norm(dim=1) for name in of_student}

@@ -1,12 +1,13 @@
-"""Logistic regression against an L_inf adversary, exactly: the finite-sample side of Theorem 1.
+"""Logistic regression against an exact L_inf adversary: Theorem 1 on finite samples.
 
-For a linear model the inner maximum is known, y (w.x + b) - eps ||w||_1, so adversarial training is the convex problem
+For a linear model the worst margin is known exactly, y (w.x + b) - eps ||w||_1, so adversarial training is the convex
+problem
 
     min_{w, b}  mean_i  log(1 + exp( -(y_i (w.x_i + b) - eps ||w||_1) )).
 
-On infinite data of the two Gaussians its solution is w = 2 (eta - eps), b = ln r: where all weights are positive the
-adversary merely moves both means by eps, and the log-odds of Gaussians are linear. That is the theorem's robust
-classifier. The paper trains these for its figures 2 and 3 (eta 1, n 2, eps 0.5) and does not say on how many samples.
+On infinite data of the two Gaussians its solution is w = 2 (eta - eps), b = ln r: with positive weights the adversary
+only moves both means by eps, and the log-odds of Gaussians are linear. This is the robust classifier of the theorem.
+The paper trains such models for its figures 2 and 3 (eta 1, n 2, eps 0.5) and does not state the number of samples.
 """
 
 import numpy as np
@@ -19,14 +20,14 @@ from ltat_fast.analysis.gaussians import CLASSES, Gaussians, linear_error
 def fit(x: np.ndarray, y: np.ndarray, eps: float = 0.0) -> tuple[np.ndarray, float]:
     """Weights ``(n,)`` and bias of the logistic regression of labels ``y`` (+1, -1) on ``x`` ``(N, n)``.
 
-    eps: the adversary of training; 0 is natural training. No regularisation. Raises ValueError if the samples are all
-    of one class, or so apart that even the adversary leaves them separable: then there is no solution.
+    eps: radius of the adversary in training; 0 for natural training. There is no regularisation. Raises ValueError if
+    all samples have one class, or if they are linearly separable even under the adversary: then there is no solution.
     """
     if len(np.unique(y)) < 2:
         raise ValueError("the samples are all of one class")
     points, labels = torch.from_numpy(x).double(), torch.from_numpy(y).double()
     parameters = torch.zeros(x.shape[1] + 1, dtype=torch.float64)
-    parameters[:-1] = labels @ points / len(y)  # off the kink of the norm at 0
+    parameters[:-1] = labels @ points / len(y)  # not 0, where the norm has a kink
     parameters.requires_grad_()
     optimizer = torch.optim.LBFGS(
         [parameters], max_iter=500, tolerance_grad=1e-10, tolerance_change=1e-14, line_search_fn="strong_wolfe"
@@ -42,14 +43,14 @@ def fit(x: np.ndarray, y: np.ndarray, eps: float = 0.0) -> tuple[np.ndarray, flo
     optimizer.step(loss)
     weights, bias = parameters[:-1].detach(), parameters[-1].detach()
     if (labels * (points @ weights + bias) > eps * weights.abs().sum()).all():
-        raise ValueError("the samples are separable, and the weights of their logistic regression have no limit")
+        raise ValueError("the samples are linearly separable, so the logistic regression has no solution")
     return weights.numpy(), bias.item()
 
 
 def fitted_errors(setting: Gaussians, count: int, fits: int) -> list[dict[tuple[str, str, str], float]]:
-    """As :func:`ltat_fast.analysis.gaussians.theorem`, for natural and adversarial fits on ``count`` samples.
+    """The errors of ``fits`` natural and adversarial regressions, each on its own ``count`` samples.
 
-    Each entry is of samples of its own; the errors are exact, those of the fitted weights on infinite test data.
+    Keys as in :func:`ltat_fast.analysis.gaussians.theorem`. The errors are exact: those on infinite test data.
     """
     adversaries = {"nat": 0.0, "rob": setting.eps}
     results = []

@@ -1,4 +1,4 @@
-"""The measurements of this package over a whole test set, as numbers: over all images and per group of classes."""
+"""The measurements of this package over a whole test set, averaged over all images and per group of classes."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -18,9 +18,10 @@ from ltat_fast.attacks import AttackConfig, pgd
 from ltat_fast.attacks.objectives import cross_entropy
 from ltat_fast.models.frozen import FrozenTwin
 from ltat_fast.pixels import to_unit
-from ltat_fast.runs.metrics import spread, unpack
+from ltat_fast.runs.metrics import spread
+from ltat_fast.runs.results import Result
 
-Values = dict[str, "Values"] | Tensor  # of one value an image
+Values = dict[str, "Values"] | Tensor  # the tensors hold one value per image
 Stream = Callable[[str], torch.Generator]
 
 
@@ -28,8 +29,8 @@ Stream = Callable[[str], torch.Generator]
 class Subject:
     """A network and the images it is measured on.
 
-    images: uint8 ``(N, C, H, W)`` and labels: int64 ``(N,)``, on the networks' device. counts: training images a class.
-    eps: radius of noise and attack, pixels in [0, 1].
+    images: uint8 ``(N, C, H, W)`` and labels: int64 ``(N,)``, on the device of the networks. counts: training images
+    per class. eps: radius of noise and attack, for pixels in [0, 1].
     """
 
     model: nn.Module
@@ -42,17 +43,17 @@ class Subject:
     teacher: nn.Module | None = None
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor, Stream]]:
-        """Images in [0, 1], labels, and the random streams of the batch by name."""
+        """Yield images in [0, 1], labels, and a function from a name to a random stream of the batch."""
         for start in range(0, len(self.labels), self.batch_size):
             x, y = (t[start : start + self.batch_size] for t in (self.images, self.labels))
             yield to_unit(x), y, functools.partial(seeding.stream, x.device, "analysis", start)
 
     def attack(self, x: Tensor, y: Tensor, stream: Stream) -> Tensor:
-        """PGD-20 on the network's own cross-entropy, steps of eps / 4, as in the evaluation."""
+        """PGD-20 on the cross-entropy of the network with steps of eps / 4, as in the evaluation."""
         return pgd(self.model, x, cross_entropy(y), AttackConfig(self.eps, self.eps / 4, 20), stream("pgd20"))
 
     def averages(self, values: Values, among: Tensor | None = None) -> dict:
-        """Each tensor of one value an image as means: over all and per group, of the images ``among`` (bool) alone."""
+        """Replace each tensor by its means over all images and per group. among: bool, the images to average over."""
         if isinstance(values, dict):
             return {name: self.averages(value, among) for name, value in values.items()}
         labels, values = self.labels.cpu().numpy(), values.double().cpu().numpy()
@@ -61,7 +62,7 @@ class Subject:
         return {name: float(values[mask].mean()) if mask.any() else None for name, mask in masks.items()}
 
     def measure(self, function: Callable[..., Values]) -> Values:
-        """``function(x, y, stream)`` over all batches, put together."""
+        """Call ``function(x, y, stream)`` on each batch and concatenate the values."""
         return _join([function(*batch) for batch in self.batches()])
 
 
@@ -72,7 +73,7 @@ def _join(pieces: list[Values]) -> Values:
 
 
 def alignment(subject: Subject) -> dict:
-    """GD and GC to the teacher for each scalar, at the clean and the attacked images."""
+    """GD and GC between network and teacher for each scalar, at the clean and at the attacked images."""
 
     def of_batch(x, y, stream):
         classes = len(subject.counts)
@@ -99,7 +100,7 @@ def linearity(subject: Subject) -> dict:
 
 
 def inequality(subject: Subject) -> dict:
-    """Gini values of the attribution, over all entries and over regions of both kinds; "blocks" are their sides."""
+    """Gini values of the attribution over all values and over both forms of blocks; "blocks" gives their sides."""
     blocks = {form: default_block(min(subject.images.shape[2:]), form) for form in ("pooled", "block-sum")}
 
     def of_batch(x, y, stream):
@@ -111,16 +112,16 @@ def inequality(subject: Subject) -> dict:
 
 
 def classified(subject: Subject) -> Tensor:
-    """Which clean images the network gets right: bool ``(N,)``."""
+    """Which clean images the network classifies correctly: bool ``(N,)``."""
     model = FrozenTwin(subject.model, fold_bn=False)
     with torch.no_grad():
         return subject.measure(lambda x, y, stream: model(x).argmax(1) == y)
 
 
 def corruption(subject: Subject, common: Tensor) -> dict:
-    """Error rates in percent on the images ``common`` (bool ``(N,)``); "mean" is that over strengths.
+    """Error rates in percent on the images ``common``, bool ``(N,)``. "mean" is the mean over strengths.
 
-    The noises are the same for every network.
+    Every network gets the same noise.
     """
     model = FrozenTwin(subject.model, fold_bn=False)
     size, entries = min(subject.images.shape[2:]), subject.images[0].numel()
@@ -159,18 +160,19 @@ def corruption(subject: Subject, common: Tensor) -> dict:
     return subject.averages(values, common) | {"common_images": int(common.sum()), "constants": table}
 
 
-def by_frequency(scores: dict[str, dict], test_labels: np.ndarray, counts: list[int]) -> dict:
+def by_frequency(scores: dict[str, Result], test_labels: np.ndarray, counts: list[int]) -> dict:
     """Accuracy in percent by attack, in up to ten groups of classes from the most to the least frequent.
 
-    scores: as in RUN/eval.json, of images of the test set with these labels. counts: training images a class.
+    scores: results by attack, as in RUN/eval.json. test_labels: of the whole test set. counts: training images per
+    class. Raises ValueError or IndexError if a result does not fit the test set.
     """
     accuracies = {"classes": frequency_groups(counts)}
     for attack, result in scores.items():
-        if "per_class" in result:
-            # Results of versions before "chosen" were of evenly spread images.
-            known = "chosen" in result
-            seen = unpack(result["chosen"], len(test_labels)) if known else spread(test_labels, result["images"])
+        if result.per_class and result.images is not None:
+            # Versions that did not record "chosen" used evenly spread images.
+            known = result.chosen is not None
+            seen = result.attacked(len(test_labels)) if known else spread(test_labels, result.images)
             images = np.bincount(test_labels[seen], minlength=len(counts))
-            means = classwise(result["per_class"], images.tolist(), counts)
-            accuracies[attack] = {"accuracy": means, "images": result["images"]}
+            means = classwise(result.per_class, images.tolist(), counts)
+            accuracies[attack] = {"accuracy": means, "images": result.images}
     return accuracies

@@ -1,4 +1,4 @@
-"""Measure finished runs and keep the numbers in RUN/analysis.json, part by part (docs/analysis.md)."""
+"""Analyse finished runs and write the numbers to RUN/analysis.json after each part (docs/analysis.md)."""
 
 import dataclasses
 from collections.abc import Callable
@@ -12,12 +12,13 @@ from ltat_fast import config as configuration
 from ltat_fast.analysis import parts as measures
 from ltat_fast.analysis import table
 from ltat_fast.analysis.parts import Subject
+from ltat_fast.analysis.results import AnalysisFile, Part
 from ltat_fast.config import Config
 from ltat_fast.errors import UserError
-from ltat_fast.files import refuse_read_only, write_json
+from ltat_fast.files import refuse_read_only
 from ltat_fast.runs import log
 from ltat_fast.runs.metrics import spread
-from ltat_fast.runs.results import read_json, read_results
+from ltat_fast.runs.results import EvalFile, Identity, Result
 from ltat_fast.runs.scores import fingerprint
 from ltat_fast.runs.splits import DeviceImages, load_splits
 from ltat_fast.runs.weights import load_model, weights_digest, weights_file
@@ -26,30 +27,30 @@ from ltat_fast.training.device import Hardware, without_tf32
 from ltat_fast.training.evaluation import evaluate
 
 PARTS = ("alignment", "linearity", "inequality", "corruptions", "classwise")
-OF_TEACHER = ("alignment", "linearity")  # their numbers depend on the teacher too
+WITH_TEACHER = ("alignment", "linearity")  # parts whose numbers also depend on the teacher
 
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure a run with; the fields are flags of ``python -m ltat_fast.analyse``."""
+    """Weights, images and teacher of the measurement."""
 
     teacher: str | None = None
-    """compare with this teacher, named as for training, instead of the run's own teacher"""
+    """compare with this teacher, named as in training, instead of the teacher of the run"""
     checkpoint: Literal["best", "last"] = "best"
-    """which weights to analyse"""
+    """weights to analyse"""
     limit: int | None = None
-    """use this many test images only, spread evenly over the classes"""
+    """use only this many test images, spread evenly over the classes"""
     data_dir: Path | None = None
-    """where the images are now, if they moved since the run"""
+    """folder of the images, if they were moved since the run"""
     batch_size: int = 256
     """images per batch"""
     again: bool = False
-    """measure again what is already in analysis.json"""
+    """measure parts again that are already in analysis.json"""
 
 
 @dataclass
 class Analysed:
-    """A run under analysis. asked: what its numbers depend on besides the images, by part."""
+    """A run under analysis. asked: what the numbers of each part depend on besides the images."""
 
     run: Path
     which: str
@@ -62,33 +63,34 @@ class Analysed:
         return self.run / "analysis.json"
 
     @property
-    def results(self) -> dict:
-        return read(self.file) if self.file.exists() else {}
+    def results(self) -> AnalysisFile:
+        return AnalysisFile.load_or_empty(self.file)
 
     def is_known(self, part: str) -> bool:
-        """Whether the numbers are there, for these weights, this test set and at least as many images."""
-        known = self.results.get(self.which, {}).get(part)
-        return bool(known and self.asked[part].items() <= known.items() and known["images"] >= len(self.subject.labels))
+        """Whether the file has the part for these weights and this test set on at least as many images."""
+        known = self.results.of(self.which).get(part)
+        return known is not None and known.is_of(self.asked[part], len(self.subject.labels))
 
     def keep(self, part: str, numbers: dict) -> None:
+        """Write the numbers of a part to the file."""
         results = self.results
-        entry = numbers | {"images": len(self.subject.labels)} | self.asked[part]
-        results.setdefault(self.which, {})[part] = entry
-        write_json(self.file, results)
+        measured = Part(numbers, len(self.subject.labels), self.asked[part])
+        results.checkpoints.setdefault(self.which, {})[part] = measured
+        results.save(self.file)
 
-    def scores(self) -> dict:
-        """What eval.json has for these weights; clean and PGD-20 are measured where it has fewer images."""
+    def scores(self) -> dict[str, Result]:
+        """The results for these weights in eval.json; clean and PGD-20 are measured if it has them on fewer images."""
         file, weights, images = self.run / "eval.json", self.asked["classwise"]["weights"], len(self.subject.labels)
-        found = read_results(file).get(self.which, {}) if file.exists() else {}
-        found = {name: s for name, s in found.items() if isinstance(s, dict) and s.get("weights") == weights}
-        missing = [a for a in ("clean", "pgd20") if found.get(a, {}).get("images", 0) < images]
+        found = EvalFile.load_or_empty(file).of(self.which).results
+        found = {attack: result for attack, result in found.items() if result.weights == weights}
+        missing = [a for a in ("clean", "pgd20") if a not in found or (found[a].images or 0) < images]
         s, test = self.subject, self.test
         options = {"batch_size": s.batch_size, "limits": {"default": images}}
         return found | evaluate(s.model, test.images, test.labels, missing, s.groups, len(s.counts), s.eps, **options)
 
 
 def analyse(folders: list[Path], parts: list[str], options: Options, hardware: Hardware) -> str:
-    """Measure what is missing of ``parts`` for each run in ``folders``; return the table of all numbers."""
+    """Measure those ``parts`` that the runs in ``folders`` do not have yet, and return the table of all numbers."""
     for folder in folders:
         weights_file(folder, options.checkpoint)
     with without_tf32():
@@ -98,23 +100,7 @@ def analyse(folders: list[Path], parts: list[str], options: Options, hardware: H
                 refuse_read_only(a.run)
         for part in parts:
             measure(part, analysed, options.again)
-    return table.render(options.checkpoint, [(a.run.name, a.results.get(a.which, {})) for a in analysed])
-
-
-def read(file: Path) -> dict:
-    """The content of an analysis.json, by checkpoint and part. Raises UserError if it is damaged."""
-    results = read_json(file)
-    for which, parts in results.items():
-        if not isinstance(parts, dict):
-            raise UserError(f"{file} is damaged: {which} is not a JSON object")
-        for part, numbers in parts.items():
-            if not (isinstance(numbers, dict) and type(numbers.get("images")) is int):
-                raise UserError(f"{file} is damaged: {which}, {part} is not a JSON object with a number of images")
-        try:
-            table.render(which, [(file.parent.name, parts)])
-        except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
-            raise UserError(f"{file} is damaged: {which} has something else where numbers are expected") from None
-    return results
+    return table.render(options.checkpoint, [(a.run.name, a.results.numbers(a.which)) for a in analysed])
 
 
 def parse_parts(names: str) -> list[str]:
@@ -127,13 +113,13 @@ def parse_parts(names: str) -> list[str]:
 
 
 def load(folder: Path, parts: list[str], options: Options, hardware: Hardware) -> Analysed:
-    """The run's network, its teacher if ``parts`` look at it, and the images, as ``options`` want them."""
+    """Load the network and the images of a run, and its teacher if one of ``parts`` needs it."""
     config, _ = configuration.load(folder)
     config = dataclasses.replace(config, out=folder, data_dir=options.data_dir or config.data_dir)
     data = load_splits(config, hardware.device)
     weights = weights_file(folder, options.checkpoint)
     model = load_model(weights, hardware.device, config.arch, data)
-    name = (options.teacher or teacher_of(config)) if set(OF_TEACHER) & set(parts) else None
+    name = (options.teacher or teacher_of(config)) if set(WITH_TEACHER) & set(parts) else None
     teacher = teachers.load(name, config.arch, data, hardware) if name else None
     chosen = torch.from_numpy(spread(data.test.labels.cpu().numpy(), options.limit)).to(hardware.device)
     subject = Subject(
@@ -146,25 +132,26 @@ def load(folder: Path, parts: list[str], options: Options, hardware: Hardware) -
         options.batch_size,
         teacher,
     )
-    identity = {"weights": weights_digest(weights), "eps": config.eps, "test_set": fingerprint(data.test)}
-    asked = {part: dict(identity) for part in PARTS}
-    for part in OF_TEACHER:
+    identity = Identity(weights_digest(weights), config.eps, fingerprint(data.test))
+    asked = {part: dataclasses.asdict(identity) for part in PARTS}
+    for part in WITH_TEACHER:
         asked[part]["teacher"] = name and (weights_digest(weights_file(Path(name))) if is_ours(name) else name)
     return Analysed(folder, options.checkpoint, subject, asked, data.test)
 
 
 def teacher_of(config: Config) -> str | None:
-    """The teacher a run was trained with: its own, else the one it was given."""
+    """The name of the teacher that a run was trained with: its own, or else the one that was given."""
     own = config.run_dir / "teacher"
     return str(own) if own.is_dir() else config.teacher
 
 
 def is_ours(teacher: str) -> bool:
+    """Whether ``teacher`` names a run or a weights file, not a network of another library."""
     return teacher.partition(":")[0] not in teachers.KINDS
 
 
 def to_measure(part: str, analysed: list[Analysed], again: bool) -> list[Analysed]:
-    """Those that do not have ``part``, or all if it is to be measured ``again``, without those that cannot have it."""
+    """The runs to measure ``part`` on: those that lack it, or all with ``again``; without those that cannot have it."""
     if part == "corruptions":
         compared = sorted({a.asked[part]["weights"] for a in analysed})
         for a in analysed:
@@ -174,7 +161,7 @@ def to_measure(part: str, analysed: list[Analysed], again: bool) -> list[Analyse
 
 
 def measure(part: str, analysed: list[Analysed], again: bool) -> None:
-    """Measure ``part`` of every run that does not have it, and keep each as soon as it is there."""
+    """Measure ``part`` of every run that lacks it, and write it to the file of the run at once."""
     for a in analysed:
         if part == "alignment" and a.subject.teacher is None:
             log.say(f"{a.run}: no alignment, because it has no teacher; name one with --teacher")
@@ -186,20 +173,21 @@ def measure(part: str, analysed: list[Analysed], again: bool) -> None:
 
 
 def corruptions_on_common(analysed: list[Analysed]) -> Callable[[Analysed], dict]:
-    """What measures a run's corruptions on the images all ``analysed`` classify correctly."""
+    """Return the function that measures corruptions on the images that all ``analysed`` classify correctly."""
     first = analysed[0]
     for other in analysed[1:]:
         if not torch.equal(first.test.images, other.test.images):
-            raise UserError(f"corruptions compare runs on the same images: {first.run} and {other.run} have others")
+            raise UserError(f"corruptions compare runs on the same images, but {first.run} and {other.run} use others")
     common = torch.stack([measures.classified(a.subject) for a in analysed]).all(0)
     return lambda a: measures.corruption(a.subject, common)
 
 
 def by_frequency(a: Analysed) -> dict:
+    """Accuracy by class frequency. Raises UserError if eval.json does not fit the test set."""
     try:
         return measures.by_frequency(a.scores(), a.test.labels.cpu().numpy(), a.subject.counts)
-    except (ValueError, IndexError, KeyError) as error:
-        raise UserError(f"{a.run / 'eval.json'} is damaged ({error}): remove it to measure afresh") from None
+    except (ValueError, IndexError) as error:
+        raise UserError(f"{a.run / 'eval.json'} is damaged ({error}): remove it to measure again") from None
 
 
 FUNCTIONS: dict[str, Callable[[Analysed], dict]] = {

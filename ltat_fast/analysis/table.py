@@ -1,11 +1,11 @@
-"""The numbers of RUN/analysis.json that fit on a screen."""
+"""The most important numbers of RUN/analysis.json as a table for the terminal."""
 
 import io
 
 from rich.console import Console
 from rich.table import Table
 
-# heading, and where the number is
+# heading, and the place of the number in the analysis
 ROWS = [
     ("GD, cross-entropy", "alignment/clean/gd/ce"),
     ("GC, cross-entropy", "alignment/clean/gc/ce"),
@@ -28,8 +28,11 @@ ROWS = [
 ]
 
 
-def render(checkpoint: str, runs: list[tuple[str, dict]]) -> str:
-    """A column a run, given as its name and the numbers of ``checkpoint``; rows that no run has are left out."""
+def render(checkpoint: str, runs: list[tuple[str, dict[str, dict]]]) -> str:
+    """The table with one column per run. Rows that no run has are left out.
+
+    runs: the name of each run, and its numbers for ``checkpoint`` by part.
+    """
     table = Table()
     table.add_column(checkpoint, no_wrap=True)
     for name, _ in runs:
@@ -46,7 +49,7 @@ def render(checkpoint: str, runs: list[tuple[str, dict]]) -> str:
 
 
 def cell(numbers: dict, path: str) -> str:
-    """ "0.812 (0.774)", all and tail; the groups of classes one after the other; "-" where there is no number."""
+    """Format "0.812 (0.774)" for all and tail, or the numbers of a list in a row; "-" if there is no number."""
     for name in path.split("/"):
         numbers = numbers.get(name, {})
     if isinstance(numbers, list):

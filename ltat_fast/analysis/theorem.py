@@ -1,4 +1,4 @@
-"""Theorem 1 in numbers: closed forms, a Monte-Carlo check of them, and logistic regression on finite samples.
+"""Command line of Theorem 1: closed forms, a Monte-Carlo check, and logistic regression on finite samples.
 
 python -m ltat_fast.analysis.theorem [--ratios 1 2 5] [--out runs/theory]     # table and figures, docs/theory.md
 """
@@ -8,10 +8,9 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import numpy as np
-import tyro
 from rich.table import Table
 
-from ltat_fast import files
+from ltat_fast import cli, files
 from ltat_fast.analysis import theorem_figures
 from ltat_fast.analysis.gaussians import Gaussians, corollary_gap, monte_carlo, theorem
 from ltat_fast.analysis.logistic import fitted_errors
@@ -21,29 +20,29 @@ from ltat_fast.runs import log
 
 @dataclass(frozen=True)
 class Arguments:
-    """Theorem 1: closed forms, Monte-Carlo, and logistic regression on finite samples; a table and two figures."""
+    """Check Theorem 1: closed forms, Monte-Carlo, and logistic regression, as a table and two figures."""
 
     ratios: tuple[float, ...] = (1.0, 2.0, 5.0)
     """imbalance ratios"""
     eta: float = 1.0
-    """the classes' means are +eta and -eta"""
+    """the means of the two classes are +eta and -eta"""
     n: int = 2
-    """dimensions; the decision boundaries are drawn where this is 2"""
+    """number of dimensions; the decision boundaries are drawn only for 2"""
     eps: float = 0.5
-    """of the adversary"""
+    """radius of the adversary"""
     samples: int = 1000
-    """training samples of a logistic regression"""
+    """training samples of each logistic regression"""
     fits: int = 100
-    """logistic regressions, each on samples of its own"""
+    """number of logistic regressions, each on its own samples"""
     draws: int = 100_000
-    """images a class of the Monte-Carlo check"""
+    """samples per class of the Monte-Carlo check"""
     out: Path = Path("runs/theory")
-    """where the figures go"""
+    """folder for the figures"""
 
 
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
-    arguments = tyro.cli(Arguments, prog="python -m ltat_fast.analysis.theorem", args=argv)
+    arguments = cli.parse(Arguments, "python -m ltat_fast.analysis.theorem", argv)
     if min(arguments.samples, arguments.draws) < 1 or arguments.fits < 2:
         raise UserError("--samples and --draws must be 1 or more, --fits 2 or more")
     try:
@@ -53,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         fits = [fitted_errors(setting, arguments.samples, arguments.fits) for setting in settings]
     except ValueError as error:
-        raise UserError(f"{error}; give more --samples than {arguments.samples}") from None
+        raise UserError(f"{error}: give more --samples than {arguments.samples}") from None
     files.make_folder(arguments.out)
     log.console.print(render(settings, fits, arguments.draws))
     for setting, runs in zip(settings, fits, strict=True):
@@ -67,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def render(settings: list[Gaussians], fits: list[list[dict]], draws: int) -> Table:
-    """Every error in percent: the theorem, the Monte-Carlo check, mean and deviation over the fits."""
+    """The table of every error in percent: theorem, Monte-Carlo check, and mean and deviation over the fits."""
     table = Table()
     for heading in ("IR", "classifier", "error", "class", "theorem", "Monte-Carlo", "logistic regression"):
         table.add_column(heading, justify="left" if heading in ("classifier", "error", "class") else "right")

@@ -1,4 +1,4 @@
-"""Figures 2 and 3 of the LTAT paper, drawn again: decision boundaries, and the tail's accuracy over the ratio."""
+"""Figures 2 and 3 of the LTAT paper, reproduced: decision boundaries, and accuracy of the tail over the ratio."""
 
 from pathlib import Path
 from statistics import mean, stdev
@@ -15,9 +15,9 @@ NAMES = {"nat": "natural", "rob": "adversarial"}
 
 
 def write(settings: list[Gaussians], fits: list[list[dict]], samples: int, folder: Path) -> list[Path]:
-    """Write the figures into ``folder``; their paths. fits: of each setting, from ``fitted_errors``.
+    """Write the figures to ``folder`` and return their paths. fits: for each setting, from ``fitted_errors``.
 
-    Raises UserError where one cannot be written; what had its name before then still has it.
+    Raises UserError if a figure cannot be written; an older file of that name is kept then.
     """
     figures = {"theory-tail-accuracy.png": tail_accuracy(settings, fits)}
     if settings[0].n == 2:
@@ -29,7 +29,7 @@ def write(settings: list[Gaussians], fits: list[list[dict]], samples: int, folde
 
 
 def boundaries(settings: list[Gaussians], samples: int) -> Figure:
-    """Samples in the plane with the boundaries of both logistic regressions, and the theorem's."""
+    """Samples in the plane, with the boundaries of both logistic regressions and of the theorem."""
     figure = Figure((3.2 * len(settings), 3.6), layout="constrained")
     for axes, setting in zip(figure.subplots(1, len(settings), squeeze=False)[0], settings, strict=True):
         x, y = setting.sample(samples, np.random.default_rng(0))

@@ -1,4 +1,4 @@
-"""The attacks of an evaluation, by name. Each attack says per image whether it is still classified correctly.
+"""Run one evaluation attack, given by its name; return per image whether it is still classified correctly.
 
 - ``clean``: no attack.
 - ``fgsm``: one step of eps from the image.

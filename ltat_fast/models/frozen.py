@@ -16,11 +16,15 @@ from collections import Counter
 from typing import Protocol, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ltat_fast.models import fused_conv
 from ltat_fast.models.classifier import FullPrecisionLinear
 from ltat_fast.models.joint_batch import JointBatchNorm2d, JointSyncBatchNorm
 from ltat_fast.models.sync_batch_norm import CpuSyncBatchNorm
+
+STEM_CHANNELS = 8
 
 
 class ChannelAffine(nn.Module):
@@ -50,6 +54,17 @@ class _PlainNorm(Protocol):
     eps: float
 
 
+class PadChannels(nn.Module):
+    """Append ``number`` channels of zeros to images (N, C, H, W)."""
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.number = number
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(x, (0, 0, 0, 0, 0, self.number))
+
+
 class FrozenTwin(nn.Module):
     """``model`` in eval mode: images (N, C, H, W) to logits (N, num_classes), differentiable in the images only.
 
@@ -59,6 +74,9 @@ class FrozenTwin(nn.Module):
         dtype: dtype of the computation, for example ``torch.bfloat16``; None keeps that of ``model``. Images are cast
             inside, so their gradient has their dtype; logits are cast to float32. Call the twin outside autocast.
         channels_last: use the channels_last memory format for images and weights
+        fuse_relu: compute convolution, addition and ReLU in one library call (:mod:`ltat_fast.models.fused_conv`)
+        pad_stem: pad the images of a convolution with fewer than 8 input channels to 8 channels of zeros, the number
+            that tensor cores need; the results are the same
 
     If nothing needs a conversion (``fold_bn=False``, the dtype and memory format of ``model``), the twin shares the
     storage of all tensors with ``model``, is always up to date, and :meth:`refresh` does nothing. Otherwise it computes
@@ -80,16 +98,20 @@ class FrozenTwin(nn.Module):
         fold_bn: bool = True,
         dtype: torch.dtype | None = None,
         channels_last: bool = False,
+        fuse_relu: bool = False,
+        pad_stem: bool = False,
     ):
         super().__init__()
-        self.dtype, self.fold_bn = dtype, fold_bn
+        self.dtype, self.fold_bn, self.fuse_relu, self.pad_stem = dtype, fold_bn, fuse_relu, pad_stem
         self.memory_format = torch.channels_last if channels_last else torch.preserve_format
         object.__setattr__(self, "live", model)  # nn.Module's own __setattr__ would register it as a submodule
 
         live = dict(named_tensors(model))
         full_precision = [module for module in model.modules() if isinstance(module, FullPrecisionLinear)]
         self._keep_dtype = {id(t) for module in full_precision for _, t in named_tensors(module)}
-        shares = not fold_bn and all(self._convert(t).data_ptr() == t.data_ptr() for t in live.values())
+        shares = (
+            not fold_bn and not pad_stem and all(self._convert(t).data_ptr() == t.data_ptr() for t in live.values())
+        )
         # deepcopy() does not copy an object that its memo already maps to another. With the converted tensors in the
         # memo it copies only the module tree.
         memo = {id(t): self._convert(t, copy=not shares) for t in live.values()}
@@ -113,6 +135,10 @@ class FrozenTwin(nn.Module):
             written = {id(folded) for _, _, folded in self._scaled} | {id(t) for _, t in self._copied}
             rest = {id(t): (live[name], t) for name, t in named_tensors(self.net) if name in live}
             self._copied += [pair for key, pair in rest.items() if key not in written]
+        if pad_stem:
+            self._pad_stem()
+        if fuse_relu and (graph := trace(self.net)) is not None:
+            self.net = fused_conv.fuse_relu(self.net, graph)
         self.refresh()
 
     def _convert(self, t: Tensor, copy: bool = False) -> Tensor:
@@ -146,6 +172,22 @@ class FrozenTwin(nn.Module):
                 replacement = ChannelAffine(scale, self.dtype or scale.dtype)
                 self._copied += [(scale.view(-1, 1, 1), replacement.scale), (shift.view(-1, 1, 1), replacement.shift)]
             self.net.set_submodule(bn_name, replacement)
+
+    def _pad_stem(self) -> None:
+        """Give each convolution of fewer than 8 input channels zeros as further channels of images and weights."""
+        for name, conv in list(self.net.named_modules()):
+            if type(conv) is not nn.Conv2d or conv.in_channels >= STEM_CHANNELS or conv.groups != 1:
+                continue
+            own = conv.weight
+            weight = own.new_zeros(len(own), STEM_CHANNELS, *own.shape[2:])
+            weight = weight.to(memory_format=self.memory_format)
+            used = weight[:, : conv.in_channels]
+            used.copy_(own)
+            self._scaled = [(w, s, used if folded is own else folded) for w, s, folded in self._scaled]
+            self._copied = [(source, used if target is own else target) for source, target in self._copied]
+            padding = PadChannels(STEM_CHANNELS - conv.in_channels)
+            conv.weight, conv.in_channels = nn.Parameter(weight, requires_grad=False), STEM_CHANNELS
+            self.net.set_submodule(name, nn.Sequential(padding, conv))
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -186,7 +228,8 @@ class FrozenTwin(nn.Module):
         """Return a twin of the copied live model; one deepcopy of an object that holds both keeps them together."""
         channels_last = self.memory_format is torch.channels_last
         live = copy.deepcopy(self.live, memo)
-        return FrozenTwin(live, fold_bn=self.fold_bn, dtype=self.dtype, channels_last=channels_last)
+        options = {"fold_bn": self.fold_bn, "fuse_relu": self.fuse_relu, "pad_stem": self.pad_stem}
+        return FrozenTwin(live, dtype=self.dtype, channels_last=channels_last, **options)
 
     def __reduce_ex__(self, protocol):
         raise TypeError("a FrozenTwin cannot be pickled: save the weights of its live model instead")
@@ -201,10 +244,19 @@ NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, CpuSyncBatchNorm, JointBatchNorm2d, J
 
 
 class _Tracer(torch.fx.Tracer):
-    """A tracer that also treats subclasses of torch's batch norm and linear layers as single nodes."""
+    """A tracer that also treats our own layers and subclasses of torch's layers as single nodes."""
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return isinstance(module, (*NORMS, nn.Linear)) or super().is_leaf_module(module, name)
+        return isinstance(module, (*NORMS, nn.Linear, ChannelAffine)) or super().is_leaf_module(module, name)
+
+
+def trace(net: nn.Module) -> torch.fx.Graph | None:
+    """Return the torch.fx graph of ``net``, or None, with a warning, if it cannot be traced."""
+    try:
+        return _Tracer().trace(net)
+    except Exception as error:  # tracing runs the network's own code, which can raise any exception
+        warnings.warn(f"nothing is folded or fused: {type(net).__name__} cannot be traced ({error})", stacklevel=4)
+        return None
 
 
 def is_plain_norm(module: nn.Module) -> bool:
@@ -223,10 +275,7 @@ def foldable_pairs(net: nn.Module) -> list[tuple[str, str]]:
     other module shares their weights. A network that :mod:`torch.fx` cannot trace (data-dependent control flow) gives
     a warning and no pairs.
     """
-    try:
-        graph = _Tracer().trace(net)
-    except Exception as error:  # tracing runs the network's own code, which can raise any exception
-        warnings.warn(f"batch norm is not folded: {type(net).__name__} cannot be traced ({error})", stacklevel=3)
+    if (graph := trace(net)) is None:
         return []
     modules = dict(net.named_modules())
     calls = Counter(node.target for node in graph.nodes if node.op == "call_module")

@@ -10,6 +10,7 @@ passes over the activations. Only the gradients of x and of the residual exist:
 :func:`fuse_relu` finds these patterns in a network with torch.fx.
 """
 
+import functools
 import operator
 from collections.abc import Sequence
 from typing import TypeGuard, cast
@@ -37,7 +38,7 @@ def conv_relu_ref(
     return F.relu(out if residual is None else out + residual)
 
 
-def _conv_relu(
+def _forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -47,11 +48,6 @@ def _conv_relu(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    """Return relu(conv2d(x, weight, bias) + residual), differentiable in ``x`` and ``residual``.
-
-    x: ``(N, C, H, W)``. weight: ``(K, C / groups, R, S)`` of the dtype of x, gets no gradient. bias: ``(K,)`` or None.
-    residual: of the shape of the result, or None. Other arguments as for ``torch.nn.functional.conv2d``.
-    """
     if x.is_cuda and torch.backends.cudnn.is_acceptable(x):
         if residual is None:
             return torch.cudnn_convolution_relu(x, weight, bias, stride, padding, dilation, groups)
@@ -65,53 +61,85 @@ def _conv_relu(
     return conv_relu_ref(x, weight, bias, residual, stride, padding, dilation, groups)
 
 
-conv_relu = torch.library.custom_op("ltat::conv_relu", _conv_relu, mutates_args=())
+# One node for a compiler, which calls it as it is. Eager calls skip it: a custom operator costs microseconds per call.
+_forward_operator = torch.library.custom_op("ltat::conv_relu", _forward, mutates_args=())
 
 
-@conv_relu.register_fake
+@_forward_operator.register_fake
 def _(x, weight, bias, residual, stride, padding, dilation, groups):
     return torch.empty_like(F.conv2d(x, weight, bias, stride, padding, dilation, groups))
 
 
-def _save(ctx, inputs, output) -> None:
-    x, weight, _, residual, *ctx.geometry = inputs
-    ctx.has_residual = residual is not None
-    ctx.save_for_backward(x, weight, output)
+class _ConvReLU(torch.autograd.Function):
+    """The gradient of an operator of torch.library cannot be taken with torch.func.grad; that of this class can."""
+
+    @staticmethod
+    def forward(x, weight, bias, residual, stride, padding, dilation, groups):
+        forward = _forward_operator if torch.compiler.is_compiling() else _forward
+        return forward(x, weight, bias, residual, stride, padding, dilation, groups)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, _, residual, *ctx.geometry = inputs
+        ctx.has_residual = residual is not None
+        ctx.save_for_backward(x, weight, output)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, y = ctx.saved_tensors
+        stride, padding, dilation, groups = ctx.geometry
+        grad = torch.ops.aten.threshold_backward(grad, y, 0)
+        grad_x, _, _ = torch.ops.aten.convolution_backward(
+            grad, x, weight, None, stride, padding, dilation, False, [0, 0], groups, [True, False, False]
+        )
+        return grad_x, None, None, grad if ctx.has_residual else None, None, None, None, None
 
 
-def _differentiate(ctx, grad: Tensor):
-    x, weight, y = ctx.saved_tensors
-    stride, padding, dilation, groups = ctx.geometry
-    if ctx.needs_input_grad[1]:
-        raise RuntimeError("conv_relu has no gradient for the weight: it is for frozen networks")
-    grad = torch.ops.aten.threshold_backward(grad, y, 0)
-    grad_x, _, _ = torch.ops.aten.convolution_backward(
-        grad, x, weight, None, stride, padding, dilation, False, [0, 0], groups, [True, False, False]
-    )
-    return grad_x, None, None, grad if ctx.has_residual else None, None, None, None, None
+def conv_relu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Return relu(conv2d(x, weight, bias) + residual), differentiable in ``x`` and ``residual``.
+
+    x: ``(N, C, H, W)``. weight: ``(K, C / groups, R, S)`` of the dtype of x. bias: ``(K,)`` or None. residual: of the
+    shape of the result, or None. Other arguments as for ``torch.nn.functional.conv2d``.
+    Raises ValueError if weight or bias require a gradient: they get none.
+    """
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
+        raise ValueError("conv_relu has no gradient for weight and bias: it is for frozen networks")
+    return _ConvReLU.apply(x, weight, bias, residual, stride, padding, dilation, groups)
 
 
-conv_relu.register_autograd(_differentiate, setup_context=_save)
+@functools.cache
+def is_supported(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether :func:`conv_relu` works on ``device`` in ``dtype``: tried once on a small example."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 16, 8, 8), (16, 16, 3, 3), (2, 16, 8, 8))
+    tensors = [torch.randn(shape, generator=generator) for shape in shapes]
+    tensors = [t.to(device, dtype).to(memory_format=torch.channels_last) for t in tensors]
+    bias = torch.linspace(-1, 1, 16, device=device, dtype=dtype)
+    geometry = ([1, 1], [1, 1], [1, 1], 1)
+    try:
+        for other in (None, tensors[2]):
+            ours = _forward(*tensors[:2], bias, other, *geometry)
+            theirs = conv_relu_ref(*tensors[:2], bias, other, *geometry)
+            if not torch.allclose(ours.float(), theirs.float(), rtol=0.05, atol=0.5):
+                return False
+    except RuntimeError:  # cuDNN has no engine for this
+        return False
+    return True
 
 
 def _onednn_takes(x: Tensor) -> bool:
     if x.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     return x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-class _EagerConvReLU(torch.autograd.Function):
-    """:func:`conv_relu` for eager calls: a custom operator costs tens of microseconds more per call."""
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        output = _conv_relu(*inputs)
-        _save(ctx, inputs, output)
-        return output
-
-    @staticmethod
-    def backward(ctx, grad):
-        return _differentiate(ctx, grad)
 
 
 class FusedConvReLU(nn.Module):
@@ -123,10 +151,7 @@ class FusedConvReLU(nn.Module):
         self.geometry = ([*conv.stride], [*conv.padding], [*conv.dilation], conv.groups)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        arguments = (x, self.weight, self.bias, residual, *self.geometry)
-        if torch.compiler.is_compiling():
-            return conv_relu(*arguments)
-        return _EagerConvReLU.apply(*arguments)
+        return conv_relu(x, self.weight, self.bias, residual, *self.geometry)
 
 
 def fuse_relu(net: nn.Module, graph: torch.fx.Graph) -> nn.Module:

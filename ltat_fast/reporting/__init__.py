@@ -1,1 +1,1 @@
-"""The report of finished runs: numbers as CSV and Markdown, and one self-contained HTML page."""
+"""Reports of finished runs: numbers as CSV and Markdown, one self-contained HTML page, and the paper's tables."""

@@ -16,13 +16,15 @@ from ltat_fast.reporting.figure import INK, PAPER, Style, axes, to_svg
 from ltat_fast.reporting.headline import names
 from ltat_fast.reporting.study import Study, attack_name, summary
 from ltat_fast.runs import log
-from ltat_fast.runs.tables import CHECKPOINTS, Experiment
+from ltat_fast.runs.experiments import Experiment
+from ltat_fast.runs.json_object import is_number
+from ltat_fast.runs.results import CHECKPOINTS, percentages
 
 PANEL = (340, 220)
 SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-LABELLED_CLASSES = 30  # with more, bars run together and names do not fit
+LABELLED_CLASSES = 30  # with more classes, bars touch each other and names do not fit
 
-# title, key in metrics.jsonl without the name of the images it was measured on
+# title, key in metrics.jsonl without the prefix "test_" or "heldout_"
 CURVES = [
     ("Training loss", "loss"),
     ("All classes, clean", "clean"),
@@ -40,7 +42,7 @@ class Chart:
 
 
 def key(style: Style) -> Markup:
-    """The line and marker of an experiment, for a legend; without names of elements, as it is shown many times."""
+    """The line and marker of an experiment, for a legend. Without ids, because the page shows it several times."""
     marker = MarkerStyle(style.marker)
     with axes(30, 14) as ax:
         ax.set(xlim=(-15, 15), ylim=(-7, 7))
@@ -53,7 +55,7 @@ def key(style: Style) -> Markup:
 
 
 def training_curves(study: Study, styles: Sequence[Style]) -> list[Chart]:
-    """A plot for each of :data:`CURVES` that a run has: mean over the seeds, and the range of them as a band."""
+    """One plot per entry of :data:`CURVES` that a run has: the mean over seeds as a line, their range as a band."""
     records = [[log.read_metrics(run.path / "metrics.jsonl") for run in e.runs] for e in study.experiments]
     charts = []
     for title, name in CURVES:
@@ -80,12 +82,12 @@ def training_curves(study: Study, styles: Sequence[Style]) -> list[Chart]:
 
 
 def _curve(runs: list[list[dict]], wanted: list[str]) -> dict[int, list[float]]:
-    """The values of each epoch, one a run that has it."""
+    """The values of each epoch, one per run that has it."""
     curve: dict[int, list[float]] = {}
     for records in runs:
         for record in records:
             value = next((record[name] for name in wanted if record.get(name) is not None), None)
-            if value is not None and isfinite(value):
+            if is_number(value) and isfinite(value):
                 curve.setdefault(record["epoch"], []).append(value)
     return curve
 
@@ -100,7 +102,10 @@ def _curves_described(title: str, study: Study, curves: list[dict]) -> str:
 
 
 def class_bars(study: Study, styles: Sequence[Style]) -> list[Chart]:
-    """A plot an experiment: accuracy of each class, the most frequent first; clean behind, attacked in front."""
+    """One plot of the accuracy per class for each experiment, the most frequent class first.
+
+    Clean accuracy is drawn behind, accuracy under attack in front.
+    """
     attack = study.attack
     order, classes = study.by_frequency(), study.class_names()
     charts = []
@@ -126,9 +131,9 @@ def class_bars(study: Study, styles: Sequence[Style]) -> list[Chart]:
 
 
 def _per_class(experiment: Experiment, which: str, attack: str | None, order: list[int]) -> list[list[float]] | None:
-    """Values over the seeds for each class in ``order``; None if the attack was not run."""
-    tables = [run.results.get(which, {}).get(attack or "", {}).get("per_class") for run in experiment.runs]
-    tables = [table for table in tables if table]
+    """For each class in ``order`` the values over the seeds; None if the attack was not run."""
+    results = [run.evaluation.result(which, attack or "") for run in experiment.runs]
+    tables = [result.per_class for result in results if result and result.per_class]
     return [[t[c] for t in tables if t[c] is not None] for c in order] if tables else None
 
 
@@ -167,7 +172,7 @@ def _short(name: str) -> str:
 
 
 def scatter(study: Study, styles: Sequence[Style]) -> list[Chart]:
-    """Clean against attacked accuracy, by group of classes: a marker a run, hollow for best."""
+    """Clean against attacked accuracy for each group of classes: one marker per run, hollow for best."""
     charts = []
     for title, group in (("All classes", "all"), ("Head", "head"), ("Tail", "tail")):
         points = [
@@ -175,8 +180,8 @@ def scatter(study: Study, styles: Sequence[Style]) -> list[Chart]:
             for experiment, style in zip(study.experiments, styles, strict=True)
             for run in experiment.runs
             for which in CHECKPOINTS
-            if (x := run.results.get(which, {}).get("clean", {}).get(group)) is not None
-            and (y := run.results.get(which, {}).get(study.attack or "", {}).get(group)) is not None
+            for x in percentages([run.evaluation], which, "clean", group)
+            for y in percentages([run.evaluation], which, study.attack or "", group)
         ]
         if not points:
             continue
@@ -200,10 +205,10 @@ def scatter(study: Study, styles: Sequence[Style]) -> list[Chart]:
 def gradient_histograms(
     magnitudes: dict[str, list[np.ndarray]], methods: list[str], styles: Sequence[Style]
 ) -> list[Chart]:
-    """Distribution of the size of the input gradient, a plot a group of classes, a line a method.
+    """Distribution of the absolute input gradient: one plot per group of classes, one line per method.
 
-    magnitudes: for each title, an array of values of 0 or more a method. Zeros have no place on the axis; they are
-    told beside the plot.
+    magnitudes: by title of the plot, one array of values >= 0 per method. Zeros cannot be drawn on the logarithmic
+    axis; the page gives their share in its text.
     """
     charts = []
     positive = [values[values > 0] for arrays in magnitudes.values() for values in arrays]

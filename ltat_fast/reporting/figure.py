@@ -1,7 +1,7 @@
-"""Matplotlib figures as SVG inside a page: its fonts, its colours by name, nothing from outside.
+"""Matplotlib figures as SVG inside a page, with the fonts and colours of the page and without external files.
 
-Colours are CSS variables, so that one drawing serves a light and a dark page. Matplotlib knows no such thing: figures
-are drawn in stand-ins, near-black colours that nothing else has, and each is replaced by its variable afterwards.
+Colours are CSS variables, so that the same drawing fits a light and a dark page. Matplotlib has no such variables:
+figures are drawn in placeholder colours (almost black, used for nothing else), which are replaced by the variables.
 """
 
 import hashlib
@@ -18,17 +18,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ltat_fast.methods import METHODS
-from ltat_fast.runs.tables import Experiment
+from ltat_fast.runs.experiments import Experiment
 
 INK, MUTED, GRID, PAPER = "#010100", "#010101", "#010102", "#010103"
 SERIES = [f"#0101{0x10 + i:02x}" for i in range(8)]
 VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid", PAPER: "paper"}
 VARIABLES |= {stand_in: f"s{i + 1}" for i, stand_in in enumerate(SERIES)}
 
-# Colours are told apart within each four, in every kind of colour blindness; markers and dashes do the rest.
+# Each group of four colours can be told apart with any colour blindness; markers and dashes separate the groups.
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p")
 DASHES = ("solid", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.2, 1, 1.2)))
-# The methods of the paper's main table have a colour of their own; so each looks the same in every report.
+# Each method of the paper's main table has its own colour, which is the same in every report.
 ORDER = ("ltat", "at-bsl", "pgd-at", "trades", "robal", "mart", "awp", "reat")
 
 RC = {
@@ -64,7 +64,7 @@ NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
 @dataclass(frozen=True)
 class Style:
-    """How an experiment is drawn, in every plot of the page."""
+    """How every plot of the page draws an experiment."""
 
     colour: str
     marker: str
@@ -72,16 +72,16 @@ class Style:
 
     @property
     def variable(self) -> str:
-        """Its colour in CSS."""
+        """The colour in CSS."""
         return f"var(--{VARIABLES[self.colour]})"
 
 
 def styles(experiments: tuple[Experiment, ...]) -> list[Style]:
-    """Colour by method; marker and dashes differ where two experiments share one."""
+    """Choose the colour by method. Experiments with the same colour get different markers and dashes."""
     order = [*ORDER, *(name for name in METHODS if name not in ORDER)]
     chosen: list[Style] = []
     for experiment in experiments:
-        method = experiment.config["method"]
+        method = experiment.config.method
         place = order.index(method) if method in order else len(order)
         colour = SERIES[place % len(SERIES)]
         taken = sum(style.colour == colour for style in chosen)
@@ -92,25 +92,25 @@ def styles(experiments: tuple[Experiment, ...]) -> list[Style]:
 
 @contextmanager
 def axes(width: float, height: float) -> Iterator[Axes]:
-    """Empty axes in a figure of so many CSS pixels."""
+    """Empty axes in a figure of this size in CSS pixels."""
     with matplotlib.rc_context(RC):
         yield Figure(figsize=(width / 72, height / 72)).add_subplot()
 
 
 def to_svg(ax: Axes, description: str) -> Markup:
-    """The figure of ``ax`` as an ``<svg>`` element. To be called while :func:`axes` is open.
+    """Return the figure of ``ax`` as an ``<svg>`` element. Call it inside the ``with`` block of :func:`axes`.
 
-    description: said to those who do not see it; without one, it is decoration to them.
+    description: text for screen readers. Without one the figure is hidden from them as decoration.
     """
     out = io.StringIO()
     ax.figure.savefig(out, format="svg", metadata=NO_METADATA)
     text = out.getvalue()
     root = ElementTree.fromstring(text)
     for parent in list(root.iter()):
-        for child in [c for c in parent if _local(c.tag) in ("style", "metadata")]:  # that style would be the page's
+        for child in [c for c in parent if _local(c.tag) in ("style", "metadata")]:  # it would style the whole page
             parent.remove(child)
     used = set(re.findall(r'(?:url\(|href=")#([\w-]+)', text))
-    # Names are shared by all figures of a page; two that are drawn alike are told apart by what they describe.
+    # All figures of a page share one namespace; figures with the same drawing differ in their description.
     own = f"f{hashlib.sha256((text + description).encode()).hexdigest()[:8]}-"
     for element in root.iter():
         element.tag = _local(element.tag)
@@ -127,7 +127,7 @@ def to_svg(ax: Axes, description: str) -> Markup:
 
 
 def _local(name: str) -> str:
-    """A name of XML without its namespace: HTML knows what an svg element is."""
+    """An XML name without its namespace, as HTML wants it."""
     return name.rpartition("}")[2]
 
 

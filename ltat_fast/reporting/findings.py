@@ -1,24 +1,27 @@
-"""What other programs found out about runs, as tables: RUN/analysis.json, and the checks of RUN/eval.json."""
+"""The analyses of runs (RUN/analysis.json) and the checks of their evaluation (RUN/eval.json) as tables of texts."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import isfinite
 from statistics import mean, stdev
 
+from ltat_fast.analysis.results import AnalysisFile, Part
 from ltat_fast.errors import UserError
 from ltat_fast.reporting.study import Study
-from ltat_fast.runs.results import read_json
-from ltat_fast.runs.tables import CHECKPOINTS, Experiment
+from ltat_fast.runs.experiments import Experiment
+from ltat_fast.runs.json_object import is_number
+from ltat_fast.runs.results import CHECKPOINTS
 
-# What an analysis is of; "classes" is the order that a note tells.
-NOT_A_QUANTITY = {"weights", "teacher", "compared", "eps", "test_set", "classes"}
+ORDER_OF_CLASSES = "classes"  # the key that is explained by a note instead of shown
 NOTES = {"classwise": "Accuracy in groups of classes: 0 are the most frequent in training, the last the rarest."}
-SHOWN_ONE_BY_ONE = 12  # of a longer list of numbers, mean and range are shown
+SHOWN_ONE_BY_ONE = 12  # a longer list of numbers is shown as mean, min and max
+
+Value = dict[str, object]  # by "all" and the groups of classes
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A quantity of an experiment: over all classes, and of groups of classes where it has them."""
+    """A quantity of an experiment: over all classes, and for groups of classes if it has them."""
 
     all: str
     groups: list[tuple[str, str]]
@@ -26,7 +29,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the analyses of a study: for each quantity its name and a cell an experiment. note: how to read it."""
+    """One part of the analyses of a study. lines: the name of each quantity and one cell per experiment."""
 
     title: str
     checkpoint: str
@@ -35,22 +38,21 @@ class Section:
 
 
 def analyses(study: Study) -> tuple[list[Section], list[str]]:
-    """The sections of every analysis.json of the study, and sentences on those that cannot be read."""
+    """The sections of every analysis.json of the study, and a sentence for each one that is damaged."""
     damaged, found = [], []
     for experiment in study.experiments:
         found.append([])
         for run in experiment.runs:
             file = run.path / "analysis.json"
             try:
-                found[-1].append(read_json(file) if file.exists() else {})
+                found[-1].append(AnalysisFile.load_or_empty(file))
             except UserError:
                 damaged.append(f"analysis.json of {run.name} is damaged.")
     sections = []
     for which in CHECKPOINTS:
-        parts = [[analysis.get(which) for analysis in runs] for runs in found]
-        titles = dict.fromkeys(t for runs in parts for part in runs if isinstance(part, dict) for t in part)
-        for title in titles:
-            flat = [[dict(_quantities(p[title])) for p in runs if isinstance(p, dict) and title in p] for runs in parts]
+        parts = [[analysis.of(which) for analysis in runs] for runs in found]
+        for title in dict.fromkeys(title for runs in parts for of_run in runs for title in of_run):
+            flat = [[dict(_quantities(of_run[title])) for of_run in runs if title in of_run] for runs in parts]
             quantities = dict.fromkeys(name for runs in flat for values in runs for name in values)
             of_experiments = list(zip(study.experiments, flat, strict=True))
             lines = [
@@ -61,40 +63,45 @@ def analyses(study: Study) -> tuple[list[Section], list[str]]:
     return sections, damaged
 
 
-def _quantities(part: object) -> Iterator[tuple[str, object]]:
-    shown = {k: v for k, v in part.items() if k not in NOT_A_QUANTITY} if isinstance(part, dict) else part
-    yield from leaves(shown)
+def _quantities(part: Part) -> Iterator[tuple[str, Value]]:
+    yield from leaves({name: value for name, value in part.numbers.items() if name != ORDER_OF_CLASSES})
+    if part.images is not None:
+        yield "images", {"all": part.images}
 
 
-def leaves(value: object, name: str = "") -> Iterator[tuple[str, object]]:
-    """The numbers and words in nested JSON, each with its place: ``{"gini": {"global": 0.7}}`` gives "gini, global".
+def leaves(value: object, name: str = "") -> Iterator[tuple[str, Value]]:
+    """Yield the numbers and words in nested JSON with their places: ``{"gini": {"global": 0.7}}`` gives "gini, global".
 
-    What is told by groups of classes, a dict with "all", stays together.
+    A mean, which is a dict of "all" and groups of classes, is yielded as one value. Anything else is yielded as "all".
     """
-    if isinstance(value, list) and len(value) > SHOWN_ONE_BY_ONE and all(_is_number(v) for v in value):
-        value = {"mean": mean(value), "min": min(value), "max": max(value)}
-    if isinstance(value, list):
-        value = {str(i): v for i, v in enumerate(value)}
-    if isinstance(value, dict) and not _by_group(value):
-        for part, inner in value.items():
-            yield from leaves(inner, f"{name}, {part}" if name else part)
-    elif value is not None:
-        yield name or "value", value
+    match value:
+        case None:
+            pass
+        case {"all": _} if not any(map(_is_nested, value.values())):
+            yield name or "value", value
+        case dict():
+            for part, inner in value.items():
+                yield from leaves(inner, f"{name}, {part}" if name else part)
+        case [*numbers] if len(numbers) > SHOWN_ONE_BY_ONE and all(map(_is_number, numbers)):
+            yield from leaves({"mean": mean(numbers), "min": min(numbers), "max": max(numbers)}, name)
+        case [*values]:
+            yield from leaves({str(i): each for i, each in enumerate(values)}, name)
+        case _:
+            yield name, {"all": value}
 
 
-def _by_group(value: object) -> bool:
-    return isinstance(value, dict) and "all" in value and not any(isinstance(v, dict | list) for v in value.values())
+def _is_nested(value: object) -> bool:
+    return isinstance(value, list | dict)
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+    return is_number(value) and isfinite(value)
 
 
-def _cell(values: list[object], seeds: int) -> Cell:
-    """Mean and standard deviation over the runs that have it, and how many these are if not all."""
-    told = [value if _by_group(value) else {"all": value} for value in values]
-    groups = dict.fromkeys(group for value in told for group in value if group != "all")
-    by_group = {g: _text([v[g] for v in told if v.get(g) is not None]) for g in ["all", *groups]}
+def _cell(values: list[Value], seeds: int) -> Cell:
+    """Mean and standard deviation over the runs that have the quantity, with their number if some lack it."""
+    groups = dict.fromkeys(group for value in values for group in value if group != "all")
+    by_group = {g: _text([v[g] for v in values if v.get(g) is not None]) for g in ["all", *groups]}
     some = f" ({len(values)} of {seeds})" if 0 < len(values) < seeds else ""
     return Cell(by_group.pop("all") + some, list(by_group.items()))
 
@@ -108,8 +115,8 @@ def _text(values: list[object]) -> str:
 
 
 @dataclass(frozen=True)
-class Check:
-    """One check of one run's checkpoint, as its evaluation wrote it."""
+class ShownCheck:
+    """One check of one run's checkpoint, as the page shows it."""
 
     run: str
     checkpoint: str
@@ -118,17 +125,10 @@ class Check:
     detail: str
 
 
-def checks(experiment: Experiment, which: str) -> list[Check]:
+def checks(experiment: Experiment, which: str) -> list[ShownCheck]:
     """All checks of a checkpoint, over the runs."""
     return [
-        Check(run.name, which, str(check.get("name")), bool(check.get("passed")), _detail(check))
+        ShownCheck(run.name, which, check.name, check.passed, f"{check.value:.4g}: {check.detail}")
         for run in experiment.runs
-        for check in run.results.get(which, {}).get("checks", [])
-        if isinstance(check, dict)
+        for check in run.evaluation.of(which).checks
     ]
-
-
-def _detail(check: dict) -> str:
-    value = check.get("value")
-    told = [f"{value:.4g}" if _is_number(value) else str(value)] if value is not None else []
-    return ": ".join([*told, str(check["detail"])] if check.get("detail") else told)

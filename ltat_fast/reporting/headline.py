@@ -1,18 +1,18 @@
-"""One sentence that compares the methods on their rarest classes, from the numbers alone."""
+"""The headline of a report: one sentence that compares the methods on their rarest classes."""
 
 from dataclasses import dataclass
 from math import hypot
 from statistics import mean, stdev
 
 from ltat_fast.reporting.study import Study, attack_name, method_name
-from ltat_fast.runs.tables import Experiment
+from ltat_fast.runs.experiments import Experiment
 
-ENOUGH_SEEDS = 3  # of two, the standard deviation says next to nothing
+ENOUGH_SEEDS = 3  # the standard deviation of two values says almost nothing
 
 
 @dataclass(frozen=True)
 class Rank:
-    """An experiment and its accuracies in percent, one a seed."""
+    """An experiment and its accuracies in percent, one per seed."""
 
     experiment: Experiment
     name: str
@@ -22,7 +22,7 @@ class Rank:
 
 @dataclass(frozen=True)
 class Headline:
-    """sentence: the result. caveat: what it does not show. ranking: the highest mean first. group: "tail" or "all"."""
+    """The result in one sentence, and a caveat. group: "tail" or "all". ranking: the highest mean first."""
 
     sentence: str
     caveat: str
@@ -31,9 +31,10 @@ class Headline:
 
 
 def headline(study: Study, test_counts: dict[str, int] | None = None) -> Headline:
-    """The methods ranked on the tail under the study's attack; on all classes or without attack where that is all.
+    """Rank the methods by their accuracy on the tail under the study's attack.
 
-    test_counts: test images by group, where known: how much a single one weighs is said.
+    If a run has no accuracy on the tail, all classes are ranked; if the study has no attack, clean accuracy is ranked.
+    test_counts: test images by group, if known; the caveat then says how many points a single image makes.
     """
     attack = study.attack or "clean"
     measured = [e.values(study.checkpoint, attack, "tail") for e in study.experiments]
@@ -51,7 +52,7 @@ def headline(study: Study, test_counts: dict[str, int] | None = None) -> Headlin
     whole = number is not None and all(
         rank.experiment.images(study.checkpoint, attack) == {test_counts["all"]} for rank in ranking
     )
-    weight = f" One of the {number} {images} is {100 / number:.2g} points." if whole else ""
+    weight = f" One of the {number} {images} makes {100 / number:.2g} points." if whole else ""
     first, *others = ranking
     top, *rest = [f"{mean(rank.robust):.1f} %" for rank in ranking]
     sentence = f"{first.name} classifies {top} of {images} correctly{under}"
@@ -69,7 +70,8 @@ def _doubt(ranking: list[Rank]) -> str:
     first, second = ranking[:2]
     gap = mean(first.robust) - mean(second.robust)
     if min(len(first.robust), len(second.robust)) < ENOUGH_SEEDS:
-        return f"{_seeds(ranking)} How far {first.name} leads {second.name} beyond chance cannot be told from so few."
+        told = f"So few seeds cannot show whether {first.name} leads {second.name} by more than chance."
+        return f"{_seeds(ranking)} {told}"
     spread = hypot(stdev(first.robust), stdev(second.robust))
     verdict = "are within" if gap <= spread else "exceed"
     between = f"The {gap:.1f} points between {first.name} and {second.name}"
@@ -85,7 +87,7 @@ def _seeds(ranking: list[Rank]) -> str:
 
 
 def names(experiments: tuple[Experiment, ...]) -> list[str]:
-    """The methods' names, with their options where one method comes twice."""
+    """The names of the methods, with their options if a method occurs twice."""
     plain = [method_name(e) for e in experiments]
     options = [" ".join(e.label.split(" ")[1:]) or "defaults" for e in experiments]
     return [f"{n} ({o})" if plain.count(n) > 1 else n for n, o in zip(plain, options, strict=True)]

@@ -1,4 +1,4 @@
-"""The HTML page: everything it shows is in the file, so that it can be sent, kept, and opened without a network."""
+"""The HTML page of a report. It is one file that loads nothing else, so it can be sent and opened without a network."""
 
 import re
 from dataclasses import dataclass
@@ -10,18 +10,20 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from ltat_fast import __version__
+from ltat_fast.config import parse_fraction
 from ltat_fast.reporting import charts, findings, protocol
 from ltat_fast.reporting.figure import Style, styles
 from ltat_fast.reporting.headline import headline, names
 from ltat_fast.reporting.pictures import Gallery, gallery
-from ltat_fast.reporting.study import Study, attack_name, attacks_of, groups_of, studies, summary
+from ltat_fast.reporting.study import Study, attack_name, studies, summary
 from ltat_fast.runs import tables
-from ltat_fast.runs.tables import CHECKPOINTS, Experiment
+from ltat_fast.runs.experiments import Experiment
+from ltat_fast.runs.results import CHECKPOINTS
 
 
 @dataclass(frozen=True)
-class Method:
-    """An experiment as the page calls and draws it."""
+class PlottedMethod:
+    """An experiment with its name and its style on the page."""
 
     name: str
     options: str
@@ -32,17 +34,20 @@ class Method:
 
 @dataclass(frozen=True)
 class Line:
-    """A line of the main table. best: for each cell whether no other method has a higher mean."""
+    """A line of the main table. best: for each cell, whether no other method has a higher mean."""
 
-    method: Method
+    method: PlottedMethod
     cells: list[str]
     best: list[bool]
-    checks: list[findings.Check]
+    checks: list[findings.ShownCheck]
 
 
 def render(found: list[Experiment], device: torch.device, data_dir: Path | None = None) -> str:
-    """The page about ``found``. Pictures are computed on ``device``; data_dir: where the images are now."""
-    # Names of classes and runs come from files: everything is escaped, whatever the template is called.
+    """Return the page about the experiments ``found`` as HTML.
+
+    device: computes the pictures. data_dir: folder of the images; None for the one that the runs used.
+    """
+    # Class names and run names come from files, so everything is escaped, whatever the template is called.
     environment = Environment(
         loader=PackageLoader("ltat_fast.reporting", "."),
         autoescape=True,
@@ -56,7 +61,7 @@ def render(found: list[Experiment], device: torch.device, data_dir: Path | None 
 
 
 def _whole(text: str) -> Markup:
-    """Words with a hyphen, and numbers with their unit, kept on one line."""
+    """Mark words with a hyphen and numbers with their unit, so that a browser does not break the line in them."""
     return Markup(
         re.sub(r"[\w()]+-[\w()-]+|[\d.]+( ± [\d.]+)? %", r'<span class="whole">\g<0></span>', str(escape(text)))
     )
@@ -65,7 +70,7 @@ def _whole(text: str) -> Markup:
 def _view(study: Study, shown: Gallery) -> dict:
     look = styles(study.experiments)
     methods = [
-        Method(name, " ".join(e.label.split(" ")[1:]), style, charts.key(style), e)
+        PlottedMethod(name, " ".join(e.label.split(" ")[1:]), style, charts.key(style), e)
         for e, name, style in zip(study.experiments, names(study.experiments), look, strict=True)
     ]
     pictured = [methods[place] for place in shown.methods]
@@ -87,7 +92,7 @@ def _view(study: Study, shown: Gallery) -> dict:
         "gallery": shown,
         "pictured": pictured,
         "zeros": list(zip(pictured, shown.zeros, strict=True)),
-        "amplified": float(1 / (2 * protocol.fraction(study.config["eps"]))),
+        "amplified": 1 / (2 * parse_fraction(study.config.eps)),
         "gradients": charts.gradient_histograms(
             shown.gradients, [m.name for m in pictured], [m.style for m in pictured]
         ),
@@ -102,7 +107,7 @@ def _view(study: Study, shown: Gallery) -> dict:
     }
 
 
-def _lines(study: Study, methods: list[Method], which: str) -> list[Line]:
+def _lines(study: Study, methods: list[PlottedMethod], which: str) -> list[Line]:
     columns = tables.columns(list(study.experiments))
     lines = []
     for method in methods:
@@ -129,13 +134,13 @@ def _classes(study: Study) -> list[tuple[str, int | None, str]]:
     ]
 
 
-def _numbers(study: Study, methods: list[Method]) -> tuple[list[str], list[tuple]]:
-    """Headings of the groups, and a line an experiment, checkpoint and attack: method, which, attack, cells, images."""
-    groups: dict[str, None] = {}
-    for run in study.runs:
-        for results in run.results.values():
-            for entry in attacks_of(results).values():
-                groups |= dict.fromkeys(groups_of(entry))
+def _numbers(study: Study, methods: list[PlottedMethod]) -> tuple[list[str], list[tuple]]:
+    """Headings of the groups of classes, and one line per experiment, checkpoint and attack.
+
+    A line holds the method, checkpoint, attack, cells and number of images.
+    """
+    results = [result for run in study.runs for result in run.evaluation.every_result()]
+    groups = dict.fromkeys(group for result in results for group in ("all", *result.groups))
     lines = []
     for method in methods:
         e = method.experiment

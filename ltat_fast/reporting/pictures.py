@@ -1,4 +1,4 @@
-"""What the networks of a study see: adversarial examples, saliency maps, input gradients, on the same test images."""
+"""Pictures of a study: adversarial examples, saliency maps and input gradients of each network on the same images."""
 
 import base64
 import io
@@ -26,9 +26,9 @@ from ltat_fast.pixels import to_unit
 from ltat_fast.reporting.headline import names
 from ltat_fast.reporting.study import Study
 from ltat_fast.runs import log
+from ltat_fast.runs.experiments import Experiment
 from ltat_fast.runs.metrics import spread
 from ltat_fast.runs.splits import DeviceImages, Splits
-from ltat_fast.runs.tables import Experiment
 from ltat_fast.runs.weights import load_model, weights_file
 from ltat_fast.training.device import without_tf32
 
@@ -39,7 +39,7 @@ STEPS = 20
 
 @dataclass(frozen=True)
 class Picture:
-    """source: a data URI. note: what the network takes it for. correct: whether that is so; None if not asked."""
+    """An image as a data URI. note: the predicted class. correct: whether the prediction is right; None without one."""
 
     source: str
     alt: str
@@ -49,7 +49,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Row:
-    """One test image. cells: for each method, its pictures."""
+    """One test image. cells: the pictures of each method."""
 
     name: str
     training_images: int
@@ -59,10 +59,12 @@ class Row:
 
 @dataclass
 class Gallery:
-    """methods: places in the study of those whose weights are there. missing: sentences on what is not.
+    """All pictures of a study.
 
-    gradients: absolute input gradients by group of classes, an array a method. zeros: percent of them that are
-    exactly zero, a method each. test_counts: test images in all and of each group, where the data are there.
+    methods: indices of the experiments whose weights exist. missing: a sentence for everything that could not be
+    loaded. gradients: absolute input gradients by group of classes, one array per method. zeros: percentage of
+    gradients that are exactly zero, per method. test_counts: number of test images in all and per group; empty if the
+    images could not be loaded.
     """
 
     methods: list[int] = field(default_factory=list)
@@ -75,15 +77,15 @@ class Gallery:
 
 
 def gallery(study: Study, device: torch.device, data_dir: Path | None = None) -> Gallery:
-    """The pictures of the first run of each experiment; what is missing is left out and named, not an error.
+    """The pictures of the first run of each experiment. What cannot be loaded is named in ``missing``, not raised.
 
-    data_dir: where the images are now, if not where the runs found them.
+    data_dir: folder of the images; None for the one that the runs used.
     """
     shown = Gallery()
     try:
         data = _data(study, device, data_dir)
     except (UserError, OSError) as error:
-        shown.missing.append(f"The images are not here: {_without_paths(error, study, data_dir)}.")
+        shown.missing.append(f"The images could not be loaded: {_without_paths(error, study, data_dir)}.")
         return shown
     groups = {name: np.isin(data.test.labels.cpu().numpy(), classes) for name, classes in data.groups.items()}
     shown.test_counts = {"all": len(data.test)} | {name: int(chosen.sum()) for name, chosen in groups.items()}
@@ -102,18 +104,21 @@ def gallery(study: Study, device: torch.device, data_dir: Path | None = None) ->
 
 
 def _data(study: Study, device: torch.device, data_dir: Path | None) -> Splits:
-    """The test images. Unlike :func:`ltat_fast.runs.weights.load_data` it downloads nothing."""
-    config, _ = configuration.from_json(study.config)
+    """Load the test images. Unlike :func:`ltat_fast.runs.splits.load_splits` it downloads nothing."""
+    config, _ = configuration.load(study.runs[0].path)
     where = data_dir or config.data_dir
     dataset = load_dataset(config.dataset, where, image_size=config.image_size, download=False, report=log.say)
     tailed = longtail.make_long_tailed(dataset, config.imbalance_ratio)
-    # The pixels stay on the CPU. Nothing looks at the training images, which may be many and on disk.
+    counts = study.counts or tailed.counts
+    if len(counts) != len(tailed.counts):
+        raise UserError(f"the runs have {len(counts)} classes, the images {len(tailed.counts)}")
+    # The pixels stay on the CPU. The training images are not needed, and may be too many to load.
     test = DeviceImages(resident(dataset.test.images, "cpu"), resident(dataset.test.labels, device))
     return Splits(
         test,
         test,
         test,
-        study.counts or tailed.counts,
+        counts,
         study.groups or tailed.groups,
         tailed.class_names,
         tailed.index_hash,
@@ -124,29 +129,29 @@ def _data(study: Study, device: torch.device, data_dir: Path | None) -> Splits:
 
 def _model(experiment: Experiment, study: Study, data: Splits, device: torch.device) -> nn.Module:
     weights = weights_file(experiment.runs[0].path, study.checkpoint)
-    return FrozenTwin(load_model(weights, device, experiment.config["arch"], data), fold_bn=True)
+    return FrozenTwin(load_model(weights, device, experiment.config.arch, data), fold_bn=True)
 
 
 def _without_paths(error: Exception, study: Study, data_dir: Path | None) -> str:
-    """The message with the names of folders, not where they lie: a page is shown to others."""
+    """The message with the names of folders instead of their paths, because the page may be shown to others."""
     text = str(error)
     for run_ in study.runs:
         text = text.replace(str(run_.path), run_.name)
-    for folder in (data_dir, study.config.get("data_dir"), Path.cwd(), Path.home()):
+    for folder in (data_dir, study.config.data_dir, Path.cwd(), Path.home()):
         if folder is not None:
             text = text.replace(str(folder), Path(folder).name)
     return text
 
 
 def _examples(shown: Gallery, study: Study, data: Splits, models: list[nn.Module]) -> None:
-    """The first test image of classes evenly spaced from the most frequent to the rarest."""
+    """Add one test image for each of :data:`ROWS` classes, spaced evenly from the most frequent to the rarest."""
     order = study.by_frequency() if study.counts else sorted(range(data.num_classes), key=lambda c: -data.counts[c])
     places = np.unique(np.linspace(0, len(order) - 1, min(ROWS, len(order))).round().astype(int))
     labels = data.test.labels.cpu()
     firsts = [int((labels == order[p]).nonzero()[0]) for p in places if (labels == order[p]).any()]
     x = to_unit(data.test.images[firsts].to(data.test.labels.device))
     y = data.test.labels[firsts]
-    eps = parse_fraction(study.config["eps"])
+    eps = parse_fraction(study.config.eps)
     attack = AttackConfig(eps, eps / 4, STEPS)
     predictions, attacked, maps = [], [], []
     for model in models:
@@ -165,19 +170,19 @@ def _examples(shown: Gallery, study: Study, data: Splits, models: list[nn.Module
             about = f"{original.alt}, attacked against {method}"
             adversarial.append(
                 [
-                    Picture(_image(x_adv[i]), f"{about}: taken for {taken}", taken, robust[i] == label),
+                    Picture(_image(x_adv[i]), f"{about}: classified as {taken}", taken, robust[i] == label),
                     Picture(_image((x_adv[i] - x[i]) / (2 * eps) + 0.5), f"the perturbation of {about}, amplified"),
                 ]
             )
             taken = data.class_names[clean[i]]
-            about = f"saliency of {method} on {original.alt}, taken for {taken}"
+            about = f"saliency of {method} on {original.alt}, classified as {taken}"
             salient.append([Picture(_signed(gradient[i]), about, taken, clean[i] == label)])
         shown.adversarial.append(Row(name, data.counts[label], original, adversarial))
         shown.saliency.append(Row(name, data.counts[label], original, salient))
 
 
 def _gradients(shown: Gallery, data: Splits, models: list[nn.Module]) -> None:
-    """Absolute gradients of cross-entropy, of images spread evenly over the classes of each group."""
+    """Add absolute gradients of the cross-entropy, on images spread evenly over the classes of each group."""
     labels = data.test.labels.cpu().numpy()
     for group in ("head", "medium", "tail"):
         members = np.flatnonzero(np.isin(labels, data.groups[group]))
@@ -205,7 +210,7 @@ def _image(x: Tensor) -> str:
 
 
 def _signed(gradient: Tensor) -> str:
-    """``(C, H, W)`` summed over channels: red where a brighter pixel speaks for the class, blue where against it."""
+    """``(C, H, W)`` summed over channels as the data URI of a PNG: red for positive values, blue for negative ones."""
     values = gradient.detach().cpu().sum(0)
     scaled = 0.5 + 0.5 * values / values.abs().max().clamp_min(torch.finfo(values.dtype).tiny)
     return _png(matplotlib.colormaps["RdBu_r"](scaled.numpy(), bytes=True)[..., :3])

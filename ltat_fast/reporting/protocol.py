@@ -1,4 +1,4 @@
-"""How the numbers of a study came about: threat model, attacks, images, selection, in words and exact fractions."""
+"""The evaluation protocol of a study in words and exact fractions: threat model, attacks, images and selection."""
 
 import re
 import shlex
@@ -8,30 +8,25 @@ from importlib import metadata
 
 from ltat_fast.attacks.by_name import AUTOATTACK
 from ltat_fast.reporting.study import Study, attack_name
-from ltat_fast.runs.tables import CHECKPOINTS, Run
+from ltat_fast.runs.finished import FinishedRun, fraction
+from ltat_fast.runs.results import CHECKPOINTS
 
 OBJECTIVES = {
     "pgd": "cross-entropy",
     "scaled-pgd": "cross-entropy of rescaled logits",
     "cw": "margin of the logits (Carlini-Wagner)",
 }
-NOT_SHOWN = {"out", "data_dir", "seed", "resume", "method_options", "teacher"}
-
-
-def fraction(text: str) -> Fraction:
-    """The number a user wrote, "8/255" or "0.1", exactly."""
-    numerator, _, denominator = text.partition("/")
-    return Fraction(numerator) / Fraction(denominator or 1)
+NOT_SHOWN = {"out", "data_dir", "seed", "resume", "teacher"}
 
 
 def exactly(value: Fraction) -> str:
-    """ "8/255 (0.03137)"; "1/10 (0.1)"."""
+    """Format "8/255 (0.03137)" or "1/10 (0.1)"."""
     return f"{value} ({float(value):.4g})"
 
 
 def attacks(study: Study) -> list[dict[str, str]]:
-    """One line an attack: what it ascends, its steps, their size, its start, and how many images it was run on."""
-    eps = fraction(study.config["eps"])
+    """One entry per attack: its objective, number and size of steps, start, and number of images."""
+    eps = fraction(study.config.eps)
     return [
         _attack(name, eps) | {"name": attack_name(name), "images": _images(study, name)} for name in study.attacks()
     ]
@@ -48,12 +43,10 @@ def _attack(name: str, eps: Fraction) -> dict[str, str]:
         return {"objective": objective, "steps": match[2], "step": exactly(eps / 4), "start": start}
     if name in AUTOATTACK:
         version = AUTOATTACK[name]
-        parts = (
-            "APGD-CE, targeted APGD-DLR, targeted FAB, Square" if version == "standard" else "as its authors have it"
-        )
-        return {"objective": parts, "steps": f"{version} version", "step": "adaptive", "start": "the package's"}
+        parts = "APGD-CE, targeted APGD-DLR, targeted FAB, Square" if version == "standard" else "as in the package"
+        return {"objective": parts, "steps": f"{version} version", "step": "adaptive", "start": "as in the package"}
     if name == "worst":
-        return {"objective": "an image counts if no attack breaks it", "steps": "-", "step": "-", "start": "-"}
+        return {"objective": "an image must survive every attack", "steps": "-", "step": "-", "start": "-"}
     return {"objective": "see the code of this version", "steps": "-", "step": "-", "start": "-"}
 
 
@@ -63,7 +56,7 @@ def _images(study: Study, attack: str) -> str:
 
 
 def images_and_selection(study: Study) -> str:
-    """What the main table is of: "Percent of 600 test images; AutoAttack: of 100. Tail: 9. Best epoch: ..."."""
+    """A note to the main table: "Percent of 600 test images; AutoAttack: of 100. Tail: 9. Best epoch: ..."."""
     of = {name: _images(study, name) for name in study.attacks()}
     usual = of.get("clean", "the")
     others = "".join(f"; {attack_name(name)}: of {number}" for name, number in of.items() if number != usual)
@@ -75,17 +68,16 @@ def images_and_selection(study: Study) -> str:
 
 
 def facts(study: Study, test_counts: dict[str, int]) -> list[tuple[str, str]]:
-    """Name and statement of all that is not a property of one attack. test_counts: images by group, where known."""
-    c = study.config
-    eps = fraction(c["eps"])
+    """Name and text of every fact that does not belong to a single attack. test_counts: images by group, if known."""
+    eps = fraction(study.config.eps)
     told = [
         ("Threat model", f"L∞ ball of radius ε = {exactly(eps)} around the image, pixels in [0, 1], clipped to [0, 1]"),
         ("Test images", _test_images(test_counts)),
-        ("Random numbers", "the start noise is a function of seed 0, the attack and the place of the image"),
+        ("Random numbers", "the start noise is a function of seed 0, the attack and the index of the image"),
         ("Arithmetic", "float32 without TF32, eval mode, batch norm folded into the convolutions"),
-        ("AutoAttack", f"its authors' package pyautoattack, {_autoattack_version(study.runs)}"),
+        ("AutoAttack", f"the package pyautoattack of its authors, {_autoattack_version(study.runs)}"),
         ("Best checkpoint", _selection(study)),
-        ("Plots and headline", f"are of the {study.checkpoint} checkpoint"),
+        ("Plots and headline", f"show the {study.checkpoint} checkpoint"),
         ("Attack in training", _training_attack(study)),
         ("Tail", _tail(study)),
     ]
@@ -93,34 +85,34 @@ def facts(study: Study, test_counts: dict[str, int]) -> list[tuple[str, str]]:
 
 
 def _test_images(counts: dict[str, int]) -> str:
-    subset = "an attack on fewer takes them evenly spaced from the test set sorted by class, without chance"
+    subset = "an attack on fewer images takes them evenly spaced from the test set sorted by class, not at random"
     if not counts:
-        return f"of the dataset's test set, the numbers in the table below; {subset}"
+        return f"from the test set of the dataset, their numbers are in the table below; {subset}"
     of = ", ".join(f"{number} {name}" for name, number in counts.items() if name != "all")
     return f"the test set has {counts['all']} ({of}); {subset}"
 
 
-def _autoattack_version(runs: Iterable[Run]) -> str:
-    recorded = {run.environment.get("packages", {}).get("pyautoattack") for run in runs} - {None}
+def _autoattack_version(runs: Iterable[FinishedRun]) -> str:
+    recorded = {run.environment.packages.get("pyautoattack") for run in runs} - {None}
     if recorded:
         return f"version {', '.join(sorted(recorded))}"
     try:
-        return f"its version is not in env.json; where this page was made it is {metadata.version('pyautoattack')}"
+        return f"version not recorded in env.json; this page was made with {metadata.version('pyautoattack')} installed"
     except metadata.PackageNotFoundError:
-        return "its version is not in env.json"
+        return "version not recorded in env.json"
 
 
 def _selection(study: Study) -> str:
-    kinds = {e.config["select_on"] for e in study.experiments}
+    kinds = {e.config.select_on for e in study.experiments}
     said = {
-        "test": "highest PGD-20 accuracy on the test set, as in the published tables: optimistic, so compare last too",
+        "test": "highest PGD-20 accuracy on the test set, as in the published tables (optimistic: compare last too)",
         "heldout": "highest PGD-20 accuracy on held-out training images",
     }
     return "; or ".join(said.get(kind, kind) for kind in sorted(kinds, reverse=True))
 
 
 def _training_attack(study: Study) -> str:
-    seen = {(e.config.get("step_size"), e.config.get("attack_steps")) for e in study.experiments}
+    seen = {(e.config.step_size, e.config.attack_steps) for e in study.experiments}
     return "; or ".join(
         f"{steps} steps of {exactly(fraction(size))}" for size, steps in sorted(seen, key=str) if size and steps
     )
@@ -128,20 +120,20 @@ def _training_attack(study: Study) -> str:
 
 def _tail(study: Study) -> str:
     if not study.groups:
-        return "the tenth of the classes with the fewest training images; the runs do not say which (no env.json)"
+        return "the tenth of the classes with the fewest training images; the runs did not record which (no env.json)"
     names, counts = study.class_names(), study.counts
     tail = ", ".join(f"{names[c]} ({counts[c]})" for c in study.groups["tail"])
     return f"the tenth of the classes with the fewest training images: {tail}"
 
 
 def settings(study: Study) -> list[tuple[str, list[str]]]:
-    """Every setting with its value in each experiment; those of methods last."""
+    """Every setting with its value in each experiment, the options of the methods last."""
     configs = [e.config for e in study.experiments]
-    keys = dict.fromkeys(key for c in configs for key in c if key not in NOT_SHOWN)
-    table = [(key, [_plain(c.get(key)) for c in configs]) for key in keys]
-    table.append(("teacher", [_plain(c.get("teacher") and without_folders(c["teacher"])) for c in configs]))
-    options = dict.fromkeys(key for c in configs for key in c.get("method_options", {}))
-    return table + [(key, [_plain(c.get("method_options", {}).get(key)) for c in configs]) for key in options]
+    keys = dict.fromkeys(key for c in configs for key in c.settings if key not in NOT_SHOWN)
+    table = [(key, [_plain(c.settings.get(key)) for c in configs]) for key in keys]
+    table.append(("teacher", [_plain(c.teacher and without_folders(c.teacher)) for c in configs]))
+    options = dict.fromkeys(key for c in configs for key in c.method_options)
+    return table + [(key, [_plain(c.method_options.get(key)) for c in configs]) for key in options]
 
 
 def _plain(value: object) -> str:
@@ -149,28 +141,28 @@ def _plain(value: object) -> str:
 
 
 def environments(study: Study) -> list[dict[str, str]]:
-    """One dict a run: where and with what it was made. Folders of that machine are cut to their names."""
+    """One entry per run: hardware, versions and command. Absolute paths are shortened to their last name."""
     told = []
     for run in study.runs:
         env = run.environment
-        packages = ", ".join(f"{name} {version}" for name, version in env.get("packages", {}).items() if version)
-        where = ", ".join(str(part) for part in (env.get("gpu") or env.get("machine"), env.get("precision")) if part)
+        packages = ", ".join(f"{name} {version}" for name, version in env.packages.items() if version)
+        where = ", ".join(part for part in (env.gpu or env.machine, env.precision) if part)
         told.append(
             {
                 "run": run.name,
-                "seed": str(run.config["seed"]),
-                "images": env.get("index_hash", "-"),
-                "packages": f"Python {env['python']}, {packages}" if "python" in env else "-",
+                "seed": str(run.config.seed),
+                "images": env.index_hash or "-",
+                "packages": f"Python {env.python}, {packages}" if env.python else "-",
                 "hardware": where or "-",
-                "git": env.get("git") or "-",
-                "command": command(env.get("command", "")) or "-",
+                "git": env.git or "-",
+                "command": command(env.command or "") or "-",
             }
         )
     return told
 
 
 def command(line: str) -> str:
-    """A recorded command line as one types it, absolute paths cut to their last name."""
+    """A recorded command line as it is typed, with absolute paths shortened to their last name."""
     try:
         words = shlex.split(line)
     except ValueError:
@@ -181,5 +173,5 @@ def command(line: str) -> str:
 
 
 def without_folders(word: str) -> str:
-    """ "--out=/home/me/run" to "--out=run"; a relative path stays."""
+    """Shorten "--out=/home/me/run" to "--out=run"; a relative path stays as it is."""
     return re.sub(r"(?:^|(?<=[=@]))/.*?([^/]*)/?$", r"\1", word)

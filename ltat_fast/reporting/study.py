@@ -1,17 +1,19 @@
-"""What may be compared with what: experiments on the same images, with the same network and the same radius."""
+"""Studies: experiments that may be compared, because they share dataset, images, network and eps."""
 
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import mean, stdev
 
 from safetensors import SafetensorError, safe_open
 
 from ltat_fast.data.longtail import class_groups
-from ltat_fast.runs.tables import Experiment, Run, comparable_worst, ratio_text
+from ltat_fast.errors import UserError
+from ltat_fast.runs.experiments import Experiment, comparable_worst
+from ltat_fast.runs.finished import FinishedRun, RunConfig
+from ltat_fast.runs.json_object import JsonObject, is_text, list_of
 
-# The spelling of names that are not plain capitals.
+# Method names that are not written in capitals.
 NAMES = {"natural": "Natural", "robal": "RoBal", "adaad": "AdaAD", "adaiad": "AdaIAD"}
 ATTACK_NAMES = {
     "clean": "no attack",
@@ -21,37 +23,26 @@ ATTACK_NAMES = {
     "worst": "all attacks together",
 }
 STRENGTH = ("clean", "fgsm", "pgd", "scaled-pgd", "cw", "autoattack", "worst")
-NOT_A_GROUP = {"images", "correct", "eps"}
 
 
 def attack_name(attack: str) -> str:
-    """ "pgd20" to "PGD-20", "pgd20x5" to "PGD-20 from 5 starts"."""
+    """The name of an attack in texts: "PGD-20" for "pgd20", "PGD-20 from 5 starts" for "pgd20x5"."""
     name, _, starts = attack.partition("x") if re.search(r"\dx\d", attack) else (attack, "", "")
     name = ATTACK_NAMES.get(name) or re.sub(r"([a-z])(\d)", r"\1-\2", name).upper()
     return f"{name} from {starts} starts" if starts else name
 
 
 def method_name(experiment: Experiment) -> str:
-    method = experiment.config["method"]
+    method = experiment.config.method
     return NAMES.get(method, method.upper())
-
-
-def attacks_of(results: dict) -> dict[str, dict]:
-    """The attack entries of one checkpoint of eval.json."""
-    return {name: entry for name, entry in results.items() if isinstance(entry, dict) and "all" in entry}
-
-
-def groups_of(entry: dict) -> dict[str, float | None]:
-    """The accuracies of an attack entry by group of classes, "all" among them."""
-    numbers = {k: v for k, v in entry.items() if v is None or (isinstance(v, int | float) and not isinstance(v, bool))}
-    return {name: value for name, value in numbers.items() if name not in NOT_A_GROUP}
 
 
 @dataclass(frozen=True)
 class Study:
     """Experiments that may be compared.
 
-    checkpoint and attack: what headline and plots are of; the attack is the strongest of those run on most images.
+    checkpoint and attack: those that the headline and the plots show. The attack is the strongest one of those that
+    every run was evaluated under on the most images; None if there is none.
     """
 
     experiments: tuple[Experiment, ...]
@@ -59,22 +50,22 @@ class Study:
     attack: str | None
 
     @property
-    def config(self) -> dict:
+    def config(self) -> RunConfig:
         return self.experiments[0].config
 
     @property
-    def runs(self) -> list[Run]:
+    def runs(self) -> list[FinishedRun]:
         return [run for experiment in self.experiments for run in experiment.runs]
 
     @property
     def title(self) -> str:
         c = self.config
-        return f"{c['dataset']}, imbalance ratio {ratio_text(c)}, {c['arch']}, ε = {c['eps']}"
+        return f"{c.dataset}, imbalance ratio {c.ratio_text}, {c.arch}, ε = {c.eps}"
 
     @property
     def counts(self) -> list[int] | None:
-        """Training images of each class, if a run says."""
-        return next((run.environment["class_counts"] for run in self.runs if "class_counts" in run.environment), None)
+        """Training images of each class; None if no run recorded them."""
+        return next((list(counts) for run in self.runs if (counts := run.environment.class_counts)), None)
 
     @property
     def groups(self) -> dict[str, list[int]]:
@@ -82,47 +73,47 @@ class Study:
 
     @property
     def num_classes(self) -> int:
-        return max((len(entry.get("per_class", [])) for run in self.runs for entry in _entries(run)), default=0)
+        return max(map(_num_classes, self.runs))
 
     def by_frequency(self) -> list[int]:
-        """The classes, the most frequent in training first; as they are numbered where the counts are not known."""
+        """The classes, the most frequent in training first; in the order of their numbers if the counts are unknown."""
         counts = self.counts or [0] * self.num_classes
         return sorted(range(self.num_classes), key=lambda c: (-counts[c], c))
 
     def class_names(self) -> list[str]:
-        """As a weights file of the study knows them, else their numbers."""
+        """The names in a weights file of the study; the numbers of the classes if there is none."""
         for run in self.runs:
-            names = _card(run, self.checkpoint).get("class_names", [])
+            names = _class_names(run, self.checkpoint)
             if len(names) == self.num_classes:
-                return [str(name) for name in names]
+                return names
         return [str(c) for c in range(self.num_classes)]
 
     def attacks(self) -> list[str]:
-        """Every attack a run was evaluated under, "clean" first."""
-        names = dict.fromkeys(name for run in self.runs for which in run.results.values() for name in attacks_of(which))
-        return sorted(names, key=_strength)
+        """Every attack that a run was evaluated under, weak ones first ("clean" is the weakest)."""
+        evaluated = [part for run in self.runs for part in run.evaluation.checkpoints.values()]
+        return sorted(dict.fromkeys(name for part in evaluated for name in part.results), key=_strength)
 
 
 def studies(found: list[Experiment]) -> list[Study]:
-    """The experiments, those that may be compared together, in the order given."""
+    """Group the experiments into studies, in the order given."""
     alike: dict[str, list[Experiment]] = {}
     for experiment in found:
         c = experiment.config
-        classes = max(
-            (len(entry.get("per_class", [])) for run in experiment.runs for entry in _entries(run)), default=0
-        )
-        images = experiment.runs[0].environment.get("index_hash")
-        key = [c["dataset"], c["imbalance_ratio"], c["arch"], c["eps"], classes, images]
+        classes, images = max(map(_num_classes, experiment.runs)), experiment.runs[0].environment.index_hash
+        key = [c.dataset, c.imbalance_ratio, c.arch, c.eps, classes, images]
         alike.setdefault(json.dumps(key), []).append(experiment)
     return [_study(tuple(group)) for group in alike.values()]
 
 
 def _study(group: tuple[Experiment, ...]) -> Study:
-    """Plots are of "best" only if it was picked on images of its own: picked on the test set it is optimistic."""
-    held_out = all(e.config["select_on"] == "heldout" and "best" in e.checkpoints() for e in group)
+    """Choose checkpoint and attack.
+
+    The checkpoint is "best" only if it was selected on held-out images; selected on the test set it is optimistic.
+    """
+    held_out = all(e.config.select_on == "heldout" and "best" in e.checkpoints() for e in group)
     have_last = all("last" in e.checkpoints() for e in group)
     checkpoint = "best" if held_out or not have_last else "last"
-    tried = [set(attacks_of(run.results.get(checkpoint, {}))) for e in group for run in e.runs]
+    tried = [set(run.evaluation.of(checkpoint).results) for e in group for run in e.runs]
     common = set.intersection(*tried) - {"clean"}
     if not comparable_worst((run for e in group for run in e.runs), checkpoint):
         common -= {"worst"}
@@ -134,27 +125,30 @@ def _study(group: tuple[Experiment, ...]) -> Study:
 
 
 def _strength(attack: str) -> tuple[int, list[int]]:
-    """The kind of attack, then its steps and starts; an unknown one is taken for a PGD."""
+    """A key to sort attacks by kind, then by steps and starts. Unknown attacks are sorted like PGD."""
     kind = next((i for i, stem in enumerate(STRENGTH) if attack.startswith(stem)), STRENGTH.index("pgd"))
     return kind, [int(number) for number in re.findall(r"\d+", attack)]
 
 
-def _entries(run: Run) -> Iterator[dict]:
-    for results in run.results.values():
-        yield from attacks_of(results).values()
+def _num_classes(run: FinishedRun) -> int:
+    """The number of classes, 0 if the run does not say."""
+    numbers = [len(result.per_class) for result in run.evaluation.every_result()]
+    return max([len(run.environment.class_counts), *numbers])
 
 
-def _card(run: Run, which: str) -> dict:
-    """What a weights file says of itself; nothing if it is not there."""
+def _class_names(run: FinishedRun, which: str) -> list[str]:
+    """The class names in a weights file; an empty list if the file is missing or does not have them."""
+    path = run.path / "checkpoints" / f"{which}.safetensors"
     try:
-        with safe_open(run.path / "checkpoints" / f"{which}.safetensors", framework="pt") as file:
-            return json.loads((file.metadata() or {}).get("ltat_fast", "{}"))
-    except (SafetensorError, OSError, ValueError):
-        return {}
+        with safe_open(path, framework="pt") as file:
+            card = json.loads((file.metadata() or {}).get("ltat_fast", "{}"))
+        return JsonObject(path, card).take("class_names", list_of(is_text), [])
+    except (SafetensorError, OSError, ValueError, UserError):
+        return []
 
 
 def summary(values: list[float], digits: int = 1) -> str:
-    """ "59.4", over several seeds "59.4 ± 1.0"; "-" of none."""
+    """Format "59.4"; over several seeds "59.4 ± 1.0"; without values "-"."""
     if not values:
         return "-"
     return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")

@@ -1,23 +1,23 @@
-"""The numbers of the runs as files: CSV, one accuracy a line, and the table in Markdown."""
+"""The numbers of the runs as CSV, with one accuracy per line, and the table as Markdown."""
 
 import csv
 import io
 from collections.abc import Iterator
 
-from ltat_fast.reporting.study import attacks_of, groups_of
 from ltat_fast.runs import tables
-from ltat_fast.runs.tables import Experiment
+from ltat_fast.runs.experiments import Experiment, comparable_worst
+from ltat_fast.runs.results import CHECKPOINTS
 
 HEADER = ("run", "method", "dataset", "imbalance_ratio", "arch", "seed", "checkpoint", "attack", "group", "class")
 HEADER += ("train_images", "test_images", "accuracy")
 
 
 def as_csv(found: list[Experiment]) -> str:
-    """One line a run, checkpoint, attack and group of classes, and one a class (group "class").
+    """One line per run, checkpoint, attack and group of classes, and one per class (group "class").
 
-    accuracy: percent, every digit of eval.json; empty where there was no image. train_images: of the class, if known.
-    test_images: of the whole evaluation, not of the group. The worst case is left out of the runs of an experiment that
-    have it over different attacks.
+    accuracy: percent, with every digit of eval.json; empty if there was no image. train_images: of the class, if known.
+    test_images: of the whole evaluation, not of the group. The worst case is left out if the runs of an experiment
+    combined different attacks.
     """
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
@@ -30,21 +30,21 @@ def _lines(found: list[Experiment]) -> Iterator[tuple]:
     for experiment in found:
         for run in experiment.runs:
             c = run.config
-            of_run = (run.name, experiment.label, c["dataset"], c["imbalance_ratio"], c["arch"], c["seed"])
-            counts = run.environment.get("class_counts", [])
-            for which in tables.CHECKPOINTS:
-                for attack, entry in attacks_of(run.results.get(which, {})).items():
-                    if attack == "worst" and not tables.comparable_worst(experiment.runs, which):
+            of_run = (run.name, experiment.label, c.dataset, c.imbalance_ratio, c.arch, c.seed)
+            counts = run.environment.class_counts
+            for which in CHECKPOINTS:
+                for attack, result in run.evaluation.of(which).results.items():
+                    if attack == "worst" and not comparable_worst(experiment.runs, which):
                         continue
-                    start, images = (*of_run, which, attack), entry.get("images")
-                    for group, accuracy in groups_of(entry).items():
-                        yield (*start, group, None, None, images, accuracy)
-                    for c, accuracy in enumerate(entry.get("per_class", [])):
-                        yield (*start, "class", c, counts[c] if c < len(counts) else None, images, accuracy)
+                    start = (*of_run, which, attack)
+                    for group, accuracy in {"all": result.all, **result.groups}.items():
+                        yield (*start, group, None, None, result.images, accuracy)
+                    for c, accuracy in enumerate(result.per_class):
+                        yield (*start, "class", c, counts[c] if counts else None, result.images, accuracy)
 
 
 def as_markdown(found: list[Experiment]) -> str:
-    """The terminal's table."""
+    """The table that the terminal shows, as Markdown."""
     headings, lines = tables.cells(found)
     rule = ["---"] * tables.NUMBERS_FROM + ["---:"] * (len(headings) - tables.NUMBERS_FROM)
     table = [headings, rule, *([text.replace("|", "\\|") for text in line] for line in lines)]

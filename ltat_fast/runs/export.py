@@ -27,22 +27,23 @@ from ltat_fast.errors import UserError
 from ltat_fast.files import write_json
 from ltat_fast.models import ARCHS, classifier, cosine, standalone
 from ltat_fast.runs import log
-from ltat_fast.runs.results import read_results
+from ltat_fast.runs.results import EvalFile, Result
 from ltat_fast.runs.weights import build_from_card, read_weights, weights_file
 
 FILES = (standalone.WEIGHTS, standalone.CARD, "model.py", "model.pt2", "model.onnx")
-TOLERANCE = 1e-4  # beside the largest logit: a compiler may sum in another order
+TOLERANCE = 1e-4  # as a share of the largest logit; a compiler may add in another order
 
 
 def export(run_dir: Path, which: str, out: Path, image_size: int | None = None) -> list[Path]:
-    """Write weights ``which`` of ``run_dir`` to ``out`` in every format, and try each on images; the files written.
+    """Write the weights ``which`` of ``run_dir`` to ``out`` in every format and return the paths.
 
-    Raises UserError where there is nothing to export, ``out`` holds something else, or a format gives other logits.
+    Each file is tested on random images. Raises UserError if there are no weights, if ``out`` holds other files, or if
+    an exported file computes other logits than the network.
     """
     weights = weights_file(run_dir, which)
     tensors, origin = read_weights(weights, foreign=True)
     if "arch" not in origin:
-        raise UserError(f"{weights} is not of a run of ours: it does not say what network it is")
+        raise UserError(f"{weights} was not written by a run: it does not say which network it belongs to")
     size = size_of_images(weights, origin.get("image_size"), image_size)
     make_export_folder(out)
     model = build_from_card(weights, tensors, origin).eval()
@@ -53,27 +54,27 @@ def export(run_dir: Path, which: str, out: Path, image_size: int | None = None) 
     about = card(run_dir, which, model, origin | {"image_size": size})
     with files.oserror_as_user_error(out), tempfile.TemporaryDirectory(prefix=".partial-", dir=out) as folder:
         written = write_all(Path(folder), model, about, images, expected)
-        for path in written:  # all of them have been tried
+        for path in written:  # all of them are tested by now
             path.replace(out / path.name)
     return [out / path.name for path in written]
 
 
 def size_of_images(weights: Path, recorded: list[int] | None, given: int | None) -> list[int]:
-    """Height and width: ``recorded`` by the run, or, where it did not, ``given`` by the user."""
+    """Height and width of the images, as ``recorded`` by the run or, for runs that did not, ``given`` by the user."""
     if given is not None and given < 1:
         raise UserError(f"--image-size must be 1 or more, not {given}")
     if recorded is None and given is None:
         raise UserError(f"{weights} does not say how large its images are: give --image-size")
     if None not in (recorded, given) and recorded != [given, given]:
         height, width = recorded
-        raise UserError(f"--image-size {given}: {weights} was trained on images of {height} x {width}; leave it out")
+        raise UserError(f"--image-size {given}: {weights} was trained on images of {height} x {width}; remove the flag")
     return recorded or [given, given]
 
 
 def write_all(folder: Path, model: nn.Module, about: dict, images: Tensor, expected: Tensor) -> list[Path]:
-    """Every format of ``model`` into ``folder``, each tried on ``images``; the files."""
+    """Write ``model`` to ``folder`` in every format, test each on ``images`` and return the paths."""
     weights, card_file, module, program_file, onnx = (folder / name for name in FILES)
-    # As bytes: what torch and safetensors raise when they cannot write is no OSError.
+    # Written as bytes, because torch and safetensors do not raise OSError when the disk is full.
     weights.write_bytes(save(model.state_dict()))
     write_json(card_file, about)
     module.write_text(source(ARCHS[about["architecture"]["arch"]]))
@@ -95,7 +96,7 @@ def write_all(folder: Path, model: nn.Module, about: dict, images: Tensor, expec
 
 
 def make_export_folder(out: Path) -> None:
-    """Make the folder ``out``. Raises UserError if there is something in it that an export did not write."""
+    """Make the folder ``out``. Raises UserError if it holds files that no export wrote."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         found = [path.name for path in out.iterdir() if not path.name.startswith(".partial-")]
@@ -106,12 +107,12 @@ def make_export_folder(out: Path) -> None:
 
 
 def card(run_dir: Path, which: str, model: nn.Module, origin: dict) -> dict:
-    """The content of card.json: the network, its input and output, its threat model, its training and its scores.
+    """The content of card.json: the network, its input and output, threat model, training and accuracies.
 
-    origin: what the weights file says of itself.
+    origin: the card in the weights file.
     """
     config, _ = configuration.load(run_dir)
-    scores = read_results(run_dir / "eval.json").get(which, {}) if (run_dir / "eval.json").exists() else {}
+    results = EvalFile.load_or_empty(run_dir / "eval.json").of(which).results
     height, width = origin["image_size"]
     training = ("dataset", "imbalance_ratio", "class_counts", "method", "method_options", "epoch")
     return {
@@ -123,17 +124,19 @@ def card(run_dir: Path, which: str, model: nn.Module, origin: dict) -> dict:
         "threat_model": {"norm": "Linf", "eps": config.eps},
         "training": {name: origin[name] for name in training} | {"seed": config.seed, "extra_data": False},
         "best_selected_on": config.select_on,
-        "accuracy": {
-            attack: {name: scores[attack][name] for name in ("all", "tail", "images") if name in scores[attack]}
-            for attack in scores
-            if isinstance(scores[attack], dict)
-        },
+        "accuracy": {attack: accuracy(result) for attack, result in results.items()},
         "ltat_fast": __version__,
     }
 
 
+def accuracy(result: Result) -> dict:
+    """The part of a result that card.json has."""
+    content = result.to_json()
+    return {name: content[name] for name in ("all", "tail", "images") if name in content}
+
+
 def architecture(model: nn.Module, origin: dict) -> dict:
-    """What it takes to build ``model`` again, beside its weights."""
+    """What is needed, besides the weights, to build ``model`` again."""
     known = {name: origin[name] for name in ("arch", "num_classes", "in_channels")}
     known["cosine"] = None
     if isinstance(model.fc, cosine.CosineClassifier):
@@ -142,7 +145,7 @@ def architecture(model: nn.Module, origin: dict) -> dict:
 
 
 def source(network: Callable[..., nn.Module]) -> str:
-    """The text of a module that needs torch and safetensors alone, with ``network``'s code and ``load_model()``."""
+    """Source code of a module with ``network`` and ``load_model()``. It imports only torch and safetensors."""
     modules = (classifier, cosine, sys.modules[network.__module__], standalone)
     lines: dict[str, None] = {}
     code = []
@@ -172,7 +175,7 @@ def import_file(path: Path) -> ModuleType:
 
 
 def onnx_of(program: torch.export.ExportedProgram) -> bytes:
-    """``program`` as an ONNX file, the batch left open; the exporter's own progress report is not shown."""
+    """``program`` as an ONNX file for any batch size, without the progress messages of the exporter."""
     with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         names = {"input_names": ["images"], "output_names": ["logits"]}
@@ -180,9 +183,9 @@ def onnx_of(program: torch.export.ExportedProgram) -> bytes:
 
 
 def check_onnx(path: Path, images: Tensor, expected: Tensor) -> None:
-    """Compare with onnxruntime where it is installed."""
+    """Test an ONNX file with onnxruntime if it is installed."""
     if importlib.util.find_spec("onnxruntime") is None:
-        log.say(f"{path.name} was not tried: onnxruntime is not installed")
+        log.say(f"{path.name} was not tested: onnxruntime is not installed")
         return
     import onnxruntime
 
@@ -192,7 +195,7 @@ def check_onnx(path: Path, images: Tensor, expected: Tensor) -> None:
 
 
 def check(name: str, logits: Tensor, expected: Tensor) -> None:
-    """Raise UserError if what a file computes is not what the network does."""
+    """Raise UserError if the logits of an exported file differ from those of the network."""
     difference = (logits - expected).abs().max() / expected.abs().max().clamp(min=1)
     if not difference <= TOLERANCE:
         raise UserError(f"{name} gives other logits than the network: they differ by {difference:.1e} of the largest")

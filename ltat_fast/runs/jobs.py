@@ -1,4 +1,4 @@
-"""Several training runs, each in a process of its own: as many at once as the machine has cores, or one on a GPU."""
+"""Start several training runs, each in its own process: as many at a time as there are CPU cores, or one on a GPU."""
 
 import contextlib
 import io
@@ -20,7 +20,9 @@ from ltat_fast.attacks.by_name import parse_attacks
 from ltat_fast.config import Config
 from ltat_fast.errors import UserError
 from ltat_fast.flags import parse_args
-from ltat_fast.runs import log, tables
+from ltat_fast.runs import log
+from ltat_fast.runs.finished import FinishedRun
+from ltat_fast.runs.results import CHECKPOINTS
 
 
 @dataclass(frozen=True)
@@ -45,20 +47,21 @@ class Job:
 
 
 def split_flags(argv: Sequence[str] | None) -> tuple[list[str], tuple[str, ...]]:
-    """The command's own flags (of ``sys.argv`` if None), and those behind ``--``, which go to every run.
+    """Split ``argv`` (default: ``sys.argv``) into the flags of the command and the flags after ``--`` for every run.
 
-    Raises UserError for those behind it that are not the same for every run.
+    Raises UserError for flags after ``--`` that must differ from run to run.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     split = argv.index("--") if "--" in argv else len(argv)
     own, forwarded = argv[:split], tuple(argv[split + 1 :])
     if given := {flag.partition("=")[0] for flag in forwarded} & {"--seed", "--out", "--resume"}:
-        raise UserError(f"{', '.join(sorted(given))} behind --: each run gets its own; see --seeds and --out before it")
+        names = ", ".join(sorted(given))
+        raise UserError(f"{names} cannot stand after --, because each run gets its own: use --seeds and --out")
     return own, forwarded
 
 
 def repetitions(stem: Path, flags: Sequence[str], seeds: Iterable[int], extra: Sequence[str] = ()) -> tuple[Job, ...]:
-    """One run a seed, in ``<stem>-seed<seed>``; a seed named twice is one run. ``extra`` comes last, and wins."""
+    """One run per seed, in ``<stem>-seed<seed>``; a seed named twice counts once. ``extra`` overrides ``flags``."""
     return tuple(
         Job(stem.with_name(f"{stem.name}-seed{seed}"), (*flags, "--seed", str(seed), *extra))
         for seed in dict.fromkeys(seeds)
@@ -66,14 +69,15 @@ def repetitions(stem: Path, flags: Sequence[str], seeds: Iterable[int], extra: S
 
 
 def outstanding(jobs: Sequence[Job]) -> tuple[list[Job], list[Job]]:
-    """The jobs still to be run, and those whose folder holds a run of other settings, whose numbers are not theirs.
+    """The jobs still to be run, and the jobs that are refused because their folder holds a run with other settings.
 
-    The latter are said. ``train --resume`` cannot tell all of them: it takes a flag not given from the run.
+    Prints why a job is refused. ``train --resume`` alone would not notice every such run, because it takes flags that
+    are not given from the run itself.
     """
     todo, refused = [], []
     for job in jobs:
         if (reason := conflict(job)) is not None:
-            log.say(f"{job.run_dir.name} is left as it is: {reason}")
+            log.say(f"{job.run_dir.name} is kept as it is and not used: {reason}")
             refused.append(job)
         elif not is_finished(job):
             todo.append(job)
@@ -81,7 +85,7 @@ def outstanding(jobs: Sequence[Job]) -> tuple[list[Job], list[Job]]:
 
 
 def conflict(job: Job) -> str | None:
-    """Why the run in the folder of ``job``, if there is one, is not what ``job`` asks for."""
+    """Why the run in the folder of ``job`` is not the one that ``job`` asks for; None if it is, or there is no run."""
     if not job.begun:
         return None
     try:
@@ -96,25 +100,25 @@ def conflict(job: Job) -> str | None:
 
 
 def is_finished(job: Job) -> bool:
-    """Whether the run of ``job`` has been trained and evaluated under all the attacks it is to be evaluated under."""
+    """Whether the run of ``job`` is trained, and evaluated under all attacks in its settings."""
     try:
-        config, results = tables.load_results(job.run_dir)
+        run = FinishedRun.load(job.run_dir)
     except UserError:
         return False
-    attacks = parse_attacks(config.get("eval_attacks", Config.eval_attacks))
-    return all(attack in results.get(which, {}) for which in ("best", "last") for attack in attacks)
+    attacks = parse_attacks(run.config.eval_attacks or Config.eval_attacks)
+    return all(run.evaluation.result(which, attack) for which in CHECKPOINTS for attack in attacks)
 
 
 def train_all(jobs: Sequence[Job], show: Callable[[str], bool] = lambda line: False) -> dict[Job, int]:
-    """Run every job, resuming those begun before; the exit status of each, by job.
+    """Run every job, resume those that were started before, and return the exit status of each.
 
-    show: which lines of a run go on to the terminal, beside its errors; all of them go to the job's log.
-    Raises UserError where the logs cannot be written.
+    show: whether to print a line of a run on the terminal; errors are always printed. Every line goes to the job's log.
+    Raises UserError if a log cannot be written.
     """
     if not jobs:
         return {}
     workers = 1 if torch.cuda.is_available() else max(1, min(len(jobs), os.cpu_count() or 1))
-    # Runs side by side share the cores: idle OpenMP threads of one would spin on those of the other.
+    # Concurrent runs share the cores: idle OpenMP threads of one run would spin on the cores of another.
     threads = str(max(1, (os.cpu_count() or 1) // workers))
     width = max((len(job.run_dir.name) for job in jobs), default=0)
 
@@ -123,7 +127,7 @@ def train_all(jobs: Sequence[Job], show: Callable[[str], bool] = lambda line: Fa
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         with (
             files.oserror_as_user_error(job.log_file),
-            open(job.log_file, "a", buffering=1) as copy,  # before any work: it may be refused
+            open(job.log_file, "a", buffering=1) as copy,  # opened before any work, because it may fail
             subprocess.Popen(job.command, env=os.environ | {"OMP_NUM_THREADS": threads}, **pipes) as process,
         ):
             for line in process.stdout:

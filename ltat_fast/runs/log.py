@@ -1,4 +1,4 @@
-"""The record of a stage: metrics.jsonl (one object an epoch), TensorBoard, and lines or a bar on the terminal."""
+"""Record a training stage: metrics.jsonl (one object per epoch), TensorBoard, and messages or a bar on the terminal."""
 
 import contextlib
 import json
@@ -8,25 +8,21 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ltat_fast import files
+from ltat_fast.errors import UserError
+from ltat_fast.runs.json_object import JsonObject, is_integer
 
 console = Console(highlight=False, soft_wrap=True, emoji=False)
 
 
 def say(text: str) -> None:
-    """One line to the user. Square brackets are text here, not markup."""
+    """Print one line. Square brackets are printed as they are, not read as markup."""
     console.print(text, markup=False)
 
 
-def write_json(path: Path, content: dict) -> None:
-    """Write ``content`` so that ``path`` holds the old file or the new one, never half of it."""
-    with files.atomic_write(path) as file:
-        file.write((json.dumps(content, indent=1) + "\n").encode())
-
-
 class StageLog:
-    """Appends an epoch's record to ``folder/metrics.jsonl`` and ``folder/tb``.
+    """Append the record of each epoch to ``folder/metrics.jsonl`` and ``folder/tb``.
 
-    epochs_done: records of later epochs, left by a run that died after writing them, are dropped.
+    epochs_done: records of later epochs are dropped; a run that was killed after writing them left them there.
     """
 
     def __init__(self, folder: Path, epochs_done: int):
@@ -49,12 +45,12 @@ class StageLog:
             self.tensorboard.flush()
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # a full disk, which has been told by now
+        with contextlib.suppress(OSError):  # a full disk, which was reported before
             self.tensorboard.close()
 
 
 class NoLog:
-    """Stands for a :class:`StageLog` in the processes that are not the main one."""
+    """Replace :class:`StageLog` in all processes but the main one."""
 
     def epoch(self, record: dict) -> None:
         pass
@@ -64,25 +60,34 @@ class NoLog:
 
 
 def quiet() -> None:
-    """No line and no bar from this process any more; warnings and errors on stderr still show."""
+    """Print no more messages and bars from this process; warnings and errors on stderr are still printed."""
     console.quiet = True
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The records of a metrics.jsonl; a last line cut short by a crash is left out."""
+    """Return the records of a metrics.jsonl, without a last line that a crash cut short.
+
+    Raises UserError if the file cannot be read or a line is not an object with an epoch.
+    """
     if not path.exists():
         return []
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged and cannot be read ({error})") from None
     records = []
-    for line in path.read_text().splitlines():
+    for number, line in enumerate(lines, 1):
         try:
-            records.append(json.loads(line))
+            record = JsonObject(path, json.loads(line), (f"line {number}",))
         except json.JSONDecodeError:
             break
+        record.take("epoch", is_integer)
+        records.append(record.content)
     return records
 
 
 def progress_bar(description: str, total: int, done: int):
-    """A rich progress bar on a terminal; on a pipe or in a file, one that shows nothing."""
+    """A rich progress bar. It shows nothing if the output is not a terminal."""
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),

@@ -1,69 +1,271 @@
-"""The JSON files of a run as they are read: what is damaged is one sentence, not a traceback where it is used."""
+"""RUN/eval.json as typed objects: the result of each attack and the checks, by checkpoint (docs/evaluation.md)."""
 
-import json
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from ltat_fast.errors import UserError
+import numpy as np
+from torch import Tensor
+
+from ltat_fast.attacks.checks import Check
+from ltat_fast.files import write_json
+from ltat_fast.runs.json_object import (
+    JsonObject,
+    is_bool,
+    is_count,
+    is_number,
+    is_percent,
+    is_text,
+    list_of,
+    optional,
+)
+
+CHECKPOINTS = ("best", "last")
+CHECKS = "checks"  # the one key beside the attacks
+ALWAYS_GROUPS = ("head", "medium", "tail")  # groups of classes in every dataset; any other number is a group too
+FIELDS = ("all", "per_class", "images", "correct", "chosen", "weights", "eps", "test_set", "attacks")
 
 
-def read_json(path: Path) -> dict:
-    """The object in a JSON file of a run. Raises UserError if it is not there or damaged."""
+def pack(bits: np.ndarray) -> str:
+    """Write bools ``(N,)`` as hexadecimal digits, 4 bools per digit, the first one in the highest bit."""
+    return np.packbits(bits).tobytes().hex()
+
+
+def unpack(text: str, count: int) -> np.ndarray:
+    """Return the ``count`` bools that :func:`pack` wrote as ``text``. Raises ValueError if the length does not fit."""
+    packed = np.frombuffer(bytes.fromhex(text), np.uint8)
+    if len(packed) != (count + 7) // 8:
+        raise ValueError(f"{len(packed)} bytes do not hold {count} bits")
+    return np.unpackbits(packed, count=count).astype(bool)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a result depends on besides the attack: checksum of the weights, eps, fingerprint of the test set."""
+
+    weights: str
+    eps: str
+    test_set: str
+
+
+@dataclass(frozen=True)
+class Result:
+    """Accuracy of one set of weights under one attack.
+
+    all, groups and per_class are the percentages of images still classified correctly: of all images, of each group of
+    classes and of each class; None where there is no image. Results of earlier versions lack some of the other fields.
+    """
+
+    all: float | None
+    groups: dict[str, float | None] = field(default_factory=dict)
+    per_class: tuple[float | None, ...] = ()
+    images: int | None = None
+    """number of attacked images"""
+    correct: str | None = None
+    """which attacked images were classified correctly, written by :func:`pack`"""
+    chosen: str | None = None
+    """which images of the test set were attacked, written by :func:`pack`; None for all of them"""
+    weights: str | None = None
+    eps: str | None = None
+    test_set: str | None = None
+    attacks: tuple[str, ...] = ()
+    """the attacks that a worst case combines"""
+    other: dict[str, Any] = field(default_factory=dict)
+    """fields that this version does not know, kept when the file is written again"""
+
+    @classmethod
+    def from_correct(
+        cls,
+        correct: Tensor,
+        labels: Tensor,
+        groups: dict[str, list[int]],
+        num_classes: int,
+        chosen: np.ndarray | None = None,
+    ) -> "Result":
+        """Compute the result of an attack.
+
+        correct: bool ``(N,)`` and labels: int64 ``(N,)``, of the attacked images. chosen: which images of the test set
+        were attacked, bool; None for all of them.
+        """
+        correct, labels = correct.cpu().numpy(), labels.cpu().numpy()
+
+        def percent(among: np.ndarray) -> float | None:
+            return float(100 * correct[among].mean()) if among.any() else None
+
+        return cls(
+            all=percent(np.ones_like(correct)),
+            groups={name: percent(np.isin(labels, classes)) for name, classes in groups.items()},
+            per_class=tuple(percent(labels == c) for c in range(num_classes)),
+            images=len(correct),
+            correct=pack(correct),
+            chosen=None if chosen is None else pack(chosen),
+        )
+
+    @classmethod
+    def from_json(cls, entry: JsonObject) -> "Result":
+        """The result that :meth:`to_json` wrote. Raises UserError if a field is of another type or out of range."""
+        images = entry.take("images", is_count, None)
+        groups, other = {}, {}
+        for name, value in entry.content.items():
+            if name in ALWAYS_GROUPS or (name not in FIELDS and (value is None or is_number(value))):
+                groups[name] = entry.take(name, optional(is_percent))
+            elif name not in FIELDS:
+                other[name] = value
+        return cls(
+            groups=groups,
+            per_class=tuple(entry.take("per_class", list_of(optional(is_percent)), ())),
+            images=images,
+            correct=entry.take("correct", lambda bits: _holds(bits, images), None),
+            chosen=entry.take("chosen", lambda bits: _selects(bits, images), None),
+            weights=entry.take("weights", is_text, None),
+            eps=entry.take("eps", is_text, None),
+            test_set=entry.take("test_set", is_text, None),
+            attacks=tuple(entry.take("attacks", list_of(is_text), ())),
+            other=other,
+            all=entry.take("all", optional(is_percent)),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        content = {"attacks": list(self.attacks)} if self.attacks else {}
+        content |= {"all": self.all, **self.groups}
+        content |= {"per_class": list(self.per_class)} if self.per_class else {}
+        rest = {name: getattr(self, name) for name in ("images", "correct", "chosen", "weights", "eps", "test_set")}
+        return content | {name: value for name, value in rest.items() if value is not None} | self.other
+
+    def percent(self, group: str) -> float | None:
+        """Accuracy of "all" or of a group of classes; None if it was not measured."""
+        return self.all if group == "all" else self.groups.get(group)
+
+    def of(self, identity: Identity) -> "Result":
+        """Return this result with the weights, eps and test set of ``identity``."""
+        return dataclasses.replace(self, **dataclasses.asdict(identity))
+
+    def is_of(self, identity: Identity) -> bool:
+        return (self.weights, self.eps, self.test_set) == (identity.weights, identity.eps, identity.test_set)
+
+    def attacked(self, count: int) -> np.ndarray:
+        """Which of the ``count`` images of the test set were attacked: bool ``(count,)``."""
+        return np.ones(count, bool) if self.chosen is None else unpack(self.chosen, count)
+
+
+@dataclass(frozen=True)
+class RecordedCheck(Check):
+    """A check as eval.json has it. weights: checksum of the weights that it looked at."""
+
+    weights: str | None = None
+
+    @classmethod
+    def from_json(cls, entry: JsonObject) -> "RecordedCheck":
+        return cls(
+            name=entry.take("name", is_text),
+            passed=entry.take("passed", is_bool),
+            value=entry.take("value", is_number),
+            detail=entry.take("detail", is_text),
+            weights=entry.take("weights", is_text, None),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+
+
+@dataclass
+class CheckpointResults:
+    """What was measured on one checkpoint.
+
+    entries: results by attack, and the checks under :data:`CHECKS`, in the order of the file.
+    """
+
+    entries: dict[str, Result | tuple[RecordedCheck, ...]] = field(default_factory=dict)
+
+    @property
+    def results(self) -> dict[str, Result]:
+        return {name: entry for name, entry in self.entries.items() if name != CHECKS}
+
+    @property
+    def checks(self) -> tuple[RecordedCheck, ...]:
+        return self.entries.get(CHECKS, ())
+
+    @classmethod
+    def from_json(cls, content: JsonObject) -> "CheckpointResults":
+        entries = {}
+        for name in content.content:
+            if name == CHECKS:
+                entries[name] = tuple(map(RecordedCheck.from_json, content.list_of_objects(name)))
+            elif name.isprintable():
+                entries[name] = Result.from_json(content.object(name))
+            else:
+                raise content.damaged(f"{name!a:.40} is not the name of an attack")
+        return cls(entries)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            name: [check.to_json() for check in self.checks] if name == CHECKS else entry.to_json()
+            for name, entry in self.entries.items()
+        }
+
+
+@dataclass
+class EvalFile:
+    """The content of an eval.json."""
+
+    checkpoints: dict[str, CheckpointResults] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, path: Path) -> "EvalFile":
+        """Raises UserError if ``path`` is missing or damaged."""
+        return cls.from_json(JsonObject.load(path))
+
+    @classmethod
+    def load_or_empty(cls, path: Path) -> "EvalFile":
+        """As :meth:`load`; without results if ``path`` does not exist."""
+        return cls.load(path) if path.exists() else cls()
+
+    @classmethod
+    def from_json(cls, content: JsonObject) -> "EvalFile":
+        found = cls({which: CheckpointResults.from_json(part) for which, part in content.objects()})
+        if len(lengths := {len(r.per_class) for r in found.every_result() if r.per_class}) > 1:
+            numbers = " and ".join(map(str, sorted(lengths)))
+            raise content.damaged(f"per_class has {numbers} numbers")
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        return {which: part.to_json() for which, part in self.checkpoints.items()}
+
+    def save(self, path: Path) -> None:
+        write_json(path, self.to_json())
+
+    def of(self, which: str) -> CheckpointResults:
+        """What was measured on the checkpoint ``which``; empty if it was not evaluated."""
+        return self.checkpoints.get(which, CheckpointResults())
+
+    def result(self, which: str, attack: str) -> Result | None:
+        """The result of ``attack`` on the checkpoint ``which``, if it was run."""
+        return self.of(which).results.get(attack)
+
+    def every_result(self) -> list[Result]:
+        return [result for part in self.checkpoints.values() for result in part.results.values()]
+
+
+def percentages(files: Iterable[EvalFile], which: str, attack: str, group: str) -> list[float]:
+    """Accuracy on one group of classes of one checkpoint under one attack, from each of the files that has it."""
+    found = [file.result(which, attack) for file in files]
+    percents = [result.percent(group) for result in found if result is not None]
+    return [percent for percent in percents if percent is not None]
+
+
+def _holds(bits: Any, images: int | None) -> bool:
+    """Whether ``bits`` is a text of :func:`pack` for this number of images."""
     try:
-        content = json.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{path.parent} has no results: {path.name} is not there") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged and cannot be read ({error})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged: it does not hold a JSON object")
-    return content
+        return images is not None and len(unpack(bits, images)) == images
+    except (TypeError, ValueError):
+        return False
 
 
-def read_results(path: Path) -> dict:
-    """The content of an eval.json, by checkpoint. Raises UserError if it is not there or damaged."""
-    results = read_json(path)
-    for which, entry in results.items():
-        if fault := _fault(entry):
-            raise UserError(f"{path} is damaged: {which}{fault}")
-    return results
-
-
-def _fault(entry: object) -> str | None:
-    """What is not as an evaluation writes it in the results of a checkpoint, if anything."""
-    if not isinstance(entry, dict):
-        return " is not a JSON object"
-    checks = entry.get("checks", [])
-    if not (isinstance(checks, list) and all(isinstance(check, dict) for check in checks)):
-        return ", checks is not a list of JSON objects"
-    for attack, result in entry.items():
-        if attack == "checks":
-            continue
-        if not isinstance(result, dict):
-            return f", {attack} is not a JSON object"
-        for name, value in result.items():
-            if name in VALID and not VALID[name](value):
-                return f", {attack}, {name} is {json.dumps(value)[:40]}"
-    return None
-
-
-def _is_percent(value: object) -> bool:
-    return value is None or (isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 100)
-
-
-def _is_list_of(valid: Callable[[object], bool]) -> Callable[[object], bool]:
-    return lambda value: isinstance(value, list) and all(map(valid, value))
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)
-
-
-# Whether a value of an attack's result is as it should be. Names that are not here are not relied on.
-VALID: dict[str, Callable[[object], bool]] = {
-    **dict.fromkeys(("all", "head", "medium", "tail"), _is_percent),
-    "per_class": _is_list_of(_is_percent),
-    "images": lambda value: type(value) is int and value >= 0,
-    "attacks": _is_list_of(_is_text),
-    "chosen": _is_text,
-}
+def _selects(bits: Any, images: int | None) -> bool:
+    """Whether ``bits`` is a text of :func:`pack` that selects this number of images."""
+    try:
+        return unpack(bits, 4 * len(bits)).sum() == images
+    except (TypeError, ValueError):
+        return False

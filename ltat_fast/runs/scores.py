@@ -1,17 +1,17 @@
-"""RUN/eval.json: what is known of each checkpoint, and how a new result joins it while others may be writing too."""
+"""Add results to RUN/eval.json while other processes may be writing to the same file."""
 
 import contextlib
-import copy
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ltat_fast.attacks.checks import Check
 from ltat_fast.errors import UserError
-from ltat_fast.files import exclusive, refuse_read_only, write_json
+from ltat_fast.files import exclusive, refuse_read_only
 from ltat_fast.runs import log
 from ltat_fast.runs.metrics import on_most_images, worst_case
-from ltat_fast.runs.results import read_results
+from ltat_fast.runs.results import CHECKS, CheckpointResults, EvalFile, Identity, RecordedCheck, Result
 from ltat_fast.runs.splits import DeviceImages
 
 
@@ -25,79 +25,78 @@ def fingerprint(images: DeviceImages) -> str:
 
 @dataclass
 class Scores:
-    """The results in ``file`` for the weights, eps and test set of ``identity``, kept under each of ``checkpoints``.
+    """The results in ``file`` of one ``identity``, kept under each of ``checkpoints``.
 
-    A result counts as known if all of ``identity`` is in it and it says which images were correct; results of earlier
-    versions do not, and are measured again when asked for.
+    A result is known if it is of this identity and says which images were correct. Results of earlier versions do not
+    say so; they stay in the file and are measured again when they are asked for.
     """
 
     file: Path
-    identity: dict[str, str]
+    identity: Identity
     checkpoints: list[str]
     test: DeviceImages
     groups: dict[str, list[int]]
     num_classes: int
 
-    def known(self, attack: str, images: int) -> dict | None:
-        """The result of ``attack`` on the most images, if they are so many, whichever checkpoint it was found for.
+    def known(self, attack: str, images: int) -> Result | None:
+        """The known result of ``attack`` on the most images, or None if these are fewer than ``images``.
 
-        Raises UserError if there is none and what is measured now could not be put in.
+        Raises UserError instead of returning None if the run folder is read-only, so that nothing is measured in vain.
         """
-        ours = [entry[attack] for entry in self._read().values() if self._is_ours(entry.get(attack))]
-        most = max(ours, key=lambda result: result["images"], default=None)
-        if most and most["images"] >= images:
+        evaluated = EvalFile.load_or_empty(self.file).checkpoints.values()
+        ours = [found for part in evaluated if (found := part.results.get(attack)) and self._is_known(found)]
+        most = max(ours, key=lambda result: result.images, default=None)
+        if most and most.images >= images:
             return most
         refuse_read_only(self.file.parent)
         return None
 
-    def known_checks(self) -> list[dict] | None:
-        """What the checks found on these weights. Raises as :meth:`known` does."""
-        for entry in self._read().values():
-            if (checks := entry.get("checks")) and all(map(self._is_checked, checks)):
-                return checks
+    def known_checks(self) -> tuple[RecordedCheck, ...] | None:
+        """The checks of these weights, if they were run. Raises UserError as :meth:`known` does."""
+        for part in EvalFile.load_or_empty(self.file).checkpoints.values():
+            if part.checks and self._are_of_these_weights(part.checks):
+                return part.checks
         refuse_read_only(self.file.parent)
         return None
 
-    def add(self, attack: str, result: dict) -> None:
-        """Put in the result of an attack, and the worst case anew over those known of the most images."""
+    def add(self, attack: str, result: Result) -> None:
+        """Add the result of an attack, and compute the worst case again over the results known of the most images."""
 
-        def change(entry: dict) -> None:
-            entry[attack] = result | self.identity
-            if not all(map(self._is_checked, entry.get("checks", []))):
-                del entry["checks"]
-            entry.pop("worst", None)
-            ours = {name: e for name, e in entry.items() if self._is_ours(e)}
-            if comparable := on_most_images(ours, len(self.test)):
-                entry["worst"] = worst_case(comparable, self.test.labels, self.groups, self.num_classes) | self.identity
+        def change(part: CheckpointResults) -> None:
+            part.entries[attack] = result.of(self.identity)
+            if not self._are_of_these_weights(part.checks):
+                del part.entries[CHECKS]
+            part.entries.pop("worst", None)
+            known = {name: found for name, found in part.results.items() if self._is_known(found)}
+            if comparable := on_most_images(known, len(self.test)):
+                worst = worst_case(comparable, self.test.labels, self.groups, self.num_classes)
+                part.entries["worst"] = worst.of(self.identity)
 
         self._merge(change)
 
-    def add_checks(self, checks: list[dict]) -> None:
-        """Put in what the checks found."""
-        weights = {"weights": self.identity["weights"]}
-        self._merge(lambda entry: entry.update(checks=[check | weights for check in checks]))
+    def add_checks(self, checks: Sequence[Check]) -> None:
+        """Add what the checks of these weights found."""
+        found = [(check.name, check.passed, check.value, check.detail) for check in checks]
+        recorded = tuple(RecordedCheck(*values, self.identity.weights) for values in found)
+        self._merge(lambda part: part.entries.update({CHECKS: recorded}))
 
-    def _is_ours(self, entry) -> bool:
-        needed = {"correct", "images"}
-        return isinstance(entry, dict) and self.identity.items() <= entry.items() and needed <= entry.keys()
+    def _is_known(self, result: Result) -> bool:
+        return result.is_of(self.identity) and result.correct is not None
 
-    def _is_checked(self, check: dict) -> bool:
-        return check.get("weights") == self.identity["weights"]
+    def _are_of_these_weights(self, checks: Sequence[RecordedCheck]) -> bool:
+        return all(check.weights == self.identity.weights for check in checks)
 
-    def _read(self) -> dict:
-        return read_results(self.file) if self.file.exists() else {}
-
-    def _merge(self, change: Callable[[dict], None]) -> None:
-        """Read, change and write with the file to ourselves, so that no two processes undo each other's results."""
+    def _merge(self, change: Callable[[CheckpointResults], None]) -> None:
+        """Read, change and write the file under a lock, so that no two processes undo each other's results."""
         with contextlib.ExitStack() as stack:
             with contextlib.suppress(OSError):  # a file system without locks
                 stack.enter_context(exclusive(self.file.with_name(f".{self.file.name}.lock"), log.say))
-            results = self._read()
-            before = copy.deepcopy(results)
+            content = EvalFile.load_or_empty(self.file)
+            before = content.to_json()
             try:
                 for which in self.checkpoints:
-                    change(results.setdefault(which, {}))
-            except (ValueError, TypeError) as error:
-                raise UserError(f"{self.file} is damaged ({error}): remove it to evaluate afresh") from None
-            if results != before:
-                write_json(self.file, results)
+                    change(content.checkpoints.setdefault(which, CheckpointResults()))
+            except ValueError as error:  # "chosen" does not fit the size of the test set
+                raise UserError(f"{self.file} is damaged ({error}): remove it to evaluate again") from None
+            if content.to_json() != before:
+                content.save(self.file)

@@ -1,6 +1,9 @@
-"""The paper's metrics: accuracy under each attack and the worst of them, for all, groups of and single classes."""
+"""Measure networks and the checkpoints of a run under several attacks, and keep the results in RUN/eval.json.
 
-import dataclasses
+The attacks themselves are in :mod:`ltat_fast.attacks.by_name`, the content of the file in
+:mod:`ltat_fast.runs.results`.
+"""
+
 import functools
 from collections.abc import Callable, Sequence
 
@@ -9,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from ltat_fast.attacks.by_name import AUTOATTACK, correct_under, parse_attacks
-from ltat_fast.attacks.checks import run_checks
+from ltat_fast.attacks.checks import Check, run_checks
 from ltat_fast.config import Config
 from ltat_fast.models.frozen import FrozenTwin
 from ltat_fast.pixels import to_unit
 from ltat_fast.runs import log
-from ltat_fast.runs.metrics import accuracies, pack, spread
+from ltat_fast.runs.metrics import spread
+from ltat_fast.runs.results import Identity, Result
 from ltat_fast.runs.scores import Scores, fingerprint
 from ltat_fast.runs.splits import DeviceImages, Splits
 from ltat_fast.runs.weights import load_model, weights_digest, weights_file
@@ -34,12 +38,12 @@ def evaluate(
     batch_size: int,
     limits: dict[str, int | None] | None = None,
     say: Callable[[str], None] = lambda text: None,
-) -> dict[str, dict]:
-    """Accuracies of ``model`` in eval mode and float32 under each attack.
+) -> dict[str, Result]:
+    """The result of each attack on ``model`` in eval mode and float32.
 
-    images: uint8 ``(N, C, H, W)``, labels: int64 ``(N,)``, on the model's device. limits: the most images to use,
-    "default", and the most of those by attack. Several processes share the batches; each gets the whole result. Beside
-    the accuracies it has "correct", which images were, and "chosen", which were used if not all: see :func:`pack`.
+    images: uint8 ``(N, C, H, W)`` and labels: int64 ``(N,)``, on the model's device. limits: the largest number of
+    images to use, under "default", and the largest number of those by attack. Several processes share the batches;
+    each of them returns the whole result.
     """
     frozen = FrozenTwin(model, fold_bn=True)
     limits = limits or {}
@@ -55,17 +59,16 @@ def evaluate(
         with without_tf32():
             mine = correct_under(name, frozen, x, y, eps, batch_size=batch_size, indices=places, part=part)
         correct = torch.cat(distributed.gather_in_turn(list(mine.split(batch_size))))
-        results[name] = accuracies(correct, y, groups, num_classes) | {"correct": pack(correct.numpy())}
-        if len(chosen) < len(images):
-            results[name]["chosen"] = pack(np.isin(np.arange(len(images)), chosen))
-        say(f"  {name}: {results[name]['all']:.2f} % of {len(y)} images")
+        used = np.isin(np.arange(len(images)), chosen) if len(chosen) < len(images) else None
+        results[name] = Result.from_correct(correct, y, groups, num_classes, used)
+        say(f"  {name}: {results[name].all:.2f} % of {len(y)} images")
     return results
 
 
-def check(model: nn.Module, images: Tensor, labels: Tensor, eps: float, say: Callable[[str], None]) -> list[dict]:
-    """The checks of :mod:`ltat_fast.attacks.checks` on 64 of the images, as they go into eval.json; failures are said.
+def check(model: nn.Module, images: Tensor, labels: Tensor, eps: float, say: Callable[[str], None]) -> list[Check]:
+    """Run the checks of :mod:`ltat_fast.attacks.checks` on 64 of the images and print the failures.
 
-    They look at what :func:`evaluate` attacks. Arguments as there.
+    They look at the network that :func:`evaluate` attacks. Arguments as there.
     """
     index = torch.from_numpy(spread(labels.cpu().numpy(), 64)).to(images.device)
     with without_tf32():
@@ -77,29 +80,29 @@ def check(model: nn.Module, images: Tensor, labels: Tensor, eps: float, say: Cal
     )
     for check in failed:
         say(f"  FLAG {check.name}: {check.detail}")
-    return [dataclasses.asdict(check) for check in checks]
+    return checks
 
 
 def evaluate_run(config: Config, data: Splits, hardware: Hardware) -> None:
-    """RUN/eval.json: the attacks of ``config`` on the best and the last weights. What is already there is kept."""
+    """Evaluate the best and the last checkpoint under the attacks of ``config``. Results in RUN/eval.json are kept."""
     evaluate_checkpoints(config, data, hardware, ["best", "last"], parse_attacks(config.eval_attacks))
 
 
 def evaluate_checkpoints(
     config: Config, data: Splits, hardware: Hardware, checkpoints: list[str], attacks: list[str], again: bool = False
 ) -> None:
-    """Evaluate ``checkpoints`` (of "best" and "last") and merge the results into RUN/eval.json, attack by attack.
+    """Evaluate ``checkpoints`` ("best", "last" or both) and add the result of each attack to RUN/eval.json.
 
-    An attack whose result is there for the same weights, eps, test set and at least as many images is not run again,
-    unless ``again``; "best" and "last" that are the same weights are attacked once. Before AutoAttack come the checks
-    of :mod:`ltat_fast.attacks.checks`.
+    An attack is skipped if the file has its result for the same weights, eps and test set on at least as many images;
+    ``again`` runs it anyway. If "best" and "last" are the same weights, they are attacked once. The checks of
+    :mod:`ltat_fast.attacks.checks` run before AutoAttack.
     """
     by_weights: dict[str, list[str]] = {}
     for which in checkpoints:
         by_weights.setdefault(weights_digest(weights_file(config.run_dir, which)), []).append(which)
     file, test_set = config.run_dir / "eval.json", fingerprint(data.test)
     for weights, names in by_weights.items():
-        identity = {"weights": weights, "eps": config.eps, "test_set": test_set}
+        identity = Identity(weights, config.eps, test_set)
         scores = Scores(file, identity, names, data.test, data.groups, data.num_classes)
         _evaluate_weights(config, data, hardware, scores, attacks, again)
 
@@ -115,8 +118,8 @@ def _evaluate_weights(
         file = weights_file(config.run_dir, scores.checkpoints[0])
         return load_model(file, hardware.device, config.arch, data)
 
-    def missing(known: dict | list | None) -> bool:
-        """Whether to measure; all processes must go the same way, and a file may change while they read it."""
+    def missing(known: Result | tuple | None) -> bool:
+        """Whether to measure. All processes must decide alike, but the file may change while they read it."""
         return distributed.any_process(again or known is None, hardware.device)
 
     is_main = distributed.current().is_main
@@ -141,7 +144,15 @@ def _limits(config: Config) -> dict[str, int | None]:
     return {"default": config.limit_eval} | dict.fromkeys(AUTOATTACK, config.limit_autoattack)
 
 
-def evaluate_model(config: Config, data: Splits, images: DeviceImages, model, attacks, say=lambda text: None) -> dict:
+def evaluate_model(
+    config: Config,
+    data: Splits,
+    images: DeviceImages,
+    model: nn.Module,
+    attacks: Sequence[str],
+    say: Callable[[str], None] = lambda text: None,
+) -> dict[str, Result]:
+    """:func:`evaluate` on ``images`` of ``data`` with the eps, batch size and limits of ``config``."""
     return evaluate(
         model,
         images.images,

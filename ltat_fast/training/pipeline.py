@@ -15,6 +15,7 @@ from ltat_fast.files import write_json
 from ltat_fast.methods import METHODS, Method, MethodContext
 from ltat_fast.runs import log, tables
 from ltat_fast.runs.environment import describe_environment
+from ltat_fast.runs.results import CheckpointResults, EvalFile
 from ltat_fast.runs.splits import Splits, balanced_indices, counts_tensor, load_splits
 from ltat_fast.runs.weights import new_model, weights_card
 from ltat_fast.schedule import first_drop
@@ -24,6 +25,7 @@ from ltat_fast.training.evaluation import evaluate_model, evaluate_run
 from ltat_fast.training.fit import fit
 from ltat_fast.training.stage import Selection, Stage
 from ltat_fast.training.step import frozen_twin
+from ltat_fast.training.tune import choose_for_cpu
 
 
 def train(config: Config, method: Method, hardware: Hardware) -> None:
@@ -42,6 +44,7 @@ def train(config: Config, method: Method, hardware: Hardware) -> None:
     # Build both stages before anything is written, so that a refused start leaves no half-made run behind.
     student = student_stage(config, method, splits, hardware)
     teacher = teacher_or_stage(config, method.teacher, splits, hardware) if method.teacher != "none" else None
+    hardware = choose_for_cpu(config, hardware, student.model, *next(student.loader.batches(0)))
     environment = describe_environment(hardware.device, hardware.dtype, splits)
     if distributed.current().is_main:
         write_json(run_dir / "config.json", configuration.to_json(config, method))
@@ -74,6 +77,7 @@ def teacher_or_stage(config: Config, kind: str, splits: Splits, hardware: Hardwa
         with distributed.main_first():  # the main process may download it
             return teachers.load(config.teacher, config.arch, splits, hardware)
     method = METHODS["natural" if kind == "natural" else "pgd-at"]()
+    setup_method(method, splits, None, hardware)
     indices = balanced_indices(config, splits) if kind == "balanced" else None
     return _stage(config, "teacher", method, splits, hardware, indices)
 
@@ -86,7 +90,7 @@ def train_teacher(stage: Stage, splits: Splits, hardware: Hardware) -> nn.Module
         log.say("teacher on the test set:")
         result = evaluate_model(stage.config, splits, splits.test, stage.model, ["clean", "pgd20"], log.say)
         if distributed.current().is_main:
-            write_json(scores, {"last": result})
+            EvalFile({"last": CheckpointResults(result)}).save(scores)
     distributed.wait()
     return stage.model
 
@@ -98,8 +102,8 @@ def student_stage(config: Config, method: Method, splits: Splits, hardware: Hard
 
     def scores(model: nn.Module) -> dict[str, float]:
         result = evaluate_model(config, splits, splits.select, model, ["clean", "pgd20"])
-        flat = {"clean": result["clean"]["all"], "pgd20": result["pgd20"]["all"]}
-        flat |= {"tail_clean": result["clean"]["tail"], "tail_pgd20": result["pgd20"]["tail"]}
+        flat = {"clean": result["clean"].all, "pgd20": result["pgd20"].all}
+        flat |= {"tail_clean": result["clean"].percent("tail"), "tail_pgd20": result["pgd20"].percent("tail")}
         return {f"{name}_{key}": value for key, value in flat.items() if value is not None}
 
     dropped = first_drop(config.lr_schedule, config.epochs)

@@ -22,6 +22,7 @@ from ltat_fast.attacks.pgd import AttackConfig, ascent_step, attack_loop, tracea
 from ltat_fast.methods import Method, MethodContext
 from ltat_fast.methods.base import Model
 from ltat_fast.models.frozen import FrozenTwin
+from ltat_fast.models.fused_conv import is_supported
 from ltat_fast.models.joint_batch import check_joint_calls, joint_calls
 from ltat_fast.runs import log
 from ltat_fast.training import distributed
@@ -32,10 +33,22 @@ BACKENDS = ("eager", "step", "graph")
 WARM_UP_STEPS = 3  # before a capture: compile, choose convolution algorithms, fill the allocator
 
 
-def frozen_twin(model: nn.Module, hardware: Hardware) -> FrozenTwin:
-    """Return the twin that training attacks and teachers run on: batch norm folded, NHWC, in the training precision."""
+def frozen_twin(model: nn.Module, hardware: Hardware, fuse_relu: bool = True, pad_stem: bool = True) -> FrozenTwin:
+    """Return the twin that training attacks and teachers run on: batch norm folded, NHWC, in the training precision.
+
+    fuse_relu, pad_stem: as for :class:`FrozenTwin`, if the hardware profits from them: only GPUs do. On a CPU, in
+    float32 and in bfloat16, the fused calls took 2 to 25 % more time than separate ones.
+    """
     dtype = None if hardware.dtype == torch.float32 else hardware.dtype
-    return FrozenTwin(model, fold_bn=True, dtype=dtype, channels_last=True)
+    on_gpu = hardware.device.type == "cuda"
+    return FrozenTwin(
+        model,
+        fold_bn=True,
+        dtype=dtype,
+        channels_last=True,
+        fuse_relu=fuse_relu and on_gpu and is_supported(hardware.device, hardware.dtype),
+        pad_stem=pad_stem and on_gpu,
+    )
 
 
 def make_optimizer(model: nn.Module, lr: float, momentum: float, weight_decay: float) -> torch.optim.SGD:

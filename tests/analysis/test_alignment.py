@@ -1,4 +1,4 @@
-"""GD and GC against one backward pass an image in float64, and where they are known."""
+"""GD and GC compared with one backward pass per image in float64, and with closed forms."""
 
 import pytest
 import torch
@@ -49,7 +49,7 @@ def test_linear_models_in_closed_form():
             torch.testing.assert_close(measured[kind][scalar].float(), value, atol=1e-5, rtol=1e-4)
 
 
-def test_a_network_agrees_with_itself_and_not_with_its_opposite():
+def test_a_network_is_aligned_with_itself_and_opposed_to_its_negative():
     net = Linear(torch.randn(3, 108, generator=torch.Generator().manual_seed(0)))
     x, y, u = images(), labels(), directions()
     same = gradient_alignment(net, net, x, y, u)
@@ -71,7 +71,7 @@ def test_projections_estimate_the_distance_of_the_jacobians():
     assert abs(squared.mean().item() - expected) < 4 * squared.std().item() / n**0.5
 
 
-def test_a_tiny_gradient_still_has_a_direction_and_none_has_none():
+def test_a_tiny_gradient_has_a_direction_and_a_zero_gradient_has_none():
     tiny = Linear(1e-15 * torch.ones(3, 108))
     none = Linear(torch.zeros(3, 108))
     x, y, u = images(), labels(), directions()

@@ -1,4 +1,4 @@
-"""Ten groups of classes by frequency, against the images themselves."""
+"""Ten groups of classes by frequency, compared with the accuracy computed from single images."""
 
 from itertools import pairwise
 

@@ -41,7 +41,7 @@ def test_the_highest_signed_entries_are_masked(share):
         assert set(np.flatnonzero(mask.ravel())) == chosen
 
 
-def test_counts_do_not_suffer_from_rounding():
+def test_counts_are_exact_despite_rounding():
     assert 0.29 * 100 < 29
     for share in (*RANDOM_SHARES, 0.29):
         assert top_mask(torch.rand(1, 1, 10, 10), share).sum() == round(100 * share)
@@ -55,7 +55,7 @@ def test_random_entries_are_all_equally_likely():
     assert (mask.float().mean(0) - p).abs().max() < 4.5 * (p * (1 - p) / n) ** 0.5
 
 
-def test_noise_on_top_and_in_place():
+def test_noise_is_added_or_replaces():
     x, noise = images(), scores(seed=8)
     mask = top_mask(scores(), 0.1)
     kept, hit = ~mask.numpy(), mask.numpy()
@@ -106,7 +106,7 @@ def test_the_search_for_an_occlusion():
     assert 0 < sum(expected) < (net(x).argmax(1) == y).sum(), "some survive and some do not"
 
 
-def test_an_image_that_only_an_occlusion_makes_right_is_not_right():
+def test_an_image_that_is_correct_only_when_occluded_is_an_error():
     weight = torch.stack([torch.zeros(108), torch.ones(108)])
     dark = torch.full((1, 3, 6, 6), 0.499)  # class 0, and class 1 with any white square
     attribution, one = scores(1), torch.ones(1, dtype=torch.int64)
@@ -122,7 +122,7 @@ def test_the_radius_follows_the_size():
 @pytest.mark.parametrize("severity", range(5))
 @pytest.mark.parametrize("name", CONSTANTS)
 def test_common_noises_have_the_published_strength(name, severity):
-    """On grey, far from the clipping: mean, variance and share within four standard errors."""
+    """On grey, where nothing is clipped: mean, variance and share are within four standard errors."""
     grey = torch.full((1, 1, 400, 1000), 0.5)
     n = grey.numel()
     std = CONSTANTS[name]["gaussian"][severity]
@@ -158,7 +158,7 @@ def test_shot_noise_keeps_black_black():
     assert shot_noise(torch.zeros(100), 60, generator()).max() == 0
 
 
-def test_everything_stays_an_image_and_follows_its_generator():
+def test_results_are_images_and_depend_on_the_generator_alone():
     x = images()
     for name, corrupt in corruptions.COMMON.items():
         strength = CONSTANTS["ImageNet-C"][name][4]

@@ -1,4 +1,4 @@
-"""Attribution and its Gini values, against loops in float64."""
+"""Attribution and its Gini values, compared with loops in float64."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from ltat_fast.analysis.inequality import default_block, gini, global_gini, regi
 
 
 def pairwise_gini(values: np.ndarray) -> float:
-    """Half the mean absolute difference of all pairs, over the mean."""
+    """Half the mean absolute difference of all pairs, divided by the mean."""
     return np.abs(values[:, None] - values[None, :]).mean() / (2 * values.mean())
 
 
@@ -19,7 +19,7 @@ def test_saliency_of_a_linear_model_is_its_weight():
     torch.testing.assert_close(saliency(Linear(weight), images(), y), weight[y].view(-1, 3, 6, 6))
 
 
-def test_saliency_is_that_of_each_image_alone_in_eval_mode():
+def test_saliency_of_an_image_does_not_depend_on_the_batch():
     net, x, y = small_net().train(), images(), labels()
     before = {name: t.clone() for name, t in net.state_dict().items()}
     measured = saliency(net, x, y)
@@ -52,14 +52,14 @@ def test_negative_values_are_refused():
         gini(torch.tensor([[1.0, -1.0]]))
 
 
-def test_global_gini_takes_every_channel_apart_and_forgets_the_sign():
+def test_global_gini_uses_absolute_values_of_every_channel():
     attribution = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     expected = [pairwise_gini(np.abs(a.numpy()).ravel()) for a in attribution]
     np.testing.assert_allclose(global_gini(attribution).numpy(), expected, rtol=1e-12)
 
 
 def blocks(a: np.ndarray, block: int) -> np.ndarray:
-    """Sum over each block of a map ``(H, W)``, cut short at the edge."""
+    """Sum over each block of a map ``(H, W)``; blocks at the edge are smaller."""
     rows, columns = (range(0, size, block) for size in a.shape)
     return np.array([[a[i : i + block, j : j + block].sum() for j in columns] for i in rows])
 

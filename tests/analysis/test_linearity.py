@@ -1,4 +1,4 @@
-"""Taylor remainders and distances of outputs, where both are known in closed form."""
+"""Taylor remainders and distances of outputs for networks where both have a closed form."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def test_a_linear_model_has_no_remainder():
     assert shares["probabilities"].min() > 1e-6, "the softmax of a linear model is not linear"
 
 
-def test_a_quadratic_model_has_a_known_one():
+def test_a_quadratic_model_has_a_known_remainder():
     x = images().double()
     noise = noise_like(x)
     weight = torch.randn(3, 108, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -61,7 +61,7 @@ def test_the_remainder_is_of_second_order():
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_forward_mode_goes_through_every_network_of_ours(arch, monkeypatch):
+def test_forward_mode_works_for_every_network(arch, monkeypatch):
     torch.manual_seed(0)
     net, x = build_model(arch, 3).eval(), images(2, size=8)
     tangent = noise_like(x)
@@ -81,7 +81,7 @@ class WithoutForwardMode(torch.autograd.Function):
         return 2 * ctx.saved_tensors[0] * grad
 
 
-def test_an_operator_without_forward_mode():
+def test_an_operator_without_forward_mode_uses_two_backward_passes():
     x = images().double()
     value, derivative = jvp(WithoutForwardMode.apply, x, noise_like(x))
     torch.testing.assert_close(value, x.square())

@@ -1,4 +1,4 @@
-"""Measurements over a test set: batches in order, means per group, noise and attack where they belong."""
+"""Measurements over a test set: batches, means per group, noise and attack."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ def images(n=20):
     return torch.randint(256, (n, 3, 6, 6), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 
 
-def test_batches_are_put_together_in_order():
+def test_batches_are_concatenated_in_order():
     pixels = torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1)
     labels = torch.arange(10) % 2
     subject = Subject(torch.nn.Identity(), pixels, labels, {"tail": [1], "none": [7]}, [5, 5], 0.1, batch_size=3)
@@ -24,15 +24,15 @@ def test_batches_are_put_together_in_order():
     assert means == {"all": pytest.approx(8), "tail": pytest.approx(9), "none": None}
 
 
-def test_each_batch_has_noise_of_its_own_and_the_same_every_time():
+def test_each_batch_has_its_own_reproducible_noise():
     subject = Subject(small_net(), images(8), torch.zeros(8, dtype=torch.int64), {}, [1, 1, 1], 0.1, batch_size=4)
     draws = [[torch.rand(3, generator=stream(name)) for _, _, stream in subject.batches()] for name in ("a", "a", "b")]
     assert torch.equal(torch.stack(draws[0]), torch.stack(draws[1]))
     assert len({tuple(draw.tolist()) for run in draws for draw in run}) == 4
 
 
-def test_at_attacked_images():
-    """One batch, so that the attack is that of the whole set."""
+def test_measurements_at_attacked_images():
+    """With one batch, so that the attack is the same as on the whole set."""
     student, teacher, labels = small_net(seed=0), small_net(seed=1), torch.arange(20) % 3
     subject = Subject(student, images(), labels, {"tail": [2]}, [9, 5, 2], 0.1, teacher=teacher)
     ((x, y, stream),) = subject.batches()

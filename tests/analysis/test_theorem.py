@@ -36,7 +36,7 @@ def test_the_papers_four_equations(case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_sampling(case):
+def test_sampling_agrees_with_the_closed_forms(case):
     draws = 200_000
     measured = monte_carlo(case, draws, np.random.default_rng(1))
     for key, p in theorem(case).items():
@@ -44,7 +44,7 @@ def test_sampling(case):
 
 
 def test_the_adversary_of_the_sampling_is_the_strongest():
-    """Against all corners of the ball, with the mixture's own samples."""
+    """Compared with all corners of the ball, on samples of the mixture."""
     case = Gaussians(5.0, n=3)
     x, y = case.sample(20_000, np.random.default_rng(2))
     bias, weights = case.optimal_bias(case.eps), np.full(3, 3**-0.5)
@@ -66,7 +66,7 @@ def test_the_bias_is_the_best(case, which):
 
 @pytest.mark.parametrize("eps", [0.0, 0.5])
 def test_equal_weights_are_the_best(eps):
-    """Lemmas 1 and 2: of all linear classifiers, from several starts."""
+    """Lemmas 1 and 2: numerical minimisation over all linear classifiers from several starts."""
     case, rng = Gaussians(5.0), np.random.default_rng(0)
 
     def total(p):
@@ -128,7 +128,7 @@ def test_natural_logistic_regression_is_scikit_learns():
 
 
 def test_adversarial_logistic_regression_solves_the_min_max_problem():
-    """The inner maximum by trying every corner, the outer minimum by an optimiser without gradients."""
+    """The inner maximum is found by trying every corner, the outer minimum by an optimiser without gradients."""
     case = Gaussians(3.0)
     x, y = case.sample(200, np.random.default_rng(4))
     corners = case.eps * np.array(list(itertools.product([-1, 1], repeat=2)))
@@ -145,14 +145,14 @@ def test_adversarial_logistic_regression_solves_the_min_max_problem():
 
 @pytest.mark.parametrize("eps", [0.0, 0.5])
 def test_logistic_regression_tends_to_the_theorem(eps):
-    """w = 2 (eta - eps), b = ln r; the tolerance is four times what scatters at this size."""
+    """w = 2 (eta - eps), b = ln r; the tolerance is four times the scatter at this sample size."""
     x, y = Gaussians(5.0).sample(200_000, np.random.default_rng(0))
     weights, bias = fit(x, y, eps)
     assert weights == pytest.approx([2 * (1 - eps)] * 2, abs=0.06)
     assert bias == pytest.approx(math.log(5), abs=0.06)
 
 
-def test_a_fits_errors_are_those_of_its_weights():
+def test_the_errors_of_a_fit_are_those_of_its_weights():
     case = Gaussians(2.0)
     (errors,) = fitted_errors(case, 300, 1)
     weights, bias = fit(*case.sample(300, np.random.default_rng(0)), case.eps)
@@ -163,7 +163,7 @@ def test_a_fits_errors_are_those_of_its_weights():
         assert abs(rate - p) < 4 * math.sqrt(p * (1 - p) / (y == label).sum())
 
 
-def test_samples_without_a_solution():
+def test_samples_without_a_solution_are_refused():
     x = np.array([[-3.0], [-2.5], [2.0], [3.0]])
     with pytest.raises(ValueError, match="separable"):
         fit(x, np.array([-1, -1, 1, 1]), 0.5)
@@ -182,7 +182,7 @@ def test_the_command(tmp_path, capsys):
     assert min(sizes.values()) > 10_000
 
 
-def test_where_nothing_can_be_written(tmp_path, capsys):
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path, capsys):
     quick = ("--fits", "2", "--samples", "300", "--draws", "1000", "--ratios", "5", "--out")
     (tmp_path / "file").touch()
     assert train_runs.status_of("analysis.theorem", *quick, str(tmp_path / "file")) == 2

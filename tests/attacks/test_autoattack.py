@@ -54,11 +54,11 @@ def test_the_accuracies_are_those_of_the_package(name, version, monkeypatch):
     groups = {"head": [0, 1, 2], "tail": [8, 9]}
     ours = evaluate(net, pixels, y, [f"autoattack{name}"], groups, 10, EPS, batch_size=25)[f"autoattack{name}"]
     assert seen == [version]  # all versions break the same images of such a small model
-    assert 0 < ours["all"] < 100
-    assert ours["all"] == pytest.approx(100 * right.mean())
+    assert 0 < ours.all < 100
+    assert ours.all == pytest.approx(100 * right.mean())
     for group, members in groups.items():
-        assert ours[group] == pytest.approx(100 * right[np.isin(classes, members)].mean()), group
-    for c, accuracy in enumerate(ours["per_class"]):
+        assert ours.percent(group) == pytest.approx(100 * right[np.isin(classes, members)].mean()), group
+    for c, accuracy in enumerate(ours.per_class):
         mine = right[classes == c]
         assert accuracy == (pytest.approx(100 * mine.mean()) if len(mine) else None), c
 

@@ -1,4 +1,4 @@
-"""Made-up finished runs, and a page taken apart again."""
+"""Write made-up finished runs, and parse the HTML page of a report."""
 
 import json
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ def write_run(
     epochs: int = 4,
     **config,
 ) -> Path:
-    """A run with random accuracies, a function of its method and seed. extra: more entries for each checkpoint."""
+    """Write a run with random accuracies that depend on method and seed. extra: more entries for each checkpoint."""
     folder.mkdir(parents=True)
     config = Config(out=folder, **{"method": "ltat", "eps": "0.1", **config})
     write(folder / "config.json", to_json(config, METHODS[config.method]()))
@@ -43,11 +43,30 @@ def write_run(
     return folder
 
 
+def write_known_run(
+    folder, clean=50.0, *, method="ltat", attacks=("clean", "pgd20", "autoattack"), which=("best", "last"), **config
+):
+    """Write a run whose accuracies have known distances from ``clean``, so that means can be computed by hand."""
+    folder.mkdir(parents=True)
+    config = Config(method=method, out=folder, **config)
+    write(folder / "config.json", to_json(config, METHODS[method]()))
+    offsets = {"clean": 0.0, "pgd20": 20.0, "autoattack": 25.0}
+    results = {
+        w: {
+            a: {"all": clean - offsets[a] - (w == "last"), "tail": clean - offsets[a] - 5, "images": 600}
+            for a in attacks
+        }
+        for w in which
+    }
+    write(folder / "eval.json", results)
+    return folder
+
+
 def accuracies(rng, counts) -> dict:
     per_class = (100 * rng.random(len(counts))).tolist()
     groups = {name: float(np.mean([per_class[c] for c in cs])) for name, cs in class_groups(list(counts)).items() if cs}
     groups = {"all": float(np.mean(per_class))} | groups
-    return groups | {"per_class": per_class, "images": 600, "weights": "ab", "eps": "0.1", "correct": "0f"}
+    return groups | {"per_class": per_class, "images": 600, "weights": "ab", "eps": "0.1", "correct": "0f" * 75}
 
 
 def write(path: Path, content: dict) -> None:
@@ -71,7 +90,7 @@ class Element:
                 yield from child
 
     def find(self, tag: str, kind: str | None = None) -> list["Element"]:
-        """All elements of a tag within it, those of a class if one is named."""
+        """All elements with this tag, and with this class if one is given."""
         return [e for e in self if e.tag == tag and (kind is None or kind in (e.attributes.get("class") or "").split())]
 
     @property
@@ -81,7 +100,7 @@ class Element:
 
 
 class Parser(HTMLParser):
-    """A tree of elements; raises for one that is closed where another is open."""
+    """Builds a tree of elements; asserts that elements are closed in the right order."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The plots: what is drawn is what was measured, in the colours of the page."""
+"""The plots show the measured values in the colours of the page."""
 
 import json
 import re
@@ -11,7 +11,7 @@ import pytest
 from helpers import made_runs
 from ltat_fast.reporting import charts, figure
 from ltat_fast.reporting.study import studies
-from ltat_fast.runs import tables
+from ltat_fast.runs.experiments import experiments
 
 COUNTS = (20, 90, 5, 40)  # not in the order of frequency
 BY_FREQUENCY = [1, 3, 0, 2]
@@ -19,14 +19,14 @@ BY_FREQUENCY = [1, 3, 0, 2]
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The axes of each plot, in the order drawn, instead of pictures of them."""
+    """The axes of each plot in drawing order, instead of pictures."""
     seen = []
     monkeypatch.setattr(charts, "to_svg", lambda ax, description: seen.append(ax))
     return seen
 
 
 def study_of(*runs):
-    (study,) = studies(tables.experiments(list(runs)))
+    (study,) = studies(experiments(list(runs)))
     return study, figure.styles(study.experiments)
 
 
@@ -53,7 +53,7 @@ def test_bars_are_the_means_of_the_classes_the_most_frequent_first(runs, drawn):
         assert labels == [f"{c}\n{COUNTS[c]}" for c in BY_FREQUENCY]
 
 
-def test_many_classes_are_one_outline(tmp_path, drawn):
+def test_many_classes_are_drawn_as_one_outline(tmp_path, drawn):
     run = made_runs.write_run(tmp_path / "a", counts=range(50, 150), attacks=("clean", "pgd20"))
     charts.class_bars(*study_of(run))
     (ax,) = drawn
@@ -90,7 +90,7 @@ def test_curves_of_runs_that_selected_on_held_out_images(tmp_path, drawn):
     assert drawn[1].lines[0].get_xydata().tolist() == [[1, 30.5]]
 
 
-def test_scatter_has_a_marker_a_run_and_checkpoint(runs, drawn):
+def test_scatter_has_one_marker_per_run_and_checkpoint(runs, drawn):
     charts.scatter(*study_of(*runs))
     for ax, group in zip(drawn, ("all", "head", "tail"), strict=True):
         expected = []
@@ -100,7 +100,7 @@ def test_scatter_has_a_marker_a_run_and_checkpoint(runs, drawn):
         assert sorted(line.get_xydata()[0].tolist() for line in ax.lines) == sorted(expected)
 
 
-def test_histograms_hold_every_gradient_but_the_zeros(runs, drawn):
+def test_histograms_contain_every_gradient_except_zeros(runs, drawn):
     _, styles = study_of(*runs)
     rng = np.random.default_rng(0)
     sizes = [10 ** rng.uniform(-5, -1, 4000), np.concatenate([np.zeros(1000), 10 ** rng.uniform(-3, -2, 3000)])]
@@ -160,7 +160,7 @@ def test_two_figures_share_no_names_and_equal_ones_are_equal():
 
 
 @pytest.mark.parametrize("text", ["<script>alert(1)</script>", '" onload="x', "$\\frac{$", "$x_1$", "&amp;", "ü€"])
-def test_text_in_a_plot_is_text(text):
+def test_text_in_a_plot_is_escaped(text):
     with plot(text) as ax:
         tree = made_runs.parse(figure.to_svg(ax, text))
     assert text in tree.text

@@ -1,4 +1,4 @@
-"""The page: its numbers are those of eval.json, names are text, nothing is loaded, and what is missing is said."""
+"""The page shows the numbers of eval.json, escapes names, loads nothing, and names what is missing."""
 
 import json
 import re
@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from helpers import made_runs
 from ltat_fast.reporting import charts, page
-from ltat_fast.runs import tables
+from ltat_fast.runs.experiments import experiments
 from ltat_fast.runs.weights import read_weights, write_weights
 
 CPU = torch.device("cpu")
@@ -20,7 +20,7 @@ COLUMNS = [("clean", "all"), ("pgd20", "all"), ("autoattack", "all"), ("clean", 
 
 @pytest.fixture
 def undrawn(monkeypatch):
-    """Plots take most of the time of a page, and are not looked at."""
+    """Replace the plots, which take most of the time and are not tested here."""
     monkeypatch.setattr(charts, "to_svg", lambda ax, description: Markup('<svg aria-hidden="true"></svg>'))
 
 
@@ -28,7 +28,7 @@ numbers = pytest.mark.usefixtures("undrawn")
 
 
 def page_of(*runs):
-    text = page.render(tables.experiments(list(runs)), CPU)
+    text = page.render(experiments(list(runs)), CPU)
     return text, made_runs.parse(text)
 
 
@@ -77,7 +77,7 @@ def test_bold_is_the_highest_mean_of_a_checkpoint(tmp_path):
 
 
 @numbers
-def test_every_attack_and_group_is_there(tmp_path):
+def test_every_attack_and_group_is_shown(tmp_path):
     run = made_runs.write_run(tmp_path / "a", attacks=("clean", "fgsm", "pgd20x5", "cw20"))
     _, tree = page_of(run)
     head, *lines = made_runs.rows(tree.find("table", "numbers")[0])
@@ -91,7 +91,7 @@ def test_every_attack_and_group_is_there(tmp_path):
 
 
 @numbers
-def test_classes_stand_by_frequency_with_their_counts(tmp_path):
+def test_classes_are_sorted_by_frequency_with_their_counts(tmp_path):
     _, tree = page_of(made_runs.write_run(tmp_path / "a", counts=(5, 90, 40)))
     assert made_runs.rows(tree.find("table", "classes")[0])[1:] == [
         ["1", "90", "head"],
@@ -105,7 +105,7 @@ ATTACK = '"><img src=x onerror=alert(1)><script>alert(2)</script>{{ 7 * 7 }}$\\f
 
 @pytest.fixture
 def hostile(digits_run, tmp_path):
-    """A finished run whose folder, classes, options, checks and analyses are all named to break out of the page."""
+    """A finished run whose folder, classes, options, checks and analyses have names that try to inject HTML."""
 
     run = tmp_path / ATTACK.replace("/", "")
     shutil.copytree(digits_run, run)
@@ -126,14 +126,14 @@ def hostile(digits_run, tmp_path):
     return run
 
 
-def test_hostile_names_are_text(hostile):
+def test_hostile_names_are_escaped(hostile):
     text, tree = page_of(hostile)
     assert not tree.find("script")
     for element in tree:
         assert not [name for name in element.attributes if name.startswith("on")]
         assert element.tag != "img" or element.attributes["src"].startswith("data:image/png;base64,")
     assert "<script" not in text
-    # and they are there to be read
+    # the names are shown
     classes = [row[0] for row in made_runs.rows(tree.find("table", "classes")[0])[1:]]
     assert classes == [f"{c}{ATTACK}" for c in range(10)]
     assert hostile.name in tree.find("table", "environments")[0].text
@@ -142,7 +142,7 @@ def test_hostile_names_are_text(hostile):
 
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory, digits_run):
-    """A page with all there can be on one, its text and its tree."""
+    """A page with every possible section, as text and as a tree."""
     worst = made_runs.accuracies(made_runs.np.random.default_rng(0), [1] * 10) | {"attacks": ["clean", "pgd20"]}
     extra = {"worst": worst, "checks": [{"name": "steps", "passed": True, "value": 0.5, "detail": "fine"}]}
     other = made_runs.write_run(tmp_path_factory.mktemp("runs") / "other", method="trades", extra=extra)
@@ -150,7 +150,7 @@ def everything(tmp_path_factory, digits_run):
     return page_of(digits_run, other)
 
 
-def test_nothing_is_loaded_from_elsewhere(everything):
+def test_the_page_loads_nothing_from_the_network(everything):
     text, tree = everything
     assert len(tree.find("img")) >= 24
     assert not [e.tag for e in tree if e.tag in ("script", "iframe", "object", "embed", "base", "form")]
@@ -175,7 +175,7 @@ def test_names_of_elements_are_unique_and_links_lead_somewhere(everything):
     assert {link[1:] for link in links + clips} <= set(ids)
 
 
-def test_every_picture_and_plot_has_words(everything):
+def test_every_picture_and_plot_has_a_description(everything):
     _, tree = everything
     for image in tree.find("img"):
         assert len(image.attributes["alt"]) > 10
@@ -184,7 +184,7 @@ def test_every_picture_and_plot_has_words(everything):
 
 
 @numbers
-def test_worst_and_checks_where_there(tmp_path):
+def test_worst_case_and_checks_are_shown_if_there_are_any(tmp_path):
     plain = made_runs.write_run(tmp_path / "plain")
     _, tree = page_of(plain)
     assert "Worst" not in made_runs.rows(tree.find("table", "accuracy")[0])[0]
@@ -210,7 +210,7 @@ def test_worst_and_checks_where_there(tmp_path):
 
 
 @numbers
-def test_the_worst_of_other_attacks_is_not_on_the_page(tmp_path):
+def test_worst_cases_over_different_attacks_are_not_on_the_page(tmp_path):
     runs = []
     for seed, attacks in enumerate((["clean", "autoattack"], ["clean", "pgd20", "autoattack"])):
         worst = {"all": 12.25, "tail": 3.5, "images": 600, "attacks": attacks, "per_class": [1.0] * 10}
@@ -222,7 +222,7 @@ def test_the_worst_of_other_attacks_is_not_on_the_page(tmp_path):
 
 
 @numbers
-def test_what_is_missing_is_said_and_the_rest_is_there(tmp_path):
+def test_missing_parts_are_named_and_the_rest_is_shown(tmp_path):
     run = made_runs.write_run(tmp_path / "a", attacks=("clean",), which=("last",))
     for name in ("env.json", "metrics.jsonl"):
         (run / name).unlink()
@@ -238,16 +238,16 @@ def test_what_is_missing_is_said_and_the_rest_is_there(tmp_path):
 
 
 @numbers
-def test_missing_images_are_said(tmp_path):
+def test_missing_images_are_named(tmp_path):
     run = made_runs.write_run(tmp_path / "a", dataset="imagefolder-lt", data_dir=tmp_path / "gone", counts=(9, 4, 2))
     text, tree = page_of(run)
-    assert "The images are not here" in " ".join(p.text for p in tree.find("p"))
+    assert "The images could not be loaded" in " ".join(p.text for p in tree.find("p"))
     assert not tree.find("img")
     assert str(tmp_path) not in text
 
 
 @numbers
-def test_data_sets_with_other_numbers_of_classes_are_told_apart(tmp_path):
+def test_datasets_with_different_numbers_of_classes_are_separate_articles(tmp_path):
     small = made_runs.write_run(tmp_path / "small", dataset="imagefolder-lt", counts=(9, 4, 2))
     large = [
         made_runs.write_run(tmp_path / f"large{s}", dataset="cifar100-lt", counts=range(500, 300, -2), seed=s)
@@ -289,7 +289,7 @@ def test_analyses_are_averaged_over_seeds(tmp_path):
 
 
 @numbers
-def test_the_order_of_classes_is_told_once(tmp_path):
+def test_the_order_of_classes_is_explained_once(tmp_path):
     run = made_runs.write_run(tmp_path / "a")
     part = {"classes": [[c] for c in range(10)], "pgd20": {"accuracy": [50.0] * 10, "images": 600}, "images": 600}
     made_runs.write(run / "analysis.json", {"best": {"classwise": part}})

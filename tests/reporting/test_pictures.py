@@ -1,4 +1,4 @@
-"""The pictures: of the images and networks they say they are of."""
+"""The pictures belong to the images and networks that their captions name."""
 
 import base64
 import io
@@ -17,7 +17,7 @@ from ltat_fast.attacks.objectives import cross_entropy
 from ltat_fast.config import load
 from ltat_fast.reporting.pictures import _signed, gallery
 from ltat_fast.reporting.study import studies
-from ltat_fast.runs import tables
+from ltat_fast.runs.experiments import experiments
 from ltat_fast.runs.splits import load_splits
 from ltat_fast.runs.weights import load_model
 
@@ -32,7 +32,7 @@ def pixels(picture):
 
 @pytest.fixture(scope="module")
 def shown(digits_run):
-    (study,) = studies(tables.experiments([digits_run]))
+    (study,) = studies(experiments([digits_run]))
     return gallery(study, CPU)
 
 
@@ -41,7 +41,7 @@ def data(digits_run):
     return load_splits(load(digits_run)[0], CPU)
 
 
-def test_the_images_are_the_first_of_classes_down_to_the_rarest(shown, data):
+def test_the_images_are_the_first_of_classes_by_frequency(shown, data):
     assert [row.name for row in shown.adversarial] == ["0", "2", "4", "5", "7", "9"]
     for row in shown.adversarial:
         first = int((data.test.labels == int(row.name)).nonzero()[0])
@@ -57,7 +57,7 @@ def test_adversarial_examples_are_in_the_ball_and_their_perturbation_is_amplifie
         assert (amplified - 0.5) * 2 * EPS == pytest.approx(change, abs=1.5 / 255)
 
 
-def test_what_the_network_takes_them_for(shown, data, digits_run):
+def test_the_predictions_are_those_of_the_network(shown, data, digits_run):
     model = load_model(digits_run / "checkpoints/last.safetensors", CPU, "smallresnet", data).eval()
     for row, salient in zip(shown.adversarial, shown.saliency, strict=True):
         for picture in (row.cells[0][0], salient.cells[0][0]):
@@ -67,8 +67,8 @@ def test_what_the_network_takes_them_for(shown, data, digits_run):
             assert (picture.note, picture.correct) == (str(taken), taken == int(row.name))
 
 
-def test_attacked_images_are_of_twenty_steps(shown, data, digits_run):
-    """They break the network about as often as PGD-20 of our own does, and more than one step does."""
+def test_attacked_images_are_those_of_twenty_steps(shown, data, digits_run):
+    """They raise the loss about as much as another PGD-20 does."""
     model = load_model(digits_run / "checkpoints/last.safetensors", CPU, "smallresnet", data)
     x = torch.stack([torch.tensor(pixels(row.original), dtype=torch.float32) for row in shown.adversarial])[:, None]
     y = torch.tensor([int(row.name) for row in shown.adversarial])
@@ -90,7 +90,7 @@ def test_gradients_are_those_of_autograd(shown, data, digits_run):
     assert set(shown.gradients) == {"Head", "Medium", "Tail"}
 
 
-def test_saliency_is_red_for_and_blue_against_and_white_for_nothing():
+def test_saliency_is_red_if_positive_blue_if_negative_white_if_zero():
     for sign in (1.0, -1.0):
         image = Image.open(io.BytesIO(base64.b64decode(_signed(torch.tensor([[[sign, 0.0]]])).partition(",")[2])))
         (red, _, blue), middle = image.getpixel((0, 0)), image.getpixel((1, 0))
@@ -100,11 +100,11 @@ def test_saliency_is_red_for_and_blue_against_and_white_for_nothing():
 
 
 def test_images_of_a_folder_are_shown_without_a_warning(folder_run):
-    """Decoded images are read from a file that nobody may write to; torch warns of that once a process."""
+    """Decoded images are mapped from a read-only file; torch warns about such arrays once per process."""
     script = (
-        "import sys, torch; from pathlib import Path; from ltat_fast.engine import tables;"
+        "import sys, torch; from pathlib import Path; from ltat_fast.runs.experiments import experiments;"
         "from ltat_fast.reporting.pictures import gallery; from ltat_fast.reporting.study import studies;"
-        "(study,) = studies(tables.experiments([Path(sys.argv[1])]));"
+        "(study,) = studies(experiments([Path(sys.argv[1])]));"
         "print(len(gallery(study, torch.device('cpu')).adversarial))"
     )
     command = [sys.executable, "-c", script, str(folder_run)]
@@ -113,13 +113,13 @@ def test_images_of_a_folder_are_shown_without_a_warning(folder_run):
     assert "not writable" not in done.stderr
 
 
-def test_a_network_that_is_missing_or_damaged_costs_only_its_own_pictures(digits_run, tmp_path):
+def test_a_missing_or_damaged_network_loses_only_its_own_pictures(digits_run, tmp_path):
     other = shutil.copytree(digits_run, tmp_path / "other", ignore=shutil.ignore_patterns("tb", "teacher"))
-    config = tables.read_json(other / "config.json") | {"lr": 0.3}
+    config = json.loads((other / "config.json").read_text()) | {"lr": 0.3}
     (other / "config.json").write_text(json.dumps(config))
     weights = other / "checkpoints/last.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    (study,) = studies(tables.experiments([other, digits_run]))
+    (study,) = studies(experiments([other, digits_run]))
     found = gallery(study, CPU)
     assert found.methods == [1]
     assert [len(row.cells) for row in found.adversarial] == [1] * 6

@@ -1,4 +1,4 @@
-"""The protocol: exact numbers, and no folder of the machine a run was made on."""
+"""The protocol has exact numbers and no paths of the machine that a run was made on."""
 
 from fractions import Fraction
 
@@ -8,11 +8,11 @@ from helpers import made_runs
 from ltat_fast.attacks.by_name import parse_attacks
 from ltat_fast.reporting import protocol
 from ltat_fast.reporting.study import studies
-from ltat_fast.runs import tables
+from ltat_fast.runs.experiments import experiments
 
 
 def study_of(*runs):
-    (study,) = studies(tables.experiments(list(runs)))
+    (study,) = studies(experiments(list(runs)))
     return study
 
 
@@ -75,5 +75,5 @@ def test_facts_name_version_selection_and_tail(tmp_path):
         ("", ""),
     ],
 )
-def test_commands_are_told_without_folders(line, told):
+def test_commands_are_shown_without_absolute_paths(line, told):
     assert protocol.command(line) == told

@@ -1,4 +1,4 @@
-"""The files of numbers: each number of eval.json once, to its last digit."""
+"""CSV and Markdown: each number of eval.json once, with all digits."""
 
 import csv
 import io
@@ -6,14 +6,15 @@ import io
 from helpers import made_runs
 from ltat_fast.reporting import tabular
 from ltat_fast.runs import tables
+from ltat_fast.runs.experiments import experiments
 
 
-def test_csv_is_eval_json(tmp_path):
+def test_csv_has_every_number_of_eval_json(tmp_path):
     runs = [made_runs.write_run(tmp_path / f"s{s}", seed=s, counts=(9, 4, 2)) for s in range(2)]
     runs.append(
         made_runs.write_run(tmp_path / "other", method="trades", attacks=("clean", "cw20"), counts=range(50, 30, -1))
     )
-    lines = list(csv.DictReader(io.StringIO(tabular.as_csv(tables.experiments(runs)))))
+    lines = list(csv.DictReader(io.StringIO(tabular.as_csv(experiments(runs)))))
     found = {
         (line["run"], line["checkpoint"], line["attack"], line["group"], line["class"]): float(line["accuracy"])
         for line in lines
@@ -33,21 +34,22 @@ def test_csv_is_eval_json(tmp_path):
     assert (last["method"], last["seed"], last["imbalance_ratio"]) == ("trades", "0", "10.0")
 
 
-def test_the_worst_of_other_attacks_is_in_no_file(tmp_path):
+def test_worst_cases_over_different_attacks_are_in_no_file(tmp_path):
     runs = []
     for seed, attacks in enumerate((["clean", "autoattack"], ["clean", "pgd20", "autoattack"])):
         extra = {"worst": {"all": 12.25, "tail": 3.5, "images": 600, "attacks": attacks}}
         runs.append(made_runs.write_run(tmp_path / str(seed), seed=seed, extra=extra))
     for write, name in ((tabular.as_csv, "worst"), (tabular.as_markdown, "Worst")):
-        assert name not in write(tables.experiments(runs))
-        assert name in write(tables.experiments(runs[:1]))
+        assert name not in write(experiments(runs))
+        assert name in write(experiments(runs[:1]))
 
 
 def test_csv_of_a_group_without_images_and_of_names_with_commas(tmp_path):
-    run = made_runs.write_run(tmp_path / 'a, "b"', which=("last",), attacks=())
-    entry = {"all": 12.5, "tail": None, "per_class": [None, 12.5], "images": 8, "correct": 3, "eps": 0.1}
-    made_runs.write(run / "eval.json", {"last": {"clean": entry, "checks": [{"name": "x"}]}})
-    lines = list(csv.DictReader(io.StringIO(tabular.as_csv(tables.experiments([run])))))
+    run = made_runs.write_run(tmp_path / 'a, "b"', which=("last",), attacks=(), counts=(9, 4))
+    entry = {"all": 12.5, "tail": None, "per_class": [None, 12.5], "images": 8, "correct": "80", "eps": "0.1"}
+    check = {"name": "x", "passed": True, "value": 0.5, "detail": ""}
+    made_runs.write(run / "eval.json", {"last": {"clean": entry, "checks": [check]}})
+    lines = list(csv.DictReader(io.StringIO(tabular.as_csv(experiments([run])))))
     assert {line["run"] for line in lines} == {'a, "b"'}
     told = {(line["group"], line["class"]): line["accuracy"] for line in lines}
     assert told == {("all", ""): "12.5", ("tail", ""): ""} | {
@@ -56,9 +58,9 @@ def test_csv_of_a_group_without_images_and_of_names_with_commas(tmp_path):
     }
 
 
-def test_markdown_is_the_terminals_table(tmp_path):
+def test_markdown_is_the_table_of_the_terminal(tmp_path):
     runs = [made_runs.write_run(tmp_path / f"s{s}", seed=s) for s in range(3)]
-    head, rule, *lines, blank, note = tabular.as_markdown(tables.experiments(runs)).rstrip("\n").split("\n")
+    head, rule, *lines, blank, note = tabular.as_markdown(experiments(runs)).rstrip("\n").split("\n")
     assert (blank, rule.count("---:")) == ("", 5)
     printed = tables.render(runs)
     for line in lines:
@@ -73,4 +75,4 @@ def test_a_bar_in_a_name_does_not_end_a_cell(tmp_path):
     config = made_runs.read(run / "config.json")
     config["method_options"]["ramp"] = "a|b"
     made_runs.write(run / "config.json", config)
-    assert "ramp=a\\|b" in tabular.as_markdown(tables.experiments([run]))
+    assert "ramp=a\\|b" in tabular.as_markdown(experiments([run]))

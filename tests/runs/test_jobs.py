@@ -1,4 +1,4 @@
-"""Commands that start several runs, where their folder or its disk cannot be used: one sentence, no run begun."""
+"""Commands that start several runs: unusable folders and disks are refused in one sentence before any run starts."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ COMMANDS = {
 
 @pytest.fixture
 def command(monkeypatch):
-    """``command(*words)``: what every job runs in place of a training run."""
+    """``command(*words)`` sets the command that every job runs instead of a training run."""
 
     def run_instead(*words):
         monkeypatch.setattr(Job, "command", property(lambda job: words))
@@ -27,7 +27,7 @@ def command(monkeypatch):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_folder_that_cannot_be(name, command, tmp_path, monkeypatch, capsys):
+def test_a_folder_that_cannot_be_used_is_refused(name, command, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
     with small_disks.file_system(tmp_path / "disk", "64k") as disk:
@@ -45,7 +45,7 @@ def test_a_folder_that_cannot_be(name, command, tmp_path, monkeypatch, capsys):
     assert not Path("begun").exists()
 
 
-def test_a_log_that_does_not_fit(command, tmp_path):
+def test_a_log_that_does_not_fit_on_the_disk_is_refused(command, tmp_path):
     command("sh", "-c", "yes | head -c 200000")
     with (
         small_disks.file_system(tmp_path / "disk", "64k") as disk,
@@ -54,8 +54,8 @@ def test_a_log_that_does_not_fit(command, tmp_path):
         train_all([Job(disk / "a", ())])
 
 
-def test_what_reaches_the_terminal(command, tmp_path, capsys):
-    """What is asked to be shown and what a run ends of; the rest is in its log."""
+def test_only_requested_lines_and_errors_reach_the_terminal(command, tmp_path, capsys):
+    """Everything else is only in the log of the run."""
     command("sh", "-c", "echo epoch 1; echo ltat_fast: error: no images >&2; echo epoch 2; exit 2")
     job = Job(tmp_path / "a", ())
     assert train_all([job], show=lambda line: line.startswith("epoch 2")) == {job: 2}
@@ -65,11 +65,11 @@ def test_what_reaches_the_terminal(command, tmp_path, capsys):
     assert job.log_file.read_text() == "epoch 1\nltat_fast: error: no images\nepoch 2\n"
 
 
-def test_the_demo_does_not_show_runs_of_other_settings(command, tmp_path, capsys):
+def test_the_demo_refuses_runs_with_other_settings(command, tmp_path, capsys):
     (tmp_path / "ltat-seed0").mkdir()
     (tmp_path / "ltat-seed0" / "config.json").write_text('{"dataset": "digits-lt", "method": "ltat"}')
     assert train_runs.status_of("demo", "--out", str(tmp_path)) == 2
     said = capsys.readouterr()
     assert "ltat-seed0 was started with other settings: " in said.out
     assert "alpha (20.0 -> 5.0)" in said.out
-    assert "holds runs that are not this demo's: choose another --out" in said.err
+    assert "holds runs with other settings than the demo: choose another --out" in said.err

@@ -1,4 +1,4 @@
-"""The record of a stage: what survives a crash, and what a resumed run drops."""
+"""The record of a stage: which records survive a crash, and which a resumed run drops."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def test_epochs_that_were_recorded_but_not_saved_are_dropped(tmp_path):
     assert log.read_metrics(tmp_path / "metrics.jsonl") == []
 
 
-def test_a_line_cut_short_is_dropped(tmp_path):
+def test_a_line_that_was_cut_off_is_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     write_epochs(tmp_path, 0, [1, 2])
     whole = path.read_text()

@@ -46,7 +46,8 @@ def main(out: Path) -> None:
     groups = {"head": [0, 1, 2], "medium": [3, 4, 5, 6, 7, 8], "tail": [9]}
     scores = evaluate(model, images, labels, ["clean", "pgd3"], groups, 10, 0.1, batch_size=10)
     if world.is_main:
-        torch.save({"model": model.state_dict(), "totals": totals, "scores": scores}, out)
+        results = {attack: result.to_json() for attack, result in scores.items()}
+        torch.save({"model": model.state_dict(), "totals": totals, "scores": results}, out)
     distributed.wait()  # a peer that has left aborts one that has not
     distributed.stop()
 

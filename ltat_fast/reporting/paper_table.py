@@ -1,0 +1,97 @@
+"""A table of the LTAT paper as training runs, and our numbers rendered beside the paper's.
+
+``paper_tables.json`` holds the tables: their experiments, the rows of these with the flags of ``train`` that reproduce
+them, and the published numbers.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from importlib import resources
+from pathlib import Path
+
+from ltat_fast.config import PRESETS, Config
+from ltat_fast.runs import tables
+from ltat_fast.runs.jobs import Job, repetitions
+from ltat_fast.runs.results import CHECKPOINTS, EvalFile, percentages
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table: its runs, one per seed, and the paper's numbers by checkpoint and heading."""
+
+    title: str
+    paper: dict[str, dict[str, float | None]]
+    jobs: tuple[Job, ...]
+    comparable: bool
+    """whether the runs use the paper's dataset"""
+    eval_file: str = "eval.json"
+    """the file in the run folder that has the numbers; table 6 has rows with those of the self-teacher"""
+
+    def results(self) -> list[EvalFile]:
+        """The results of those runs that have some."""
+        return [EvalFile.load(path) for job in self.jobs if (path := job.run_dir / self.eval_file).exists()]
+
+    def without(self, refused: Sequence[Job]) -> "Row":
+        """This row without the runs in ``refused``."""
+        return replace(self, jobs=tuple(job for job in self.jobs if job not in refused))
+
+
+def load_tables() -> dict[str, dict]:
+    """The tables of the paper by number."""
+    return json.loads((resources.files("ltat_fast") / "paper_tables.json").read_text())
+
+
+def plan(
+    table: dict, folder: Path, dataset: str | None = None, seeds: Sequence[int] = (), extra: Sequence[str] = ()
+) -> Iterator[Row]:
+    """The rows of ``table`` with the runs that reproduce them.
+
+    folder: where the runs go. dataset: train on this one with its preset; None for the table's own. seeds: one run per
+    seed and row; as many as the paper has if empty. extra: flags that every run gets.
+    """
+    several = len(table["experiments"]) > 1
+    for experiment in table["experiments"]:
+        own = dataset in (None, experiment["dataset"])
+        ratio = f"{experiment['imbalance_ratio']:g}"
+        chosen = dataset or experiment["dataset"]
+        flags = ["--dataset", chosen]
+        if own:
+            flags += ["--arch", experiment["arch"]]
+        if own or several:  # a table over imbalance ratios keeps them on any dataset
+            flags += ["--imbalance-ratio", ratio]
+        for row in experiment["rows"]:
+            title = f"{row['name']} IR {ratio}" if several else row["name"]
+            own_flags = (*flags, *row["flags"], *(longer(chosen) if row.get("longer") else ()))
+            eval_file = f"{row['stage']}/eval.json" if "stage" in row else "eval.json"
+            stem = folder / title.lower().replace(" ", "-")
+            jobs = repetitions(stem, own_flags, seeds or table.get("seeds", [0]), extra)
+            yield Row(title, row["paper"], jobs, own, eval_file)
+
+
+def longer(dataset: str) -> tuple[str, str]:
+    """Flags for a method without a teacher to train as many epochs as LTAT's teacher and student together."""
+    settings = vars(Config()) | PRESETS[dataset]
+    return "--epochs", str(settings["epochs"] + settings["teacher_epochs"])
+
+
+def render(rows: Sequence[Row], notes: Sequence[str]) -> str:
+    """The table in Markdown, one line per row and checkpoint. The paper's numbers are in brackets if comparable."""
+    headings = [heading for heading, _, _ in tables.COLUMNS]
+    lines = [
+        "| method | checkpoint | seeds | " + " | ".join(headings) + " |",
+        "|---|---|---|" + "---:|" * len(headings),
+    ]
+    for row in rows:
+        results = row.results()
+        for which in CHECKPOINTS if row.eval_file == "eval.json" else ("last",):
+            cells = []
+            for heading, attack, group in tables.COLUMNS:
+                ours = tables.cell(percentages(results, which, attack, group), len(results))
+                theirs = row.paper.get(which, {}).get(heading)
+                cells.append(f"{ours} ({theirs:g})" if row.comparable and theirs is not None else ours)
+            lines.append(f"| {row.title} | {which} | {len(results)} | " + " | ".join(cells) + " |")
+    if any(row.comparable for row in rows):
+        known = any(row.paper for row in rows)
+        lines += ["", *["In brackets: the paper's numbers."] * known, *(f"Note: {note}." for note in notes)]
+    return "\n".join(lines)

@@ -44,16 +44,6 @@ class ChannelAffine(nn.Module):
         return torch.addcmul(self.shift, x, self.scale)
 
 
-class _PlainNorm(Protocol):
-    """What :func:`is_plain_norm` accepts: none of its tensors is None."""
-
-    weight: Tensor
-    bias: Tensor
-    running_mean: Tensor
-    running_var: Tensor
-    eps: float
-
-
 class PadChannels(nn.Module):
     """Append ``number`` channels of zeros to images (N, C, H, W)."""
 
@@ -257,6 +247,16 @@ def trace(net: nn.Module) -> torch.fx.Graph | None:
     except Exception as error:  # tracing runs the network's own code, which can raise any exception
         warnings.warn(f"nothing is folded or fused: {type(net).__name__} cannot be traced ({error})", stacklevel=4)
         return None
+
+
+class _PlainNorm(Protocol):
+    """What :func:`is_plain_norm` accepts: none of its tensors is None."""
+
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+    eps: float
 
 
 def is_plain_norm(module: nn.Module) -> bool:

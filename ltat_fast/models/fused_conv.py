@@ -122,13 +122,13 @@ def is_supported(device: torch.device, dtype: torch.dtype) -> bool:
     generator = torch.Generator().manual_seed(0)
     shapes = ((2, 16, 8, 8), (16, 16, 3, 3), (2, 16, 8, 8))
     tensors = [torch.randn(shape, generator=generator) for shape in shapes]
-    tensors = [t.to(device, dtype).to(memory_format=torch.channels_last) for t in tensors]
+    x, weight, addend = (t.to(device, dtype).to(memory_format=torch.channels_last) for t in tensors)
     bias = torch.linspace(-1, 1, 16, device=device, dtype=dtype)
     geometry = ([1, 1], [1, 1], [1, 1], 1)
     try:
-        for other in (None, tensors[2]):
-            ours = _forward(*tensors[:2], bias, other, *geometry)
-            theirs = conv_relu_ref(*tensors[:2], bias, other, *geometry)
+        for residual in (None, addend):
+            ours = _forward(x, weight, bias, residual, *geometry)
+            theirs = conv_relu_ref(x, weight, bias, residual, *geometry)
             if not torch.allclose(ours.float(), theirs.float(), rtol=0.05, atol=0.5):
                 return False
     except RuntimeError:  # cuDNN has no engine for this
@@ -148,7 +148,8 @@ class FusedConvReLU(nn.Module):
     def __init__(self, conv: nn.Conv2d):
         super().__init__()
         self.weight, self.bias = conv.weight, conv.bias
-        self.geometry = ([*conv.stride], [*conv.padding], [*conv.dilation], conv.groups)
+        padding = cast(tuple[int, int], conv.padding)  # _is_private_conv() refuses "same" and "valid"
+        self.geometry = ([*conv.stride], [*padding], [*conv.dilation], conv.groups)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         return conv_relu(x, self.weight, self.bias, residual, *self.geometry)

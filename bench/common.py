@@ -183,7 +183,7 @@ def git_hash() -> str:
         command = ["git", "describe", "--always", "--abbrev=10", "--dirty=+", "--exclude=*"]
         return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("LTAT_GIT_REVISION", "unknown")
 
 
 def cpu_name() -> str:

@@ -2,10 +2,12 @@
 
     python -m bench.step --device cpu --arch resnet18 --batch-size 16 [--method ltat] [--out FILE.csv]
 
-All rows start from the same weights, use the same batch and are timed in interleaved rounds in one process. Before
-the timing each row takes LOSS_STEPS steps from the same start noise. Column ``loss`` is the loss of the last of these
-steps, so a row that computes something else is visible. The rows are appended to the CSV, and a plot of this run is
-written next to it as PNG. After SIGINT while it builds a row, it times the rows that are ready.
+All rows start from the same weights and see the same batch. Rows in plain torch are timed together in interleaved
+rounds. A row that needs a compiler is timed as soon as it is built, in rounds with the reference. The row of the CUDA
+graph has a process of its own, because a capture that fails leaves torch unusable. Before it is timed, each row takes
+LOSS_STEPS steps from the same start noise: ``loss`` is the loss of the last of them, so that a row that computes
+something else shows. Each row is appended to the CSV as soon as it is known; a plot of this run lies beside it as PNG.
+Interrupted (SIGINT) while it builds a row, it times those before it.
 
 ``gflop`` is the number of operations that the step needs. It is counted operator by operator in eager mode on a frozen
 twin, and is the same in all rows. A row that computes more than needed (a compiled network also computes weight
@@ -33,9 +35,13 @@ Predictions made before the first run, as reference time / time:
 """
 
 import argparse
+import csv
+import dataclasses
 import functools
 import math
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,19 +50,32 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from bench import common
+from bench import common, levers
 from bench.reference import ReferenceStep
 from ltat_fast.attacks import AttackConfig
 from ltat_fast.methods import METHODS, MethodContext
 from ltat_fast.models import ARCHS, build_model
 from ltat_fast.models.frozen import FrozenTwin
+from ltat_fast.models.joint_batch import allow_joint_calls
 from ltat_fast.ops import pgd_init
 from ltat_fast.training.device import Hardware
 from ltat_fast.training.speed import MATMUL_SIZE, FlopCounter
-from ltat_fast.training.step import TrainStep, make_optimizer
+from ltat_fast.training.step import NO_LEVERS, TrainStep, make_optimizer
 
 LR = 0.01  # every step uses the same batch: with the paper's 0.1 the loss would diverge at once
 LOSS_STEPS = 3
+REFERENCE, GRAPH = "reference", "+ CUDA graph"
+COMPILED = "+ torch.compile"
+# The levers of the compiled step, in the order of their rows: name, change of Levers or of the twins, needs CUDA.
+LEVER_ROWS = [
+    ("+ joint student call", {"joint_student": True}, False),
+    ("+ compiled teacher", {"compiled_teacher": True}, False),
+    ("+ combo kernels", {"combo_kernels": True}, True),
+    ("+ dependent launch", {"dependent_launch": True}, True),
+    ("+ fused ReLU", {"fuse_relu": True}, True),
+    ("+ padded stem", {"pad_stem": True}, True),
+]
+NEED_A_COMPILER = ("torch.compile(reference)", COMPILED, *(name for name, _, _ in LEVER_ROWS), GRAPH)
 
 
 @dataclass(frozen=True)
@@ -150,14 +169,19 @@ class Ours:
         channels_last: bool = True,
         dtype: torch.dtype = torch.float32,
         backend: str = "eager",
+        fuse_relu: bool = False,
+        pad_stem: bool = False,
+        **levers: bool,
     ):
+        """levers: fields of :class:`~ltat_fast.training.step.Levers`; those not given are off."""
         layout = torch.channels_last if channels_last else torch.contiguous_format
 
         def twin(model: nn.Module) -> FrozenTwin:
             reduced = None if dtype == torch.float32 else dtype
-            return FrozenTwin(model, fold_bn=fold_bn, dtype=reduced, channels_last=channels_last)
+            options = {"fuse_relu": fuse_relu, "pad_stem": pad_stem}
+            return FrozenTwin(model, fold_bn=fold_bn, dtype=reduced, channels_last=channels_last, **options)
 
-        self.model = problem.network(seed=1).to(memory_format=layout)
+        self.model = allow_joint_calls(problem.network(seed=1).to(memory_format=layout))
         self.x, self.y = problem.batch()
         method = METHODS[problem.method]()
         teacher = twin(problem.network(seed=2).to(memory_format=layout)) if problem.has_teacher else None
@@ -170,6 +194,7 @@ class Ours:
             Hardware(problem.device, dtype, "benchmark"),
             backend,
             twin=twin(self.model),
+            levers=dataclasses.replace(NO_LEVERS, compiled=backend != "eager", **levers),
         )
 
     def __call__(self, seed: int = 0) -> None:
@@ -200,10 +225,15 @@ def ladder(problem: Problem) -> dict[str, Callable[[], Variant]]:
         "+ BN folded": functools.partial(ours, channels_last=False),
         "+ channels_last": ours,
         "+ bf16": functools.partial(ours, dtype=bf16),
-        "+ torch.compile": functools.partial(ours, dtype=bf16, backend="step"),
+        COMPILED: functools.partial(ours, dtype=bf16, backend="step"),
     }
+    on = {}
+    for name, lever, needs_cuda in LEVER_ROWS:
+        if problem.device.type == "cuda" or not needs_cuda:
+            on |= lever
+            rows[name] = functools.partial(ours, dtype=bf16, backend="step", **on)
     if problem.device.type == "cuda":
-        rows["+ CUDA graph"] = functools.partial(ours, dtype=bf16, backend="graph")
+        rows[GRAPH] = functools.partial(ours, dtype=bf16, backend="graph", **on)
     return rows
 
 
@@ -242,56 +272,92 @@ def warm_up(variant: Variant, device: torch.device) -> tuple[float, float]:
     return loss, common.peak_megabytes(step_without_leftovers, device)
 
 
-def measure(problem: Problem, rounds: int) -> list[dict[str, object]]:
-    """Return the rows of the table. A variant that cannot run here has a note instead of numbers."""
+def measure(
+    problem: Problem, rounds: int, names: list[str], notes: dict[str, str] | None = None
+) -> Iterator[dict[str, object]]:
+    """Yield the rows ``names`` of the table, each as soon as it is known.
+
+    notes: by name, why a row cannot be measured. Such a row, and one that fails here, has a note in place of numbers.
+    """
     ceiling = matmul_ceiling(problem.device)
     gflop = count_flops(problem) / 1e9
     formula = problem.units * problem.forward_flops() * problem.batch_size / 1e9
-    variants, states, notes = {}, {}, {}
-    for name, build in ladder(problem).items():
+    builds, notes = ladder(problem), dict(notes or {})
+    variants, states = {}, {}
+
+    def make(name: str) -> None:
+        if "interrupted" in notes.values():
+            notes.setdefault(name, "interrupted")
+        if name in variants or name in notes:
+            return
         print(f"building {name}", flush=True)
         try:
-            variant = build()
+            variant = builds[name]()
             states[name] = warm_up(variant, problem.device)
             variants[name] = variant
-        except KeyboardInterrupt:  # time the rows that are ready
-            notes |= {later: "interrupted" for later in ladder(problem) if later not in variants | notes}
-            break
-        except Exception as error:  # a compiler or a capture may raise anything; measure the other rows
-            notes[name] = f"{type(error).__name__}: " + str(error).strip().partition("\n")[0]
-    timings = common.time_interleaved(variants, problem.device, rounds)
+        except KeyboardInterrupt:  # the rows that are ready are timed
+            notes[name] = "interrupted"
+        except Exception as error:  # what a compiler or a capture raises; the other rows are still worth having
+            notes[name] = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
-    rows = []
-    for name in ladder(problem):
-        row = {
-            "arch": problem.arch,
-            "image_size": problem.image_size,
-            "batch_size": problem.batch_size,
-            "method": problem.method,
-            "attack_steps": problem.attack_steps,
-            "variant": name,
-        }
-        ms, p20, p80, loss, peak = [math.nan] * 5
-        if name in variants:
-            timing = timings[name]
-            ms, p20, p80, (loss, peak) = timing.median, timing.p20, timing.p80, states[name]
-        row |= {
-            "median_ms": f"{ms:.3f}",
-            "p20_ms": f"{p20:.3f}",
-            "p80_ms": f"{p80:.3f}",
-            "images_per_s": f"{1e3 * problem.batch_size / ms:.1f}",
-            "speedup": f"{timings['reference'].median / ms:.2f}",
-            "gflop": f"{gflop:.4g}",
-            "gflop_formula": f"{formula:.4g}",
-            "tflop_per_s": f"{gflop / ms:.4g}",
-            "matmul_tflop_per_s": f"{ceiling:.4g}",
-            "share_of_matmul": f"{gflop / ms / ceiling:.3f}",
-            "peak_mb": f"{peak:.0f}",
-            "loss": f"{loss:.5f}",
-            "note": notes.get(name, ""),
-        }
-        rows.append(row)
-    return rows
+    in_plain_torch = [name for name in names if name not in NEED_A_COMPILER]
+    for group in (in_plain_torch, *([name] for name in names if name in NEED_A_COMPILER)):
+        for name in (REFERENCE, *group):
+            make(name)
+        timings = common.time_interleaved(variants, problem.device, rounds) if variants.keys() & group else {}
+        for name in group:
+            row = {
+                "arch": problem.arch,
+                "image_size": problem.image_size,
+                "batch_size": problem.batch_size,
+                "method": problem.method,
+                "attack_steps": problem.attack_steps,
+                "variant": name,
+            }
+            ms, p20, p80, loss, peak = [math.nan] * 5
+            if name in timings:
+                timing = timings[name]
+                ms, p20, p80, (loss, peak) = timing.median, timing.p20, timing.p80, states[name]
+            reference_ms = timings[REFERENCE].median if REFERENCE in timings else math.nan
+            yield row | {
+                "median_ms": f"{ms:.3f}",
+                "p20_ms": f"{p20:.3f}",
+                "p80_ms": f"{p80:.3f}",
+                "images_per_s": f"{1e3 * problem.batch_size / ms:.1f}",
+                "speedup": f"{reference_ms / ms:.2f}",
+                "gflop": f"{gflop:.4g}",
+                "gflop_formula": f"{formula:.4g}",
+                "tflop_per_s": f"{gflop / ms:.4g}",
+                "matmul_tflop_per_s": f"{ceiling:.4g}",
+                "share_of_matmul": f"{gflop / ms / ceiling:.3f}",
+                "peak_mb": f"{peak:.0f}",
+                "loss": f"{loss:.5f}",
+                "note": notes.get(name, ""),
+            }
+        variants = {name: variant for name, variant in variants.items() if name == REFERENCE}  # frees the others
+
+
+def graph_row_in_its_own_process(flags: list[str], out: Path) -> str:
+    """Append the row of the CUDA graph to ``out``. Return why there is none, empty if there is.
+
+    flags: the command line of this benchmark.
+    """
+    known = len(read_rows(out))
+    command = [sys.executable, "-m", "bench.step", *flags, "--out", str(out.resolve()), "--rows", GRAPH]
+    process = subprocess.Popen(command, cwd=Path(__file__).parents[1])
+    try:
+        process.wait()
+    except KeyboardInterrupt:  # the other process is interrupted too, and still has to write what it has
+        process.wait()
+        raise
+    return "" if len(read_rows(out)) > known else f"its process ended with status {process.returncode}"
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def show(rows: list[dict[str, object]]) -> None:
@@ -345,20 +411,39 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--method", choices=["ltat", "at-bsl"], default="ltat")
     parser.add_argument("--attack-steps", type=int, default=10)
-    parser.add_argument("--rounds", type=int, default=20, help="number of rounds; after 30 s it stops with at least 5")
-    parser.add_argument("--out", type=Path, help="CSV to append to; bench/results/step-DEVICE.csv if not given")
+    parser.add_argument("--rounds", type=int, default=20, help="fewer, but not under 5, where they take over 30 s")
+    parser.add_argument("--rows", nargs="+", metavar="ROW", help="measure these rows of the table, by default all")
+    parser.add_argument("--out", type=Path, help="CSV to append to, default bench/results/step-DEVICE.csv")
+    levers.add_flags(parser)
     args = parser.parse_args(argv)
     device = torch.device(args.device)
     torch.backends.cudnn.benchmark = True  # the same for every row
     source = common.provenance(device)
     print(", ".join(f"{key} {value}" for key, value in source.items()))
     problem = Problem(device, args.arch, args.image_size, args.batch_size, args.method, args.attack_steps)
-    rows = [source | row for row in measure(problem, args.rounds)]
-    show(rows)
+    names = args.rows or [*ladder(problem)]
+    if unknown := set(names) - set(ladder(problem)):
+        parser.error(f"no such row: {', '.join(sorted(unknown))}; choose from {', '.join(ladder(problem))}")
+    pulled = levers.chosen(args)
     out = args.out or Path(__file__).parent / "results" / f"step-{args.device}.csv"
-    common.append_csv(out, rows)
-    plot(rows, out.with_suffix(".png"))
-    print(f"{out} {out.with_suffix('.png')}")
+    known = len(read_rows(out))
+    notes = {}
+    if GRAPH in names and len(names) > 1:
+        note = graph_row_in_its_own_process(sys.argv[1:] if argv is None else argv, out)
+        if note:
+            notes[GRAPH] = note
+        else:
+            names = [name for name in names if name != GRAPH]
+    with levers.pulled(pulled):
+        for row in measure(problem, args.rounds, names, notes):
+            row["variant"] = ", ".join([row["variant"], *pulled])
+            common.append_csv(out, [source | row])
+    rows = read_rows(out)[known:]
+    show(rows)
+    print(out)
+    if any(not row["note"] for row in rows):
+        plot(rows, out.with_suffix(".png"))
+        print(out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

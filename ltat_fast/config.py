@@ -88,7 +88,8 @@ class TrainingSettings:
     weight_decay: float = 5e-4
     """weight decay of SGD, applied to every parameter"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """precision of the training step; auto: bf16 if the hardware supports it. Evaluation always uses fp32"""
+    """precision of the training step and of the scores that select the best epoch; auto: bf16 on a GPU that supports
+    it, the faster of both on a CPU. Final results always use fp32"""
     compile: Literal["auto", "none", "step", "graph"] = "auto"
     """how the training step runs; none: eager, step: torch.compile, graph: one CUDA graph; auto: graph on a GPU, eager
     on a CPU"""

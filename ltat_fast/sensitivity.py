@@ -29,13 +29,11 @@ class Arguments:
     """Train LTAT with several values of one option and plot the accuracy over them."""
 
     values: tuple[float, ...]
-    """values of the option; for gamma in units of the smallest class, where the paper's default is IR / 2"""
+    """values of the option; gamma is in units of the smallest class, and the paper's default is IR / 2"""
     option: Literal["alpha", "gamma", "kl_weight"] = "alpha"
-    """alpha: weight of the gradient matching; gamma: images per class in the teacher's balanced set; kl_weight: weight
-    of the plain distillation"""
+    """alpha: weight of gradient matching; gamma: size of the teacher's balanced set; kl_weight: plain distillation"""
     images: Literal["test", "heldout"] = "test"
-    """test: measure accuracy on the test images, as in the paper's figures; heldout: on training images that were held
-    out, which is the correct way to choose a value"""
+    """test: measure on test images, as in the paper; heldout: on held-out training images, the correct way to choose"""
     dataset: str = "digits-lt"
     """dataset to train on, with its preset"""
     seeds: tuple[int, ...] = (0,)

@@ -33,7 +33,7 @@ class Arguments:
     dataset: str | None = None
     """train on this dataset, with its preset, instead of the table's own"""
     seeds: tuple[int, ...] = ()
-    """train one run per row with each of these seeds; default: as many as in the paper (one; five for table 10)"""
+    """train one run per row with each of these seeds; empty: the number of seeds of the paper, five for table 10"""
     out: Path | None = None
     """folder for the runs and table.md; default: runs/table<number>-<dataset>"""
     slurm_partition: str | None = None

@@ -1,10 +1,10 @@
-"""What every test shares: one thread a process, and GPU tests that say aloud that they did not run."""
+"""One thread per process, a visible note about GPU tests that did not run, and runs that many tests share."""
 
 import os
 
 import pytest
 
-# Before torch is imported: the workers are as many as the cores, and idle threads of one would spin on another's core.
+# Set before torch is imported. There are as many workers as cores: idle threads of one would spin on another's core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 NO_GPU = "no CUDA device: this GPU test did not run"
@@ -30,7 +30,7 @@ def pytest_terminal_summary(terminalreporter):
 
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory):
-    """``shared(name, make)``: the folder that ``make(folder)`` filled once for all workers, whoever came first."""
+    """Return ``shared(name, make)``: the first worker fills the folder with ``make(folder)``, all workers get it."""
     from ltat_fast.files import exclusive
 
     root = tmp_path_factory.getbasetemp()
@@ -57,7 +57,7 @@ def digits_run(shared):
 
 @pytest.fixture(scope="session")
 def image_tree(shared):
-    """Folders of 8x8 colour images of three classes, 24, 12 and 8 to train on and 5 each to test on."""
+    """Folders of 8x8 colour images of three classes: 24, 12 and 8 training images, 5 test images each."""
     from helpers import train_runs
 
     return shared("images a b", train_runs.write_images)
@@ -65,8 +65,10 @@ def image_tree(shared):
 
 @pytest.fixture(scope="session")
 def folder_run(shared, image_tree):
-    """Three steps of LTAT on those, evaluated."""
+    """A finished LTAT run of three steps on those images. Copy it before changing anything in it."""
     from helpers import train_runs
 
-    flags = (*train_runs.FOLDER, "--data-dir", str(image_tree))
-    return shared("folder", lambda out: train_runs.finish(train_runs.start("--out", str(out), *flags)))
+    def make(out):
+        assert train_runs.train("--out", str(out), *train_runs.FOLDER, "--data-dir", str(image_tree)) == 0
+
+    return shared("folder", make)

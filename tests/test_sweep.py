@@ -132,7 +132,7 @@ def test_rows_as_slurm_jobs(tmp_path, monkeypatch, capsys):
     sweep += ("--slurm-partition", "gpu-long", "--slurm-minutes", "90")
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
     assert status_of("sweep", *sweep) == 2
-    assert "there is no Slurm here, sbatch is not on the PATH" in capsys.readouterr().err
+    assert "needs Slurm, but sbatch is not on the PATH" in capsys.readouterr().err
 
     monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
     assert status_of("sweep", *sweep, "--", "--epochs", "1") == 0

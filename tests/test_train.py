@@ -1,16 +1,16 @@
-"""``python -m ltat_fast.train``: a whole run, killed and resumed, and everything it must refuse."""
+"""``python -m ltat_fast.train``: a whole run, interrupted and resumed, and everything it must refuse."""
 
 import json
 import os
 import shutil
 import signal
-import time
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from helpers import train_runs
+from helpers.train_runs import assert_same
 from ltat_fast.models import build_model
 from ltat_fast.runs import log
 from ltat_fast.runs.weights import read_weights, write_weights
@@ -19,7 +19,7 @@ from ltat_fast.training import evaluation, pipeline
 # -- a whole run ----------------------------------------------------------------------------------------------------
 
 
-def test_a_run_leaves_what_it_says(digits_run):
+def test_a_run_writes_the_documented_files(digits_run):
     for name in (
         "config.json",
         "env.json",
@@ -45,7 +45,7 @@ def test_a_run_leaves_what_it_says(digits_run):
     assert environment["packages"]["torch"] == torch.__version__
 
 
-def test_weights_say_what_they_are(digits_run):
+def test_weights_carry_a_card_of_their_network(digits_run):
     tensors, card = read_weights(digits_run / "checkpoints" / "last.safetensors")
     assert card.items() >= {"arch": "smallresnet", "num_classes": 10, "in_channels": 1, "epoch": 3}.items()
     build_model("smallresnet", 10, in_channels=1).load_state_dict(tensors)
@@ -60,7 +60,7 @@ def test_best_is_the_epoch_with_the_highest_pgd20(digits_run):
     assert scores["pgd20"]["tail"] == best["test_tail_pgd20"]
 
 
-def test_a_folder_of_images_with_spaces_in_its_name(folder_run, image_tree):
+def test_a_run_on_an_image_folder_with_spaces_in_its_name(folder_run, image_tree):
     assert json.loads((folder_run / "env.json").read_text())["class_counts"] == [24, 12, 8]
     assert json.loads((folder_run / "eval.json").read_text())["last"]["clean"]["images"] == 15
     assert sum(r["steps"] for r in log.read_metrics(folder_run / "metrics.jsonl")) == 3
@@ -74,7 +74,7 @@ def test_methods_without_a_teacher_train_none(tmp_path, image_tree, method):
     assert {"best", "last"} == json.loads((tmp_path / "run" / "eval.json").read_text()).keys()
 
 
-def test_selecting_on_held_out_images(tmp_path, image_tree):
+def test_the_best_epoch_can_be_selected_on_held_out_images(tmp_path, image_tree):
     flags = ("--method", "pgd-at", "--select-on", "heldout", "--heldout", "0.25")
     out = ("--data-dir", str(image_tree), "--out", str(tmp_path / "run"))
     assert train_runs.train(*train_runs.FOLDER, *flags, *out) == 0
@@ -94,75 +94,32 @@ def test_a_given_teacher_is_used_and_none_is_trained(tmp_path, image_tree, folde
     assert all(torch.equal(ours[k], theirs[k]) for k in ours)
 
 
-# -- killed and resumed ---------------------------------------------------------------------------------------------
+# -- interrupted and resumed ----------------------------------------------------------------------------------------
 
 
-def wait_for(condition, process, what: str) -> None:
-    deadline = time.monotonic() + 90
-    while not condition():
-        assert process.poll() is None, f"ended before {what}: {process.communicate()}"
-        assert time.monotonic() < deadline, f"no {what}"
-        time.sleep(0.002)
-
-
-def kill(process) -> None:
-    process.kill()
-    process.communicate()
-
-
-def lines(path) -> int:
-    return path.read_text().count("\n") if path.exists() else 0
-
-
-def test_killed_at_many_moments_and_resumed(tmp_path, digits_run):
-    """In the teacher, between saves after every step of the student, and during the final evaluation."""
+def test_a_run_stopped_by_sigterm_saves_exits_with_75_and_resumes(tmp_path, digits_run):
     out = tmp_path / "run"
-    process = train_runs.start("--out", str(out), *train_runs.QUICK)
-    wait_for(lambda: lines(out / "teacher" / "metrics.jsonl") == 1, process, "first epoch of the teacher")
-    kill(process)
-
-    process = train_runs.start("--out", str(out), "--resume", "--save-minutes", "0.0001")
-    wait_for(lambda: lines(out / "metrics.jsonl") == 1, process, "first epoch of the student")
-    kill(process)
-    assert not (out / "eval.json").exists()
-
-    process = train_runs.start("--out", str(out), "--resume")
-    wait_for((out / "eval.json").exists, process, "first attack of the evaluation")
-    kill(process)
-
-    train_runs.finish(train_runs.start("--out", str(out), "--resume"))
-    assert_same(out, digits_run)
-
-
-def assert_same(run_dir, expected):
-    assert train_runs.outcome(run_dir) == train_runs.outcome(expected)
-    ours, theirs = train_runs.weights(run_dir), train_runs.weights(expected)
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-
-
-def test_sigterm_saves_exits_75_and_resumes(tmp_path, digits_run):
-    out = tmp_path / "run"
-    process = train_runs.start("--out", str(out), *train_runs.QUICK)
-    wait_for(lambda: lines(out / "metrics.jsonl") == 1, process, "first epoch of the student")
-    os.kill(process.pid, signal.SIGSTOP)  # holds still, its run folder in hand, while another wants it
-    other = train_runs.train("--out", str(out), "--resume")
-    os.kill(process.pid, signal.SIGTERM)
-    os.kill(process.pid, signal.SIGCONT)
-    said, _ = train_runs.finish(process, status=75)
-    assert other == 2
+    stop = {"LTAT_SIGNAL": "SIGSTOP 2 write metrics.jsonl"}  # at the end of the second epoch of the student
+    process = train_runs.start_signalled("--out", str(out), *train_runs.QUICK, **stop)
+    with train_runs.killed_at_the_end(process):
+        train_runs.wait_until_stopped(process)
+        other = train_runs.train("--out", str(out), "--resume")
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGCONT)
+        said, _ = train_runs.finish(process, status=75)
+    assert other == 2, "the folder is in use"
     assert f"python -m ltat_fast.train --out {out} --resume" in said
     assert (out / "interrupted").exists()
     state = read_weights(out / "checkpoints" / "resume.safetensors")[1]
-    assert not state["finished"]
-    assert state["epoch"] >= 1
-    train_runs.finish(train_runs.start("--out", str(out), "--resume"))
+    assert (state["epoch"], state["step"], state["finished"]) == (2, 0, False)
+    # Other settings for the saves are allowed: this resumed run saves after each step.
+    assert train_runs.train("--out", str(out), "--resume", "--save-minutes", "1e-9") == 0
     assert not (out / "interrupted").exists()
     assert_same(out, digits_run)
 
 
 def test_sigterm_while_evaluating_stops_at_once(tmp_path, digits_run, monkeypatch):
-    """No step to finish, perhaps hours of AutoAttack to go: what is measured is kept, the rest is for the resume."""
+    """The finished attacks are kept. The resumed run takes the remaining ones, which could be hours of AutoAttack."""
     copy = shutil.copytree(digits_run, tmp_path / "copy")
     (copy / "eval.json").unlink()
     evaluate, attacks = evaluation.evaluate, []
@@ -184,7 +141,7 @@ def test_sigterm_while_evaluating_stops_at_once(tmp_path, digits_run, monkeypatc
     assert_same(copy, digits_run)
 
 
-def test_a_signal_before_there_is_anything_to_resume(tmp_path, monkeypatch):
+def test_a_signal_before_the_run_has_begun_leaves_the_folder_free(tmp_path, monkeypatch):
     def load_data(*args):
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -203,7 +160,7 @@ def test_a_finished_run_resumes_to_itself(tmp_path, digits_run):
 # -- numbers that are not finite ------------------------------------------------------------------------------------
 
 
-def test_divergence_exits_3_and_can_be_replayed(tmp_path, image_tree, capfd):
+def test_divergence_exits_with_3_and_can_be_replayed(tmp_path, image_tree, capfd):
     flags = ("--method", "pgd-at", "--lr", "1e30", "--data-dir", str(image_tree), "--out", str(tmp_path / "run"))
     assert train_runs.train(*train_runs.FOLDER, *flags) == 3
     message = capfd.readouterr().err
@@ -213,7 +170,7 @@ def test_divergence_exits_3_and_can_be_replayed(tmp_path, image_tree, capfd):
     assert str(dump) in message
     assert train_runs.status_of("replay", str(dump)) == 0
     assert "first: attack: network: output of net.conv1" in capfd.readouterr().out
-    # Resumed, it does the same again, and leaving that batch out does not mend a learning rate.
+    # The resumed run diverges again: skipping a batch does not fix a learning rate.
     assert train_runs.train("--out", str(tmp_path / "run"), "--resume", "--on-nan", "rollback") == 3
     assert "epoch 1, step 3" in capfd.readouterr().err
     assert len(list((tmp_path / "run" / "nan").iterdir())) == 2
@@ -223,7 +180,7 @@ def test_divergence_exits_3_and_can_be_replayed(tmp_path, image_tree, capfd):
 
 
 def refused(capfd, *flags: str) -> str:
-    """The one sentence of a start that ends with exit status 2."""
+    """Assert that a start ends with exit status 2. Return its error message, one sentence."""
     capfd.readouterr()
     assert train_runs.train(*flags) == 2
     message = capfd.readouterr().err
@@ -233,7 +190,7 @@ def refused(capfd, *flags: str) -> str:
 
 
 def assert_free(out) -> None:
-    """Nothing is in ``out`` that would keep the next start from using it."""
+    """Assert that the next start can use the folder ``out``."""
     assert not out.exists() or {path.name for path in out.iterdir()} <= {".lock"}
 
 
@@ -258,20 +215,20 @@ def assert_free(out) -> None:
         ("--select-on heldout --heldout 0.0001", "holds out no image"),
     ],
 )
-def test_refused_before_any_work(tmp_path, capfd, monkeypatch, flags, words):
+def test_wrong_flags_are_refused_before_any_work(tmp_path, capfd, monkeypatch, flags, words):
     monkeypatch.chdir(tmp_path)
     assert words in refused(capfd, "--out", "run", *flags.split())
     assert_free(tmp_path / "run")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_a_gpu_that_is_not_there(tmp_path, capfd):
+def test_a_missing_gpu_is_refused(tmp_path, capfd):
     message = refused(capfd, "--out", str(tmp_path / "run"), "--device", "cuda")
     assert "--device cuda: no CUDA device" in message
     assert not (tmp_path / "run").exists()
 
 
-def test_unknown_flags_exit_2(tmp_path, capfd):
+def test_unknown_flags_exit_with_2(tmp_path, capfd):
     assert train_runs.train("--out", str(tmp_path / "run"), "--bogus") == 2
     assert "--bogus" in capfd.readouterr().err
     assert not (tmp_path / "run").exists()
@@ -284,13 +241,13 @@ def test_exit_statuses_reach_the_shell():
     assert err.startswith("ltat_fast: error: --eps takes a fraction")
 
 
-def test_a_folder_in_use(tmp_path, capfd):
+def test_a_folder_that_is_not_empty_is_refused(tmp_path, capfd):
     (tmp_path / "thesis.tex").write_text("years of work")
     assert "is not empty: add --resume" in refused(capfd, "--out", str(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_out_is_a_file(tmp_path, capfd):
+def test_a_file_is_refused_as_run_folder(tmp_path, capfd):
     file = tmp_path / "file"
     file.write_text("mine")
     assert "is a file, not a folder" in refused(capfd, "--out", str(file))
@@ -298,12 +255,12 @@ def test_out_is_a_file(tmp_path, capfd):
     assert file.read_text() == "mine"
 
 
-def test_nothing_to_resume(tmp_path, capfd):
+def test_resuming_without_a_run_is_refused(tmp_path, capfd):
     assert "nothing to resume" in refused(capfd, "--out", str(tmp_path / "run"), "--resume")
     assert not (tmp_path / "run").exists()
 
 
-def test_resuming_with_other_settings_names_them(tmp_path, capfd, digits_run):
+def test_resuming_with_other_settings_is_refused_and_names_them(tmp_path, capfd, digits_run):
     copy = shutil.copytree(digits_run, tmp_path / "copy")
     message = refused(capfd, "--out", str(copy), "--resume", "--lr", "0.2", "--seed", "5", "--alpha", "1")
     assert "started with other settings: lr (0.1 -> 0.2), seed (0 -> 5), alpha (10.0 -> 1.0)" in message
@@ -311,7 +268,7 @@ def test_resuming_with_other_settings_names_them(tmp_path, capfd, digits_run):
 
 
 @pytest.mark.parametrize("content", ["", '{"dataset": "digits-lt"', "[]"])
-def test_resuming_with_a_damaged_config(tmp_path, capfd, content):
+def test_resuming_with_a_damaged_config_is_refused(tmp_path, capfd, content):
     (tmp_path / "config.json").write_text(content)
     assert "config.json cannot be read" in refused(capfd, "--out", str(tmp_path), "--resume")
     assert (tmp_path / "config.json").read_text() == content
@@ -319,7 +276,7 @@ def test_resuming_with_a_damaged_config(tmp_path, capfd, content):
 
 @pytest.mark.parametrize("left", [0, 1])
 def test_resuming_from_damaged_states(tmp_path, capfd, digits_run, left):
-    """The one before the newest will do; without it the run is refused, and what is there stays there."""
+    """The run resumes from the previous state. If that is damaged too, the run is refused and the files are kept."""
     copy = shutil.copytree(digits_run, tmp_path / "copy")
     for name in ("resume.safetensors", "resume.previous.safetensors")[: 2 - left]:
         os.truncate(copy / "checkpoints" / name, 10_000)
@@ -351,7 +308,7 @@ def test_damaged_weights_are_not_evaluated(tmp_path, capfd, digits_run, which, e
 
 
 def test_a_refused_start_does_not_block_the_next(tmp_path, image_tree, folder_run, capfd):
-    """The folder was claimed and the data read before the teacher was found not to fit."""
+    """The folder is claimed and the data read before the wrong teacher is found."""
     out = ("--data-dir", str(image_tree), "--out", str(tmp_path / "run"))
     wrong = tmp_path / "wrong.safetensors"
     save_file(build_model("resnet18", 3).state_dict(), wrong)
@@ -361,7 +318,7 @@ def test_a_refused_start_does_not_block_the_next(tmp_path, image_tree, folder_ru
     assert train_runs.train(*train_runs.FOLDER, *out, "--teacher", str(folder_run / "teacher")) == 0
 
 
-def test_teachers_that_do_not_fit(tmp_path, image_tree, folder_run, digits_run, capfd):
+def test_teachers_that_do_not_fit_are_refused(tmp_path, image_tree, folder_run, digits_run, capfd):
     out = ("--data-dir", str(image_tree), "--out", str(tmp_path / "run"))
 
     def message(teacher):

@@ -26,7 +26,7 @@ class Part:
 
     @classmethod
     def from_json(cls, name: str, content: JsonObject) -> "Part":
-        """Raises UserError if there is no number in a place where :mod:`ltat_fast.analysis.table` shows one."""
+        """Read what :meth:`to_json` wrote. Raises UserError if a place that the table shows does not hold a number."""
         images = content.take("images", is_count, None)
         for _, place in ROWS:
             part, *names = place.split("/")
@@ -55,7 +55,7 @@ class AnalysisFile:
 
     @classmethod
     def load_or_empty(cls, path: Path) -> "AnalysisFile":
-        """Raises UserError if ``path`` is damaged. Without parts if it does not exist."""
+        """Read ``path``, or return an empty file if it does not exist. Raises UserError if it is damaged."""
         if not path.exists():
             return cls()
         return cls(

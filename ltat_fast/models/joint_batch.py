@@ -85,9 +85,7 @@ def _mixes_batches(module: nn.Module) -> TypeGuard[nn.BatchNorm2d | nn.SyncBatch
 def _converted(module: nn.BatchNorm2d | nn.SyncBatchNorm) -> nn.Module:
     """A joint batch norm with the very parameters and buffers of ``module``."""
     kind = JOINT_NORMS[type(module)]
-    joint = kind(
-        module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats, device="meta"
-    )
+    joint = kind(module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats)
     for name, parameter in module.named_parameters(recurse=False):
         joint.register_parameter(name, parameter)
     for name, buffer in module.named_buffers(recurse=False):

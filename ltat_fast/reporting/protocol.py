@@ -8,7 +8,7 @@ from importlib import metadata
 
 from ltat_fast.attacks.by_name import AUTOATTACK
 from ltat_fast.reporting.study import Study, attack_name
-from ltat_fast.runs.finished import FinishedRun, fraction
+from ltat_fast.runs.finished import FinishedRun, exact_fraction
 from ltat_fast.runs.results import CHECKPOINTS
 
 OBJECTIVES = {
@@ -26,7 +26,7 @@ def exactly(value: Fraction) -> str:
 
 def attacks(study: Study) -> list[dict[str, str]]:
     """One entry per attack: its objective, number and size of steps, start, and number of images."""
-    eps = fraction(study.config.eps)
+    eps = exact_fraction(study.config.eps)
     return [
         _attack(name, eps) | {"name": attack_name(name), "images": _images(study, name)} for name in study.attacks()
     ]
@@ -69,7 +69,7 @@ def images_and_selection(study: Study) -> str:
 
 def facts(study: Study, test_counts: dict[str, int]) -> list[tuple[str, str]]:
     """Name and text of every fact that does not belong to a single attack. test_counts: images by group, if known."""
-    eps = fraction(study.config.eps)
+    eps = exact_fraction(study.config.eps)
     told = [
         ("Threat model", f"L∞ ball of radius ε = {exactly(eps)} around the image, pixels in [0, 1], clipped to [0, 1]"),
         ("Test images", _test_images(test_counts)),
@@ -114,7 +114,7 @@ def _selection(study: Study) -> str:
 def _training_attack(study: Study) -> str:
     seen = {(e.config.step_size, e.config.attack_steps) for e in study.experiments}
     return "; or ".join(
-        f"{steps} steps of {exactly(fraction(size))}" for size, steps in sorted(seen, key=str) if size and steps
+        f"{steps} steps of {exactly(exact_fraction(size))}" for size, steps in sorted(seen, key=str) if size and steps
     )
 
 

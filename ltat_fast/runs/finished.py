@@ -14,7 +14,7 @@ from ltat_fast.runs.results import EvalFile
 NEEDED = {"dataset", "method", "arch", "imbalance_ratio", "select_on", "seed", "eps"}
 
 
-def fraction(text: str) -> Fraction:
+def exact_fraction(text: str) -> Fraction:
     """The exact value of "8/255" or "0.1". Raises ValueError or ZeroDivisionError for anything else."""
     numerator, _, denominator = text.partition("/")
     return Fraction(numerator) / Fraction(denominator or 1)
@@ -24,8 +24,8 @@ def fraction(text: str) -> Fraction:
 class RunConfig:
     """The settings in a config.json of this version or another one.
 
-    Unlike :class:`ltat_fast.config.Config` it leaves settings that the file lacks at None, and keeps those that this
-    version does not know. Datasets, methods and networks may have names that this version does not know either.
+    Unlike :class:`ltat_fast.config.Config`, settings that the file lacks are None, and settings that this version does
+    not know are kept. The dataset, method and network may have names that this version does not know.
     """
 
     dataset: str
@@ -46,7 +46,7 @@ class RunConfig:
 
     @classmethod
     def load(cls, path: Path) -> "RunConfig":
-        """Raises UserError if the file is missing, damaged or lacks one of :data:`NEEDED`."""
+        """Read ``path``. Raises UserError if it is missing, damaged or lacks one of :data:`NEEDED`."""
         content = JsonObject.load(path)
         if missing := NEEDED - content.content.keys():
             raise content.damaged(f"it lacks {', '.join(sorted(missing))}")
@@ -75,7 +75,7 @@ class RunConfig:
 def is_fraction(value: Any) -> bool:
     """Whether ``value`` is a text such as "8/255" or "0.031", above 0 and at most 1."""
     try:
-        return is_text(value) and parse_fraction(value) > 0 and fraction(value) > 0
+        return is_text(value) and parse_fraction(value) > 0 and exact_fraction(value) > 0
     except (UserError, ValueError, ZeroDivisionError):
         return False
 
@@ -100,7 +100,7 @@ class Environment:
 
     @classmethod
     def load_or_empty(cls, path: Path) -> "Environment":
-        """Raises UserError if the file is damaged. Runs of early versions have none."""
+        """Read ``path``, which runs of early versions do not have. Raises UserError if it is damaged."""
         if not path.exists():
             return cls()
         content = JsonObject.load(path)
@@ -126,7 +126,7 @@ class FinishedRun:
 
     @classmethod
     def load(cls, path: Path, name: str | None = None) -> "FinishedRun":
-        """Raises UserError if ``path`` is not a finished run or one of its files is damaged."""
+        """Read the run folder ``path``. Raises UserError if it has no results or one of its files is damaged."""
         config, evaluation = RunConfig.load(path / "config.json"), EvalFile.load(path / "eval.json")
         environment = Environment.load_or_empty(path / "env.json")
         for result in evaluation.every_result():

@@ -11,16 +11,7 @@ from torch import Tensor
 
 from ltat_fast.attacks.checks import Check
 from ltat_fast.files import write_json
-from ltat_fast.runs.json_object import (
-    JsonObject,
-    is_bool,
-    is_count,
-    is_number,
-    is_percent,
-    is_text,
-    list_of,
-    optional,
-)
+from ltat_fast.runs.json_object import JsonObject, is_bool, is_count, is_number, is_percent, is_text, list_of, optional
 
 CHECKPOINTS = ("best", "last")
 CHECKS = "checks"  # the one key beside the attacks
@@ -105,7 +96,7 @@ class Result:
 
     @classmethod
     def from_json(cls, entry: JsonObject) -> "Result":
-        """The result that :meth:`to_json` wrote. Raises UserError if a field is of another type or out of range."""
+        """Read what :meth:`to_json` wrote. Raises UserError if a field has a wrong type or is out of range."""
         images = entry.take("images", is_count, None)
         groups, other = {}, {}
         for name, value in entry.content.items():
@@ -214,12 +205,12 @@ class EvalFile:
 
     @classmethod
     def load(cls, path: Path) -> "EvalFile":
-        """Raises UserError if ``path`` is missing or damaged."""
+        """Read ``path``. Raises UserError if it is missing or damaged."""
         return cls.from_json(JsonObject.load(path))
 
     @classmethod
     def load_or_empty(cls, path: Path) -> "EvalFile":
-        """As :meth:`load`; without results if ``path`` does not exist."""
+        """Read ``path`` like :meth:`load`, or return an empty file if it does not exist."""
         return cls.load(path) if path.exists() else cls()
 
     @classmethod

@@ -17,7 +17,7 @@ def submit(jobs: Sequence[Job], partition: str, minutes: int) -> None:
     except ImportError:
         raise UserError("--slurm-partition needs submitit: pip install submitit") from None
     if shutil.which("sbatch") is None:  # submitit would run the jobs on this machine instead
-        raise UserError("--slurm-partition: there is no Slurm here, sbatch is not on the PATH")
+        raise UserError("--slurm-partition needs Slurm, but sbatch is not on the PATH")
     for job in jobs:
         folder = job.log_file.parent / "slurm"
         files.make_folder(folder)

@@ -36,6 +36,21 @@ def tf32(allowed: bool) -> Iterator[None]:
             switch.allow_tf32 = was_allowed
 
 
+@contextlib.contextmanager
+def without_cudnn_search() -> Iterator[None]:
+    """Let cuDNN choose its algorithms without trying them, inside a ``with`` block.
+
+    Trying pays for the many equal batches of training. It costs minutes where batch sizes vary: AutoAttack's batches
+    shrink, and every new size would be tried.
+    """
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
 def without_tf32() -> contextlib.AbstractContextManager[None]:
     """Forbid TF32 inside a ``with`` block. By default, torch uses it in convolutions: 10 bits of mantissa."""
     return tf32(False)

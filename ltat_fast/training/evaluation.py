@@ -4,6 +4,7 @@ The attacks themselves are in :mod:`ltat_fast.attacks.by_name`, the content of t
 :mod:`ltat_fast.runs.results`.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 
@@ -23,7 +24,8 @@ from ltat_fast.runs.scores import Scores, fingerprint
 from ltat_fast.runs.splits import DeviceImages, Splits
 from ltat_fast.runs.weights import load_model, weights_digest, weights_file
 from ltat_fast.training import distributed
-from ltat_fast.training.device import Hardware, without_tf32
+from ltat_fast.training.device import Hardware, without_cudnn_search, without_tf32
+from ltat_fast.training.step import frozen_twin
 
 
 def evaluate(
@@ -38,14 +40,16 @@ def evaluate(
     batch_size: int,
     limits: dict[str, int | None] | None = None,
     say: Callable[[str], None] = lambda text: None,
+    strict: bool = True,
 ) -> dict[str, Result]:
-    """The result of each attack on ``model`` in eval mode and float32.
+    """Return the result of each attack on ``model`` in eval mode.
 
+    model: a network, which is evaluated in float32, or a frozen twin, which is evaluated as it is. strict: forbid TF32.
     images: uint8 ``(N, C, H, W)`` and labels: int64 ``(N,)``, on the model's device. limits: the largest number of
     images to use, under "default", and the largest number of those by attack. Several processes share the batches;
     each of them returns the whole result.
     """
-    frozen = FrozenTwin(model, fold_bn=True)
+    frozen = model if isinstance(model, FrozenTwin) else FrozenTwin(model, fold_bn=True)
     limits = limits or {}
     world = distributed.current()
     results = {}
@@ -56,9 +60,9 @@ def evaluate(
         places = torch.from_numpy(chosen)
         x, y = images[places.to(images.device)], labels[places.to(images.device)]
         part = (world.rank, world.size)
-        with without_tf32():
-            mine = correct_under(name, frozen, x, y, eps, batch_size=batch_size, indices=places, part=part)
-        correct = torch.cat(distributed.gather_in_turn(list(mine.split(batch_size))))
+        with without_cudnn_search(), without_tf32() if strict else contextlib.nullcontext():
+            own_part = correct_under(name, frozen, x, y, eps, batch_size=batch_size, indices=places, part=part)
+        correct = torch.cat(distributed.gather_in_turn(list(own_part.split(batch_size))))
         used = np.isin(np.arange(len(images)), chosen) if len(chosen) < len(images) else None
         results[name] = Result.from_correct(correct, y, groups, num_classes, used)
         say(f"  {name}: {results[name].all:.2f} % of {len(y)} images")
@@ -71,25 +75,23 @@ def check(model: nn.Module, images: Tensor, labels: Tensor, eps: float, say: Cal
     They look at the network that :func:`evaluate` attacks. Arguments as there.
     """
     index = torch.from_numpy(spread(labels.cpu().numpy(), 64)).to(images.device)
-    with without_tf32():
+    with without_cudnn_search(), without_tf32():
         checks = run_checks(FrozenTwin(model, fold_bn=True), to_unit(images[index]), labels[index], eps)
     failed = [check for check in checks if not check.passed]
-    say(
-        f"  checks: {len(checks) - len(failed)} of {len(checks)} passed"
-        + (": the model may be overrated" * bool(failed))
-    )
+    warning = ": the accuracy under attack may be too high" if failed else ""
+    say(f"  checks: {len(checks) - len(failed)} of {len(checks)} passed{warning}")
     for check in failed:
         say(f"  FLAG {check.name}: {check.detail}")
     return checks
 
 
-def evaluate_run(config: Config, data: Splits, hardware: Hardware) -> None:
+def evaluate_run(config: Config, splits: Splits, hardware: Hardware) -> None:
     """Evaluate the best and the last checkpoint under the attacks of ``config``. Results in RUN/eval.json are kept."""
-    evaluate_checkpoints(config, data, hardware, ["best", "last"], parse_attacks(config.eval_attacks))
+    evaluate_checkpoints(config, splits, hardware, ["best", "last"], parse_attacks(config.eval_attacks))
 
 
 def evaluate_checkpoints(
-    config: Config, data: Splits, hardware: Hardware, checkpoints: list[str], attacks: list[str], again: bool = False
+    config: Config, splits: Splits, hardware: Hardware, checkpoints: list[str], attacks: list[str], again: bool = False
 ) -> None:
     """Evaluate ``checkpoints`` ("best", "last" or both) and add the result of each attack to RUN/eval.json.
 
@@ -100,15 +102,15 @@ def evaluate_checkpoints(
     by_weights: dict[str, list[str]] = {}
     for which in checkpoints:
         by_weights.setdefault(weights_digest(weights_file(config.run_dir, which)), []).append(which)
-    file, test_set = config.run_dir / "eval.json", fingerprint(data.test)
+    file, test_set = config.run_dir / "eval.json", fingerprint(splits.test)
     for weights, names in by_weights.items():
         identity = Identity(weights, config.eps, test_set)
-        scores = Scores(file, identity, names, data.test, data.groups, data.num_classes)
-        _evaluate_weights(config, data, hardware, scores, attacks, again)
+        scores = Scores(file, identity, names, splits.test, splits.groups, splits.num_classes)
+        _evaluate_weights(config, splits, hardware, scores, attacks, again)
 
 
 def _evaluate_weights(
-    config: Config, data: Splits, hardware: Hardware, scores: Scores, attacks: list[str], again: bool
+    config: Config, splits: Splits, hardware: Hardware, scores: Scores, attacks: list[str], again: bool
 ) -> None:
     """:func:`evaluate_checkpoints` for one set of weights."""
 
@@ -116,7 +118,7 @@ def _evaluate_weights(
     def model() -> nn.Module:
         log.say(f"{' and '.join(scores.checkpoints)}, on the test set:")
         file = weights_file(config.run_dir, scores.checkpoints[0])
-        return load_model(file, hardware.device, config.arch, data)
+        return load_model(file, hardware.device, config.arch, splits)
 
     def missing(known: Result | tuple | None) -> bool:
         """Whether to measure. All processes must decide alike, but the file may change while they read it."""
@@ -128,13 +130,13 @@ def _evaluate_weights(
         if attack == first:
             checks = scores.known_checks()
             if missing(checks):
-                checks = check(model(), data.test.images, data.test.labels, config.attack_config.eps, log.say)
+                checks = check(model(), splits.test.images, splits.test.labels, config.attack_config.eps, log.say)
             if is_main:
                 scores.add_checks(checks)
-        images = min(limit for limit in (len(data.test), config.limit_eval, _limits(config).get(attack)) if limit)
+        images = min(limit for limit in (len(splits.test), config.limit_eval, _limits(config).get(attack)) if limit)
         result = scores.known(attack, images)
         if missing(result):
-            result = evaluate_model(config, data, data.test, model(), [attack], log.say)[attack]
+            result = evaluate_model(config, splits, splits.test, model(), [attack], log.say)[attack]
         if is_main:
             scores.add(attack, result)
     distributed.wait()  # the next call reads what this one wrote
@@ -146,22 +148,40 @@ def _limits(config: Config) -> dict[str, int | None]:
 
 def evaluate_model(
     config: Config,
-    data: Splits,
+    splits: Splits,
     images: DeviceImages,
     model: nn.Module,
     attacks: Sequence[str],
     say: Callable[[str], None] = lambda text: None,
+    strict: bool = True,
 ) -> dict[str, Result]:
-    """:func:`evaluate` on ``images`` of ``data`` with the eps, batch size and limits of ``config``."""
+    """:func:`evaluate` on ``images`` of ``splits`` with the eps, batch size and limits of ``config``."""
     return evaluate(
         model,
         images.images,
         images.labels,
         attacks,
-        data.groups,
-        data.num_classes,
+        splits.groups,
+        splits.num_classes,
         config.attack_config.eps,
         batch_size=config.eval_batch_size,
         limits=_limits(config),
         say=say,
+        strict=strict,
     )
+
+
+def selection_twin(model: nn.Module, config: Config, hardware: Hardware) -> FrozenTwin:
+    """Return the twin of ``model`` whose scores select the best epoch; refresh it before each evaluation.
+
+    It computes in the precision of training and is compiled on a GPU. In float32 with cuDNN's NHWC convolutions, forty
+    evaluations would take longer than all of the training of a ResNet-18. The final results use float32.
+    """
+    if hardware.device.type == "cpu" and hardware.dtype == torch.float32:
+        return FrozenTwin(model, fold_bn=True)
+    twin = frozen_twin(model, hardware)
+    if hardware.device.type == "cuda" and config.compile != "none":
+        twin.compile(dynamic=False)
+    name = {torch.bfloat16: "bf16", torch.float32: "TF32"}[hardware.dtype]
+    log.say(f"the best epoch is selected by scores in {name}; final results are in float32")
+    return twin

@@ -148,7 +148,7 @@ class _Fit:
         finished = epoch == stage.epochs or self._out_of_steps(done)
         scores = {}
         if (selection := stage.selection) and (selection.after(epoch - 1) or finished):
-            scores = selection.evaluate(stage.model)
+            scores = selection.evaluate()
             entry |= scores
             if stage.method.uses_attack:
                 entry |= gradient_health(self.step, *self.check_batch)

@@ -13,6 +13,7 @@ from ltat_fast.data import DeviceLoader
 from ltat_fast.errors import UserError
 from ltat_fast.files import write_json
 from ltat_fast.methods import METHODS, Method, MethodContext
+from ltat_fast.models.frozen import FrozenTwin
 from ltat_fast.runs import log, tables
 from ltat_fast.runs.environment import describe_environment
 from ltat_fast.runs.results import CheckpointResults, EvalFile
@@ -21,7 +22,7 @@ from ltat_fast.runs.weights import new_model, weights_card
 from ltat_fast.schedule import first_drop
 from ltat_fast.training import distributed, teachers
 from ltat_fast.training.device import Hardware, make_deterministic
-from ltat_fast.training.evaluation import evaluate_model, evaluate_run
+from ltat_fast.training.evaluation import evaluate_model, evaluate_run, selection_twin
 from ltat_fast.training.fit import fit
 from ltat_fast.training.stage import Selection, Stage
 from ltat_fast.training.step import frozen_twin
@@ -45,6 +46,7 @@ def train(config: Config, method: Method, hardware: Hardware) -> None:
     student = student_stage(config, method, splits, hardware)
     teacher = teacher_or_stage(config, method.teacher, splits, hardware) if method.teacher != "none" else None
     hardware = choose_for_cpu(config, hardware, student.model, *next(student.loader.batches(0)))
+    student.selection = selection_by_pgd20(student, splits, hardware)
     environment = describe_environment(hardware.device, hardware.dtype, splits)
     if distributed.current().is_main:
         write_json(run_dir / "config.json", configuration.to_json(config, method))
@@ -96,23 +98,32 @@ def train_teacher(stage: Stage, splits: Splits, hardware: Hardware) -> nn.Module
 
 
 def student_stage(config: Config, method: Method, splits: Splits, hardware: Hardware) -> Stage:
-    """Return the stage that trains the student and selects its best epoch by PGD-20."""
-    stage = _stage(config, "student", method, splits, hardware)
+    """Return the stage that trains the student, without a selection of its best epoch."""
+    return _stage(config, "student", method, splits, hardware)
+
+
+def selection_by_pgd20(stage: Stage, splits: Splits, hardware: Hardware) -> Selection:
+    """Return the selection of the epoch with the highest PGD-20 accuracy, on the images of ``--select-on``."""
+    config = stage.config
     name = "test" if config.select_on == "test" else "heldout"
 
-    def scores(model: nn.Module) -> dict[str, float]:
-        result = evaluate_model(config, splits, splits.select, model, ["clean", "pgd20"])
+    @functools.cache  # built at the first evaluation, when the batch norms of the model are final
+    def twin() -> FrozenTwin:
+        return selection_twin(stage.model, config, hardware)
+
+    def scores() -> dict[str, float]:
+        twin().refresh()
+        result = evaluate_model(config, splits, splits.select, twin(), ["clean", "pgd20"], strict=False)
         flat = {"clean": result["clean"].all, "pgd20": result["pgd20"].all}
         flat |= {"tail_clean": result["clean"].percent("tail"), "tail_pgd20": result["pgd20"].percent("tail")}
         return {f"{name}_{key}": value for key, value in flat.items() if value is not None}
 
     dropped = first_drop(config.lr_schedule, config.epochs)
-    stage.selection = Selection(
+    return Selection(
         evaluate=scores,
         after=lambda epoch: epoch >= dropped or (epoch + 1) % config.eval_every == 0,
         by=f"{name}_pgd20",
     )
-    return stage
 
 
 def _stage(

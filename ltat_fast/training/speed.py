@@ -5,15 +5,23 @@ import time
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import conv_flop_count, flop_registry, register_flop_formula
 
-from ltat_fast.training.device import tf32
+from ltat_fast.training.device import tf32, without_cudnn_search
 from ltat_fast.training.step import TrainStep
 
 # Large enough to reach the highest rate, small enough to measure at every start: milliseconds on a GPU, less than a
 # second on two cores.
 MATMUL_SIZE = {"cuda": 8192, "cpu": 2048}
 COUNTED_IMAGES = 2  # batch norm in train mode needs more than one
+
+
+@register_flop_formula(
+    [torch.ops.aten.cudnn_convolution_relu, torch.ops.aten.cudnn_convolution_add_relu, torch.ops.ltat.conv_relu]
+)
+def _conv_relu_flops(x_shape, weight_shape, *_, out_shape=None, **__) -> int:
+    """Operations of a fused convolution (:mod:`ltat_fast.models.fused_conv`), which torch does not count."""
+    return conv_flop_count(x_shape, weight_shape, out_shape)
 
 
 class FlopCounter(TorchDispatchMode):
@@ -37,10 +45,11 @@ def flops_per_image(eager: TrainStep, x: Tensor, y: Tensor) -> float:
     eager: a step on the eager backend, because a compiled step hides its operators. x, y: a batch.
     """
     x, y = x[:COUNTED_IMAGES], y[:COUNTED_IMAGES]
-    with FlopCounter() as counter:
-        eager.trial(x, y)
-    with FlopCounter() as extra:  # a trial runs the attack a second time, to return its result
-        eager.perturb(x, y)
+    with without_cudnn_search():  # no later batch has this size
+        with FlopCounter() as counter:
+            eager.trial(x, y)
+        with FlopCounter() as extra:  # a trial runs the attack a second time, to return its result
+            eager.perturb(x, y)
     return (counter.total - extra.total) / len(x)
 
 

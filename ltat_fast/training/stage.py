@@ -20,11 +20,11 @@ from ltat_fast.training import distributed
 class Selection:
     """How the best epoch of a stage is found.
 
-    evaluate: model to named numbers, in percent. after: epoch, from 0, to whether it is evaluated. by: the name of the
-    number whose highest value marks the best epoch.
+    evaluate: returns named numbers, in percent, for the present weights of the stage. after: epoch, from 0, to whether
+    it is evaluated. by: the name of the number whose highest value marks the best epoch.
     """
 
-    evaluate: Callable[[nn.Module], dict[str, float]]
+    evaluate: Callable[[], dict[str, float]]
     after: Callable[[int], bool]
     by: str
 

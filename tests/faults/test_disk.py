@@ -1,14 +1,17 @@
-"""Disks that are full, read-only or limited: one sentence, no half-written file, and afterwards --resume goes on."""
+"""Disks that are full, read-only or limited: one clear error, no half-written file, and --resume works afterwards."""
 
+import contextlib
 import os
 import resource
 import shutil
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from helpers import launching, small_disks, train_runs
-from helpers.launching import assert_same
+from helpers.train_runs import assert_same
 from ltat_fast.runs import log
 from ltat_fast.runs.weights import read_weights
 
@@ -19,37 +22,47 @@ def assert_whole(run_dir: Path) -> None:
     assert not list(run_dir.rglob("*.partial"))
 
 
-# A state is 0.6 MB and weights are 0.3: full in the teacher, in its second save, and in the student.
+# A state has 0.6 MB and weights have 0.3: these disks are full in the first and second save of the teacher, and in the
+# student.
 @pytest.mark.parametrize("size", ["400k", "1500k", "2800k"])
-def test_a_full_disk(tmp_path, undisturbed, size):
+def test_a_run_on_a_full_disk_resumes_once_there_is_room(tmp_path, undisturbed, capfd, size):
     with small_disks.file_system(tmp_path / "disk", size) as disk:
-        err = launching.finish(disk / "run", status=2)
+        assert launching.train(disk / "run") == 2
+        err = capfd.readouterr().err
         assert err.startswith("ltat_fast: error: cannot write ")
         assert "No space left on device" in err
         assert err.count("\n") == 1
         assert_whole(disk / "run")
         small_disks.remount(disk, "size=64m")
-        launching.finish(disk / "run")
+        assert launching.train(disk / "run") == 0
         assert_same(disk / "run", undisturbed)
 
 
-def test_a_file_may_grow_no_larger(tmp_path, undisturbed):
-    """The quota that every user can set."""
+@contextlib.contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """The quota of this process that every user can set, in bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, resource.RLIM_INFINITY))
 
-    with launching.running(tmp_path / "run", preexec_fn=limit) as (process,):
-        _, err = train_runs.finish(process, status=2)
+def test_a_run_with_a_file_size_limit_resumes_without_it(tmp_path, undisturbed, capfd):
+    assert signal.getsignal(signal.SIGXFSZ) == signal.SIG_IGN, "Python turns this signal into an OSError"
+    with file_size_limit(500_000):
+        assert launching.train(tmp_path / "run") == 2
+    err = capfd.readouterr().err
     assert err.startswith("ltat_fast: error: cannot write ")
     assert "resume.safetensors: File too large" in err
     assert err.count("\n") == 1
     assert_whole(tmp_path / "run")
-    launching.finish(tmp_path / "run")
+    assert launching.train(tmp_path / "run") == 0
     assert_same(tmp_path / "run", undisturbed)
 
 
-def test_a_line_of_the_record_that_did_not_fit_is_not_read_back(tmp_path):
+def test_a_metrics_line_that_did_not_fit_on_the_disk_is_not_read_back(tmp_path):
     with small_disks.file_system(tmp_path / "disk", "64k") as disk:
         record = log.StageLog(disk, 0)
         record.epoch({"epoch": 1, "loss": 0.5})
@@ -60,7 +73,7 @@ def test_a_line_of_the_record_that_did_not_fit_is_not_read_back(tmp_path):
         assert log.read_metrics(disk / "metrics.jsonl") == [{"epoch": 1, "loss": 0.5}]
 
 
-def test_a_read_only_run_folder(tmp_path, undisturbed, capfd):
+def test_a_read_only_run_folder_is_refused(tmp_path, undisturbed, capfd):
     with small_disks.file_system(tmp_path / "disk", "64m") as disk:
         shutil.copytree(undisturbed, disk / "run")
         small_disks.remount(disk, "ro")
@@ -77,8 +90,8 @@ def test_a_read_only_run_folder(tmp_path, undisturbed, capfd):
         assert train_runs.train("--out", str(disk / "run"), "--resume") == 0
 
 
-def test_images_on_a_disk_that_keeps_no_cache(tmp_path, image_tree, monkeypatch, capfd):
-    """Neither beside the images nor in the user's own cache: they are decoded for this run alone."""
+def test_images_are_decoded_for_one_run_if_no_disk_keeps_the_cache(tmp_path, image_tree, monkeypatch, capfd):
+    """Neither the folder of the images nor the user's cache folder can be written."""
     with small_disks.file_system(tmp_path / "disk", "64m") as disk:
         shutil.copytree(image_tree, disk / "images", ignore=lambda folder, names: {n for n in names if n[0] == "."})
         small_disks.remount(disk, "ro")
@@ -89,12 +102,13 @@ def test_images_on_a_disk_that_keeps_no_cache(tmp_path, image_tree, monkeypatch,
         assert capfd.readouterr().out.count("cannot keep decoded images in") == 2
 
 
-def test_two_runs_into_one_folder_at_once(tmp_path, undisturbed):
-    """Whichever is first trains; the other is told, and does no harm."""
+def test_a_second_run_into_the_same_folder_is_refused(tmp_path, undisturbed, capfd):
+    """The first run has locked the folder and written nothing yet: the second finds no run there."""
     out = tmp_path / "run"
-    with launching.running(out) as (one,), launching.running(out) as (other,):
-        errors = {process.communicate(timeout=120)[1]: process.returncode for process in (one, other)}
-    assert sorted(errors.values()) == [0, 2]
-    (refusal,) = [err for err, status in errors.items() if status == 2]
-    assert "is being trained by another process" in refusal or "is not empty" in refusal
+    with launching.running(out, LTAT_SIGNAL="SIGSTOP 1 rename config.json") as (first,):
+        train_runs.wait_until_stopped(first)
+        assert launching.train(out) == 2
+        first.send_signal(signal.SIGCONT)
+        train_runs.finish(first)
+    assert "is being trained by another process" in capfd.readouterr().err
     assert_same(out, undisturbed)

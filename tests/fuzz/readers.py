@@ -29,7 +29,6 @@ import torch
 from PIL import Image
 from scipy.io import savemat
 
-from helpers.mutate_files import cut, flip, mutate
 from ltat_fast import config
 from ltat_fast.data import load_dataset
 from ltat_fast.data.cache import CARD, NAMES, read_cache, write_cache
@@ -44,6 +43,7 @@ from ltat_fast.runs.weights import read_weights, write_weights
 
 sys.path.append(str(Path(__file__).parents[1]))
 from helpers.image_trees import write_folder, write_tiny_imagenet
+from helpers.mutate_files import cut, flip, mutate
 
 MEMORY = 2 * 2**30  # bytes in addition to the imports; an image of MAX_PIXELS needs about half
 HANG = 20  # seconds per file

@@ -1,4 +1,4 @@
-"""Every flag with values of every kind: a configuration that comes back as it was from config.json, or a UserError."""
+"""Every flag gets values of every kind: config.json gives back the same configuration, or UserError is raised."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ from ltat_fast.models import ARCHS
 
 
 def examples(number: int) -> settings:
-    """So many, the same in every run."""
+    """Return settings for ``number`` examples, the same in every run."""
     slow = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
     return settings(max_examples=number, deadline=None, derandomize=True, database=None, suppress_health_check=slow)
 
@@ -29,7 +29,7 @@ positive = st.floats(1e-9, 1e9)
 share = st.floats(0.001, 0.999)
 fraction = st.one_of(st.floats(1e-6, 1).map(str), st.integers(1, 255).map(lambda n: f"{n}/255"))
 text = st.text(st.characters(blacklist_characters="\0", blacklist_categories=["Cs"]), max_size=20)
-name = text.filter(lambda value: value and value[0] != "-" and value != "None")  # what a path can be called
+name = text.filter(lambda value: value and value[0] != "-" and value != "None")  # possible names of a path
 VALID = {
     "dataset": st.sampled_from(sorted(PRESETS)),
     "method": st.sampled_from(sorted(METHODS)),
@@ -58,7 +58,7 @@ VALID = {
 
 
 def valid(owner: type, field: dataclasses.Field) -> st.SearchStrategy:
-    """Values that are right for ``field``, whatever the others are."""
+    """Return values that are valid for ``field`` whatever the other fields are."""
     kind = typing.get_type_hints(owner)[field.name]
     if owner is Config and field.name in VALID:
         return VALID[field.name]
@@ -69,7 +69,7 @@ def valid(owner: type, field: dataclasses.Field) -> st.SearchStrategy:
 
 @st.composite
 def flags(draw) -> dict[str, tuple[type, object]]:
-    """Some of the flags, with right values, by name; with the class they belong to."""
+    """Draw some flags with valid values. Return the class of each field and its value, by field name."""
     chosen = {"method": (Config, draw(VALID["method"]))}
     for owner in (Config, METHODS[chosen["method"][1]]):
         fields = [field for field in dataclasses.fields(owner) if field.name != "method"]
@@ -95,7 +95,7 @@ def through_a_file(config: Config, method) -> tuple:
 
 @examples(40)
 @given(flags())
-def test_right_flags_are_taken_and_come_back(chosen):
+def test_valid_flags_are_stored_and_loaded_again(chosen):
     config, method = parse_args(command_line(chosen))
     for key, (owner, value) in chosen.items():
         if value is not None:
@@ -134,13 +134,13 @@ ODD = (
     st.one_of(st.sampled_from(ODD), text, st.floats().map(str), st.integers().map(str)),
     st.booleans(),
 )
-def test_any_text_for_any_flag(capsys, flag, value, joined):
+def test_any_text_for_any_flag_is_accepted_or_refused(capsys, flag, value, joined):
     line = ["--method", ALL_FLAGS[flag]] * (flag != "method")
     line += [f"--{flag}={value}"] if joined else [f"--{flag}", value]
     try:
         config, method = parse_args(line)
     except (UserError, SystemExit) as refused:
-        status = refused.code if isinstance(refused, SystemExit) else 2  # the parser's own complaint, or --help
+        status = refused.code if isinstance(refused, SystemExit) else 2  # an error of the parser, or --help
         if status not in (0, 2):
             raise
     else:
@@ -157,7 +157,7 @@ anything = st.recursive(
 
 @examples(400)
 @given(st.sampled_from(sorted(METHODS)), st.data())
-def test_anything_for_any_setting_of_a_config_file(tmp_path, name, data):
+def test_any_value_in_config_json_is_accepted_or_refused(tmp_path, name, data):
     content = to_json(Config(method=name), METHODS[name]())
     options = content["method_options"]
     place = data.draw(st.sampled_from([*content, *options, "method_options", "new"]))
@@ -189,12 +189,12 @@ def test_anything_for_any_setting_of_a_config_file(tmp_path, name, data):
         ("deterministic", "yes", "--deterministic takes bool, not 'yes'"),
     ],
 )
-def test_a_value_of_another_type_is_named(key, value, words):
+def test_a_value_of_a_wrong_type_is_named(key, value, words):
     with pytest.raises(UserError, match=f"^{words}"):
         from_json(to_json(Config(), METHODS["ltat"]()) | {key: value})
 
 
-def test_a_config_without_end_is_refused(tmp_path):
+def test_a_deeply_nested_config_json_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("[" * 100_000)
     with pytest.raises(UserError, match="cannot be read as a run's configuration"):
         configuration.load(tmp_path)

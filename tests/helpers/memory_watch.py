@@ -1,10 +1,11 @@
-"""What a running process holds, sampled while it trains, and whether it stayed flat."""
+"""Memory, open files and threads of a training process: samples while it trains, and whether they stay flat."""
 
 import csv
 import dataclasses
 import statistics
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,29 +18,40 @@ MIB = 2**20
 @dataclass(frozen=True)
 class Sample:
     cycle: int
-    """which of the processes that took turns at the run, from 0"""
+    """which of the processes that continued one another, from 0"""
     seconds: float
     """since the first of them started"""
     anonymous_mib: float
-    """memory with no file behind it, swapped out or not: pages of libraries come and go with other processes"""
+    """memory without a file behind it, swapped out or not; pages of libraries depend on other processes"""
     rss_mib: float
     descriptors: int
     threads: int
     epochs: int
-    """finished by then, over all processes"""
+    """finished so far, over all processes"""
     folder_mib: float
     files: int
-    """in the run folder; those being written, which come and go, are left out"""
+    """in the run folder, without the temporary files of a save"""
 
 
-def watch(process: subprocess.Popen, run_dir: Path, seconds: float, every: float, cycle: int, start: float) -> list:
-    """Samples of ``process`` for so many ``seconds``, or until it ends."""
-    seen, until, samples = psutil.Process(process.pid), time.monotonic() + seconds, []
-    while time.monotonic() < until and process.poll() is None:
+def watch(
+    process: subprocess.Popen,
+    run_dir: Path,
+    every: float,
+    cycle: int,
+    start: float,
+    enough: Callable[[list[Sample]], bool],
+) -> list[Sample]:
+    """Sample ``process`` until the samples are ``enough`` or the process ends.
+
+    every: seconds between two samples. start: time.monotonic() at the start of the first process.
+    """
+    watched, samples = psutil.Process(process.pid), []
+    while process.poll() is None and not enough(samples):
         time.sleep(every)
         try:
-            with seen.oneshot():
-                held = _anonymous_mib(process.pid), seen.memory_info().rss / MIB, seen.num_fds(), seen.num_threads()
+            with watched.oneshot():
+                held = _anonymous_mib(process.pid), watched.memory_info().rss / MIB
+                held += watched.num_fds(), watched.num_threads()
         except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
             break
         samples.append(Sample(cycle, time.monotonic() - start, *held, *_inside(run_dir)))
@@ -52,7 +64,7 @@ def _anonymous_mib(pid: int) -> float:
 
 
 def _inside(run_dir: Path) -> tuple[int, float, int]:
-    """Epochs recorded, MiB and files of a run folder, which is being written to."""
+    """Return the recorded epochs, the MiB and the number of files of a run folder that is being written to."""
     metrics, sizes = run_dir / "metrics.jsonl", []
     epochs = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
     for path in run_dir.rglob("*"):
@@ -65,30 +77,30 @@ def _inside(run_dir: Path) -> tuple[int, float, int]:
 
 
 def settled(samples: list[Sample], share: float = 0.2) -> list[Sample]:
-    """Without the warm-up: imports, the first epochs, and the allocator's first round of every size."""
+    """Return the samples without the warm-up: imports, first epochs, and first use of each size in the allocator."""
     return samples[int(len(samples) * share) :]
 
 
 def mib_per_hour(samples: list[Sample]) -> float:
-    """Slope of the memory by Theil and Sen, the median over all pairs: no single jump, up to 29 % of them, moves it."""
+    """Return the slope of the memory by Theil and Sen, a median over all pairs: 29 % of outliers do not move it."""
     return theilslopes([s.anonymous_mib for s in samples], [s.seconds / 3600 for s in samples]).slope
 
 
 def problems(samples: list[Sample], most_mib_per_hour: float, most_kib_per_epoch: float) -> list[str]:
-    """What grew, of the ``samples`` of one process after its warm-up."""
+    """Name everything that grew in the ``samples`` of one process after its warm-up."""
     found = []
     if (slope := mib_per_hour(samples)) > most_mib_per_hour:
-        found.append(f"memory grows by {slope:.2f} MiB an hour, more than {most_mib_per_hour:g}")
+        found.append(f"memory grows by {slope:.2f} MiB per hour, more than {most_mib_per_hour:g}")
     quarter = len(samples) // 4
     for name in ("descriptors", "threads", "files"):
         values = [getattr(sample, name) for sample in samples]
         before, after = statistics.median(values[:quarter]), min(values[-quarter:])
-        if after > before:  # what is open for a moment only does not raise the least of a quarter
+        if after > before:  # a file that is open for a moment does not raise the minimum of a quarter
             found.append(f"{name}: never fewer than {after} in the last quarter, {before:g} in the first")
     first, last = samples[0], samples[-1]
     written = (last.folder_mib - first.folder_mib) * 1024 / max(last.epochs - first.epochs, 1)
     if written > most_kib_per_epoch:
-        found.append(f"the run folder grows by {written:.2f} KiB an epoch, more than {most_kib_per_epoch:g}")
+        found.append(f"the run folder grows by {written:.2f} KiB per epoch, more than {most_kib_per_epoch:g}")
     return found
 
 

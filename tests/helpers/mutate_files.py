@@ -1,13 +1,13 @@
-"""Damage to files: what disks and networks do, and what someone does who knows the format."""
+"""Damage to files: random errors of disks and networks, and changes by somebody who knows the format."""
 
 import random
 
 NUMBERS = (0, 1, 0x7F, 0xFF, 0x7FFF, 0xFFFF, 2**24, 2**31 - 1, 2**32 - 1, 2**40, 2**63 - 1, 2**64 - 1)
-EDGE = 64  # bytes at either end, where headers and directories lie: half of all damage goes there
+EDGE = 64  # bytes at either end, which hold headers and directories: half of all damage goes there
 
 
 def mutate(content: bytes, others: list[bytes], rng: random.Random) -> bytes:
-    """``content`` after one to four kinds of damage; splices take bytes from one of ``others``."""
+    """Return ``content`` after one to four kinds of damage. Splices take bytes from one of ``others``."""
     damaged = bytearray(content)
     for _ in range(rng.choice((1, 1, 1, 2, 4))):
         if not damaged:
@@ -17,7 +17,7 @@ def mutate(content: bytes, others: list[bytes], rng: random.Random) -> bytes:
 
 
 def flip(content: bytearray, rng: random.Random, others=()) -> None:
-    """One to eight bits."""
+    """Flip one to eight bits."""
     for _ in range(rng.choice((1, 1, 2, 8))):
         content[_place(content, rng)] ^= 1 << rng.randrange(8)
 
@@ -32,14 +32,14 @@ def _overwrite(content: bytearray, rng: random.Random, others) -> None:
 
 
 def _number(content: bytearray, rng: random.Random, others) -> None:
-    """A number at the limits of its type where a size or an offset may be."""
+    """Overwrite a place, perhaps a size or an offset, with a number at the limits of its type."""
     width, place = rng.choice((1, 2, 4, 8)), _place(content, rng)
     number = rng.choice(NUMBERS) % 2 ** (8 * width)
     content[place : place + width] = number.to_bytes(width, rng.choice(("little", "big")))
 
 
 def _digit(content: bytearray, rng: random.Random, others) -> None:
-    """Another digit for one of a text's, as in the sizes of a JSON header."""
+    """Replace a digit of a text, for example in a size of a JSON header."""
     if digits := [i for i, byte in enumerate(content[:4096]) if 48 <= byte < 58]:
         content[rng.choice(digits)] = rng.randint(48, 57)
 

@@ -1,4 +1,4 @@
-"""AutoAttack cut from minutes to a second: the standard four attacks with a fraction of their steps."""
+"""AutoAttack in a second instead of minutes: its four standard attacks with a fraction of their steps."""
 
 import pyautoattack
 

@@ -1,4 +1,4 @@
-"""A disk that is soon full, or read-only."""
+"""Small file systems that can be full or read-only."""
 
 import contextlib
 import shutil
@@ -11,7 +11,7 @@ import pytest
 
 @contextlib.contextmanager
 def file_system(folder: Path, size: str) -> Iterator[Path]:
-    """A file system of its own in ``folder``, of ``size`` and no larger; where that is not permitted, a skip."""
+    """Mount a new file system of ``size`` on ``folder``. Skip the test if this is not permitted."""
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True) if shutil.which("mount") else None
@@ -24,5 +24,5 @@ def file_system(folder: Path, size: str) -> Iterator[Path]:
 
 
 def remount(folder: Path, options: str) -> None:
-    """Change a file system of :func:`file_system`: ``ro``, ``rw``, ``size=64m``."""
+    """Change a file system of :func:`file_system`. options: ``ro``, ``rw`` or ``size=64m``."""
     subprocess.run(["mount", "-o", f"remount,{options}", str(folder)], check=True)

@@ -1,4 +1,4 @@
-"""A stage of training on random images, small enough to be stopped, killed and poisoned at every place it can be."""
+"""A stage of training on random images, small enough to stop, kill or poison it at every step."""
 
 import os
 
@@ -21,7 +21,7 @@ SCORES = [30.0, 50.0, 50.0]  # of epochs 1, 2, 3
 
 
 class Method(PgdAt):
-    """PGD-AT that calls ``at_step(number)`` before each step's loss, numbered from 1 over the life of the process."""
+    """PGD-AT that calls ``at_step(number)`` before the loss of each step, which are numbered from 1."""
 
     def __init__(self, at_step=lambda number: None):
         self.calls, self.at_step, self.progress = 0, at_step, []
@@ -36,7 +36,7 @@ class Method(PgdAt):
 
 
 def stage(folder, method=None, selection=None, **changes) -> Stage:
-    """A stage into ``folder``. changes: settings of the Config."""
+    """Return a stage that writes into ``folder``. changes: settings of the Config."""
     rng = np.random.RandomState(0)
     loader = DeviceLoader(
         rng.randint(0, 256, (42, 3, 6, 6)).astype(np.uint8),
@@ -49,11 +49,11 @@ def stage(folder, method=None, selection=None, **changes) -> Stage:
     )
     assert len(loader) == PER_EPOCH
 
-    def evaluate(model):
+    def evaluate():
         return {"test_pgd20": SCORES[evaluate.calls - 1], "test_clean": 60.0}
 
     def evaluate_when(epoch):
-        evaluate.calls = epoch + 1  # scripted by epoch, so that a resumed stage sees what the first saw
+        evaluate.calls = epoch + 1  # scores depend on the epoch alone, also after a resume
         return True
 
     settings = {
@@ -82,7 +82,7 @@ TIMES = {"seconds", "images_per_second", "share_of_ceiling"}
 
 
 def outcome(folder):
-    """All that a stage leaves, but for its times."""
+    """Return all results of a stage except its times."""
     records = log.read_metrics(folder / "metrics.jsonl")
     metrics = [{k: v for k, v in record.items() if k not in TIMES} for record in records]
     files = {name: read_weights(folder / "checkpoints" / f"{name}.safetensors") for name in ("best", "last")}
@@ -104,6 +104,8 @@ def saved(folder) -> dict:
 
 
 def send(number: int, at: int):
+    """Return a function for ``at_step`` that sends signal ``number`` to this process in step ``at``."""
+
     def at_step(step):
         if step == at:
             os.kill(os.getpid(), number)
@@ -112,7 +114,7 @@ def send(number: int, at: int):
 
 
 class Poisoned(Method):
-    """PGD-AT with ``replacement(model, loss)`` for the loss on the given batches, at each (epoch, step), from 0."""
+    """PGD-AT whose loss is ``replacement(model, loss)`` on the batches at ``places``: (epoch, step), both from 0."""
 
     def __init__(self, replacement, *places):
         super().__init__()
@@ -130,5 +132,5 @@ def not_a_number(model, loss):
 
 
 def finite_with_infinite_gradient(model, loss):
-    # sqrt has an infinite slope at zero: the loss is a number, the weights after the step are not
+    # sqrt has an infinite slope at zero: the loss is finite, the weights after the step are not.
     return loss + (model[6].weight * 0).sum().sqrt()

@@ -18,7 +18,7 @@ from helpers.three_steps import (
     toy_classifier,
     train_step,
 )
-from ltat_fast.attacks import AttackConfig
+from ltat_fast.config import Config
 from ltat_fast.data import DeviceLoader
 from ltat_fast.methods import MethodContext
 from ltat_fast.methods.reat import Reat, effective_number_weights
@@ -175,24 +175,18 @@ def stage(folder, die_at: int | None = None) -> Stage:
     method.loss = dying_loss
     model = toy_classifier(method, seed=5).float()
     method.setup(MethodContext(torch.tensor(COUNTS)))
-    return Stage(
-        name="student",
-        folder=folder,
-        model=model,
+    config = Config(
+        out=folder,
         arch="toy",
-        method=method,
-        loader=loader,
-        attack=AttackConfig(0.1, 0.05, 2),
+        eps="0.1",
+        step_size="0.05",
+        attack_steps=2,
         epochs=3,
-        lr=0.1,
         lr_schedule="onecycle",
-        momentum=0.9,
-        weight_decay=5e-4,
         seed=3,
-        card=lambda epoch: {"arch": "toy", "epoch": epoch},
-        backend="none",
-        save_minutes=1e-9,
+        compile="none",
     )
+    return Stage("student", config, model, method, loader, card=lambda epoch: {})
 
 
 def test_a_resumed_run_keeps_its_counts(tmp_path):

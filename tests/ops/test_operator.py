@@ -128,7 +128,7 @@ def test_other_devices_run_plain_torch():
 
 SAVE_SAMPLES = f"""
     import importlib, sys, torch
-    sys.path.insert(0, {str(HERE)!r})
+    sys.path[:0] = [{str(HERE)!r}, {str(HERE.parent)!r}]  # the tests, and their helpers
     samples = {{}}
     for test in {OP_TESTS}:
         samples |= importlib.import_module(test).samples()

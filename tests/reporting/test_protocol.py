@@ -9,6 +9,7 @@ from ltat_fast.attacks.by_name import parse_attacks
 from ltat_fast.reporting import protocol
 from ltat_fast.reporting.study import studies
 from ltat_fast.runs.experiments import experiments
+from ltat_fast.runs.finished import exact_fraction
 
 
 def study_of(*runs):
@@ -26,8 +27,8 @@ def study_of(*runs):
     ],
 )
 def test_eps_is_the_exact_fraction(text, value, told):
-    assert protocol.fraction(text) == value
-    assert protocol.exactly(protocol.fraction(text)) == told
+    assert exact_fraction(text) == value
+    assert protocol.exactly(exact_fraction(text)) == told
 
 
 def test_each_attack_is_described(tmp_path):

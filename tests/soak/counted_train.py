@@ -1,6 +1,6 @@
-"""``ltat_fast.train`` that writes down, every tenth epoch, the bytes in use and the objects there are.
+"""``ltat_fast.train`` that records, every tenth epoch, how many bytes are in use and how many objects exist.
 
-What a process holds also has free space in it that the allocator keeps; this has not, so that a slow leak shows.
+The memory of a process includes free space that the allocator keeps. These counts do not, so a slow leak shows.
 """
 
 import ctypes

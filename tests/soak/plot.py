@@ -1,4 +1,4 @@
-"""``python tests/soak/plot.py soak.csv docs/soak.png``: what the soak run held over time."""
+"""``python tests/soak/plot.py soak.csv docs/soak.png``: plot the resources of the soak run over time."""
 
 import sys
 from pathlib import Path

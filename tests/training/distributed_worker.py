@@ -1,4 +1,4 @@
-"""What each process of test_distributed.py runs: three training steps and an evaluation, saved by the main one."""
+"""Each process of test_distributed.py runs this: three training steps and an evaluation. The main one saves them."""
 
 import sys
 from pathlib import Path
@@ -31,7 +31,7 @@ def main(out: Path) -> None:
     method = METHODS["ltat"](alpha=5.0, ramp="constant")
     method.setup(MethodContext(torch.arange(100, 0, -10), frozen_twin(network(1), hardware)))
     optimizer = make_optimizer(model, 0.05, 0.9, 5e-4)
-    # No random start: it is drawn for each process's share, and here the shares must meet the same one.
+    # No random start: each process draws its own, which would differ from that of a single process.
     attack = AttackConfig(0.1, 0.025, 3, noise="none")
     step = TrainStep(model, method, optimizer, attack, hardware, train_model=distributed.wrap(model))
 
@@ -48,7 +48,7 @@ def main(out: Path) -> None:
     if world.is_main:
         results = {attack: result.to_json() for attack, result in scores.items()}
         torch.save({"model": model.state_dict(), "totals": totals, "scores": results}, out)
-    distributed.wait()  # a peer that has left aborts one that has not
+    distributed.wait()  # a process that leaves early aborts the others
     distributed.stop()
 
 

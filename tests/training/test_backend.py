@@ -1,4 +1,4 @@
-"""Which backend a step runs on: one that fails or computes something else is dropped, and leaves nothing behind."""
+"""The choice of the backend of a step: one that fails or differs from eager is dropped and changes nothing."""
 
 import copy
 import gc
@@ -26,7 +26,7 @@ HARDWARE = Hardware(torch.device("cpu"), torch.float32, "test")
 
 
 class Setup:
-    """A network after one step, so that momentum is not zero, and what builds steps over it."""
+    """A network after one step, so that its momentum is not zero, and the function that builds steps for it."""
 
     def __init__(self):
         self.net = allow_joint_calls(small_net())
@@ -48,7 +48,7 @@ def assert_same(ours, theirs):
 
 
 class Eager(TrainStep):
-    """Stands for a compiled step, without the minutes: eager under another name."""
+    """A stand-in for a compiled step that does not compile: eager under another name."""
 
     def __init__(self, *args):
         super().__init__(*args[:5], "eager")
@@ -83,7 +83,7 @@ def said(monkeypatch):
 
 @pytest.fixture
 def compiled(monkeypatch):
-    """Every look finds one more compiled frame."""
+    """Pretend that torch.compile compiled one more frame before each look at their number."""
     frames = iter(range(1000))
     monkeypatch.setattr(backends, "compiled_graphs", lambda: next(frames))
 
@@ -103,7 +103,7 @@ def choose(setup, step_class, asked="step"):
         (AttacksSomethingElse, "of its adversarial pixels differ from those of eager|its loss is"),
     ],
 )
-def test_a_backend_that_does_not_agree_is_dropped_without_a_trace(said, compiled, step_class, why):
+def test_a_backend_that_fails_or_disagrees_is_dropped_and_changes_nothing(said, compiled, step_class, why):
     setup = Setup()
     before = setup.state()
     step = choose(setup, step_class)
@@ -123,7 +123,7 @@ def test_a_backend_that_compiles_nothing_is_dropped(said):
     assert "torch.compile compiled nothing" in said[0]
 
 
-def test_a_backend_that_agrees_is_used_and_the_trial_leaves_no_trace(said, compiled):
+def test_a_backend_that_agrees_is_used_and_its_trial_changes_nothing(said, compiled):
     setup, untouched = Setup(), Setup()
     step = choose(setup, Eager)
     assert step.backend == "step"
@@ -145,13 +145,13 @@ def test_graph_falls_back_to_step_and_then_to_eager(said, compiled):
 
 
 @pytest.mark.parametrize("asked", ["auto", "none"])
-def test_on_a_cpu_nothing_is_tried(said, asked):
+def test_auto_and_none_mean_eager_on_a_cpu(said, asked):
     assert choose(Setup(), FailsAfterTheUpdate, asked).backend == "eager"
     assert said == ["step: backend eager"]
 
 
 def test_the_compiled_step_takes_the_same_step():
-    """The real one: torch.compile on the CPU, three steps in each, from the same weights."""
+    """The real torch.compile on the CPU takes three steps from the same weights as eager."""
     eager, compiled_ = Setup(), Setup()
     step = choose_backend("step", compiled_.build, images(), labels())
     assert step.backend == "step", "torch.compile does not work here"
@@ -165,7 +165,7 @@ def test_the_compiled_step_takes_the_same_step():
 
 
 def test_a_signal_while_a_backend_is_tried_stops_the_run():
-    """It is not taken for a fault of the backend, which would be dropped, and the signal with it."""
+    """The signal does not count as a failure of the backend."""
 
     class Stopped(Eager):
         def _record(self, parts):
@@ -181,7 +181,7 @@ def test_a_signal_while_a_backend_is_tried_stops_the_run():
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("step", marks=pytest.mark.slow)])
 def test_a_step_is_freed_without_the_garbage_collector(backend):
-    """A step in a reference cycle is freed by the collector, which may run while another step is being captured."""
+    """The garbage collector would free a step in a reference cycle, perhaps while another step is captured."""
     setup = Setup()
     step = setup.build(backend)
     step(images(), labels(), lr=0.1, progress=0.5, seed=0)

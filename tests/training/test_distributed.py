@@ -1,34 +1,41 @@
-"""Two gloo processes are one run: the same losses, weights and scores as a single process on the same batches."""
+"""Two gloo processes train as one: the same losses, weights and scores as a single process on the same batches."""
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from distributed_worker import main as train_and_evaluate
+
+from helpers import train_runs
+from ltat_fast.runs import log
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
 TRAIN = ("--epochs", "1", "--teacher-epochs", "1", "--max-steps", "4", "--batch-size", "32")
 TRAIN += ("--eval-attacks", "clean,pgd20", "--limit-eval", "60")
 
 
-def launch(processes: int, *command: str) -> subprocess.CompletedProcess:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+def torchrun(*command: str) -> subprocess.CompletedProcess:
+    """Run ``command`` in two processes."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *command]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run([*torchrun, *command], capture_output=True, text=True, env=environment, timeout=300)
+    return subprocess.run(
+        launch, capture_output=True, text=True, env=environment, timeout=train_runs.SAFETY_NET, check=False
+    )
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory) -> dict[int, dict]:
+    """What one process (this one) and two processes end with."""
     folder = tmp_path_factory.mktemp("distributed")
-    results = {}
-    for processes in (1, 2):
-        done = launch(processes, str(WORKER), str(folder / f"{processes}.pt"))
-        assert done.returncode == 0, done.stderr
-        results[processes] = torch.load(folder / f"{processes}.pt", weights_only=True)
-    return results
+    train_and_evaluate(folder / "1.pt")
+    done = torchrun(str(WORKER), str(folder / "2.pt"))
+    assert done.returncode == 0, done.stderr
+    return {processes: torch.load(folder / f"{processes}.pt", weights_only=True) for processes in (1, 2)}
 
 
 def test_two_processes_train_as_one(outcomes):
@@ -41,41 +48,48 @@ def test_two_processes_train_as_one(outcomes):
         assert torch.allclose(two["model"][name].double(), tensor.double(), rtol=2e-3, atol=2e-4), name
 
 
-def test_batch_statistics_are_of_the_global_batch(outcomes):
+def test_batch_norm_uses_the_statistics_of_the_global_batch(outcomes):
     names = [n for n in outcomes[1]["model"] if n.endswith("running_var")]
     assert names
     for name in names:
         assert torch.allclose(outcomes[2]["model"][name], outcomes[1]["model"][name], rtol=1e-3, atol=1e-5), name
 
 
-def test_evaluation_is_shared_and_whole(outcomes):
+def test_two_processes_evaluate_all_images_once(outcomes):
     one, two = outcomes[1]["scores"], outcomes[2]["scores"]
     for attack in ("clean", "pgd3"):
         assert two[attack]["images"] == one[attack]["images"] == 48
         assert two[attack]["all"] == pytest.approx(one[attack]["all"], abs=100 / 48 + 1e-6), attack
 
 
-def test_a_whole_run(tmp_path):
+def test_two_processes_resume_a_run_train_and_evaluate_it(tmp_path, monkeypatch):
+    """A single process trained the teacher before."""
     run = tmp_path / "run"
-    done = launch(2, "-m", "ltat_fast.train", "--out", str(run), *TRAIN)
+
+    record = log.StageLog.epoch
+
+    def record_and_signal(*args):
+        record(*args)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(log.StageLog, "epoch", record_and_signal)
+        assert train_runs.train("--out", str(run), *TRAIN) == 75
+    done = torchrun("-m", "ltat_fast.train", "--out", str(run), "--resume")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("training images in 10 classes") == 1, "one process speaks"
+    assert "teacher: already trained" in done.stdout
+    assert done.stdout.count("training images in 10 classes") == 1, "only the main process prints"
     scores = json.loads((run / "eval.json").read_text())
     assert scores["last"]["clean"]["images"] == 60
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 1
 
-    # What two processes trained, one evaluates to the same numbers.
-    evaluate = [sys.executable, "-m", "ltat_fast.evaluate", str(run), "--attacks", "clean,pgd20", "--again"]
-    again = [*evaluate, "--limit-eval", "60"]
-    subprocess.run(again, check=True, capture_output=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    # One process evaluates the weights of two to the same numbers.
+    again = ("--attacks", "clean,pgd20", "--again", "--limit-eval", "60")
+    assert train_runs.status_of("evaluate", str(run), *again) == 0
     assert json.loads((run / "eval.json").read_text())["last"]["pgd20"]["all"] == scores["last"]["pgd20"]["all"]
-
-    resumed = launch(2, "-m", "ltat_fast.train", "--out", str(run), "--resume")
-    assert resumed.returncode == 0, resumed.stderr
-    assert "already trained" in resumed.stdout
 
 
 def test_a_refused_start_ends_all_processes(tmp_path):
-    done = launch(2, "-m", "ltat_fast.train", "--out", str(tmp_path), "--eps", "8/0")
+    done = torchrun("-m", "ltat_fast.train", "--out", str(tmp_path), "--eps", "8/0")
     assert done.returncode != 0
     assert "takes a fraction such as 8/255" in done.stderr

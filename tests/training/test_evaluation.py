@@ -127,7 +127,7 @@ def test_a_failed_check_is_printed_and_returned():
     said.clear()
     found = check(Linear(1e6 * weight), pixels, y, 0.05, said.append)
     assert [each.name for each in found if not each.passed] == ["gradients"]
-    assert said[0] == "  checks: 6 of 7 passed: the model may be overrated"
+    assert said[0] == "  checks: 6 of 7 passed: the accuracy under attack may be too high"
     assert said[1].startswith("  FLAG gradients: ")
     assert len(said) == 2
     assert said[1] == f"  FLAG gradients: {found[3].detail}"

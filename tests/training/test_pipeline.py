@@ -1,4 +1,4 @@
-"""What the configuration says is what the stages of a run are built from."""
+"""The stages of a run are built as its configuration says."""
 
 import numpy as np
 import pytest
@@ -38,22 +38,23 @@ def assert_as_configured(stage: Stage, noise: str) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_student(method, data, tmp_path):
+def test_the_student_is_built_as_configured(method, data, tmp_path):
     config = config_of(method, tmp_path)
     student = pipeline.student_stage(config, METHODS[method](), data, HARDWARE)
     assert_as_configured(student, METHODS[method]().noise)
     assert (student.epochs, student.loader.batch_size, student.folder) == (7, 48, tmp_path)
     assert student.loader.indices.tolist() == list(range(461))
     assert type(student.method) is METHODS[method]
-    assert [epoch for epoch in range(7) if student.selection.after(epoch)] == [4, 5, 6], "from the first drop on"
-    assert student.selection.by == "test_pgd20"
+    selection = pipeline.selection_by_pgd20(student, data, HARDWARE)
+    assert [epoch for epoch in range(7) if selection.after(epoch)] == [4, 5, 6], "from the first drop on"
+    assert selection.by == "test_pgd20"
 
 
 @pytest.mark.parametrize(
     ("method", "kind", "images"), [("ltat", PgdAt, 22 * 10), ("ard", PgdAt, 461), ("igd", Natural, 461)]
 )
-def test_the_teacher(method, kind, images, data, tmp_path):
-    """LTAT's sees twice the smallest class, 11, of every class; the others all images."""
+def test_the_teacher_is_built_as_configured(method, kind, images, data, tmp_path):
+    """The teacher of LTAT sees 22 images per class, twice the smallest class. The others see all images."""
     config, kind_of_teacher = config_of(method, tmp_path), METHODS[method].teacher
     teacher = pipeline.teacher_or_stage(config, kind_of_teacher, data, HARDWARE)
     assert_as_configured(teacher, kind().noise)
@@ -64,7 +65,7 @@ def test_the_teacher(method, kind, images, data, tmp_path):
     assert seen == ([22] * 10 if images == 220 else data.counts)
 
 
-def test_teacher_and_student_are_seeded_apart(data, tmp_path):
+def test_teacher_and_student_have_different_seeds(data, tmp_path):
     config = config_of("ltat", tmp_path)
     student = pipeline.student_stage(config, METHODS["ltat"](), data, HARDWARE)
     teacher = pipeline.teacher_or_stage(config, "balanced", data, HARDWARE)
@@ -86,12 +87,12 @@ def test_teacher_and_student_are_seeded_apart(data, tmp_path):
         ("ltat", {}, "fp32", True),
     ],
 )
-def test_the_precision_of_the_attack(method, options, given, fp32, data, tmp_path):
+def test_the_precision_of_the_training_attack(method, options, given, fp32, data, tmp_path):
     config = config_of(method, tmp_path, attack_precision=given)
     assert pipeline.student_stage(config, METHODS[method](**options), data, HARDWARE).attacks_in_fp32 is fp32
 
 
-def test_the_method_knows_the_long_tail_and_the_teacher(monkeypatch, tmp_path, data):
+def test_the_method_gets_the_class_counts_and_the_teacher(monkeypatch, tmp_path, data):
     trained = []
     monkeypatch.setattr(pipeline, "fit", lambda stage, hardware: trained.append(stage))
     monkeypatch.setattr(pipeline, "evaluate_model", lambda *args: {})

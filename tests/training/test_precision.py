@@ -1,4 +1,4 @@
-"""The health of an attack's gradient: counted right, and without a trace."""
+"""The health of the attack gradient is measured right and changes nothing."""
 
 import copy
 
@@ -44,11 +44,11 @@ class LeftHalf(nn.Module):
         return self.fc(x[..., :4].flatten(1))
 
 
-def test_pixels_without_influence_are_counted(batch):
+def test_pixels_without_a_gradient_are_counted(batch):
     assert gradient_health(step_of(LeftHalf(), torch.float32), *batch)["zero_gradients"] == 50.0
 
 
-def test_bf16_is_held_against_float32(batch):
+def test_gradient_signs_in_bf16_are_compared_with_float32(batch):
     model = network()
     exact = gradient_health(step_of(model, torch.float32), *batch)
     assert exact.keys() == {"zero_gradients"}
@@ -57,8 +57,8 @@ def test_bf16_is_held_against_float32(batch):
     assert 0 < reduced["sign_disagreement"] < 20
 
 
-def test_the_attack_of_trades_does_not_start_at_the_image(batch):
-    """There the gradient of its divergence is zero, and its sign chance; close by, in bf16, it still nearly is."""
+def test_the_gradient_of_trades_is_measured_away_from_the_image(batch):
+    """At the image the gradient of the divergence is zero. Near it, in bf16, many signs depend on rounding."""
     model = network()
     assert gradient_health(step_of(model, torch.float32, "trades"), *batch)["zero_gradients"] < 1
     reduced, cross_entropy = (
@@ -68,7 +68,7 @@ def test_the_attack_of_trades_does_not_start_at_the_image(batch):
     assert 2 * cross_entropy < reduced < 45
 
 
-def test_nothing_changes(batch):
+def test_the_measurement_changes_no_state(batch):
     model = network().train()
     before = copy.deepcopy(model.state_dict())
     random_state = torch.get_rng_state()

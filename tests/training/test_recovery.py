@@ -1,4 +1,4 @@
-"""A stage that is killed, whose files are damaged, or whose numbers stop being finite, and what it goes on from."""
+"""The state from which a stage resumes after a kill, damaged files, or numbers that are not finite."""
 
 import contextlib
 import os
@@ -35,11 +35,11 @@ pytestmark = pytest.mark.usefixtures("unmeasured")
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL: nothing of ours catches it."""
+    """A stand-in for SIGKILL: no code of ours catches it."""
 
 
 def kill_at_call(monkeypatch, module, name, number, *, before: bool):
-    """Die at the ``number``-th call of ``module.name``, before or after it has done its work."""
+    """Raise Killed at the ``number``-th call of ``module.name``, before or after the original function runs."""
     original, calls = getattr(module, name), []
 
     def deadly(*args, **kwargs):
@@ -61,13 +61,15 @@ def kill_at_call(monkeypatch, module, name, number, *, before: bool):
         (checkpoint, "save_state", 1),
         (checkpoint, "save_state", 2),
         (checkpoint, "save_state", 3),
-        *((files.os, "replace", number) for number in range(1, 12)),  # every rename there is
+        *((files.os, "replace", number) for number in range(1, 12)),  # all renames of the stage
         (log.StageLog, "epoch", 1),
         (log.StageLog, "epoch", 2),
         (log.StageLog, "epoch", 3),
     ],
 )
-def test_killed_around_every_write(tmp_path, uninterrupted, monkeypatch, module, name, number, before):
+def test_a_stage_killed_around_any_write_resumes_to_the_same_numbers(
+    tmp_path, uninterrupted, monkeypatch, module, name, number, before
+):
     with monkeypatch.context() as patched:
         kill_at_call(patched, module, name, number, before=before)
         with pytest.raises(Killed):
@@ -79,8 +81,8 @@ def test_killed_around_every_write(tmp_path, uninterrupted, monkeypatch, module,
 
 @pytest.mark.parametrize("at", [1, 4, 6, 8, 15])
 @pytest.mark.parametrize("save_minutes", [1e-9, 10.0])
-def test_killed_in_a_step(tmp_path, uninterrupted, at, save_minutes):
-    """Saved after every step, or after every epoch only."""
+def test_a_stage_killed_in_any_step_resumes_to_the_same_numbers(tmp_path, uninterrupted, at, save_minutes):
+    """The stage saves after every step, or only after every epoch."""
 
     def die(step):
         if step == at:
@@ -107,8 +109,8 @@ def cut_short(file):
 @pytest.mark.parametrize("damage", [flip_a_bit, cut_short])
 @pytest.mark.parametrize("save_minutes", [1e-9, 10.0])
 @pytest.mark.parametrize("at", [2, 5, 8, 11])
-def test_a_damaged_newest_state_gives_way_to_the_one_before(tmp_path, uninterrupted, capsys, at, damage, save_minutes):
-    """Records and best weights of what is taken again are there already: in the end all is as if nothing had been."""
+def test_a_damaged_state_is_replaced_by_the_previous_one(tmp_path, uninterrupted, capsys, at, damage, save_minutes):
+    """The repeated steps have left records and best weights, which must not change the result."""
     with pytest.raises(Interrupted):
         fit(stage(tmp_path, Method(send(signal.SIGTERM, at)), save_minutes=save_minutes), HARDWARE)
     newest = tmp_path / "checkpoints" / "resume.safetensors"
@@ -124,8 +126,8 @@ def test_a_damaged_newest_state_gives_way_to_the_one_before(tmp_path, uninterrup
     assert_same_outcome(outcome(tmp_path), uninterrupted)
 
 
-def test_an_epoch_recorded_after_the_older_state_is_recorded_once(tmp_path, uninterrupted, monkeypatch):
-    """Killed after epoch 2, the best, was saved; that state is damaged, and the older one knows of epoch 1 alone."""
+def test_a_repeated_epoch_is_recorded_once(tmp_path, uninterrupted, monkeypatch):
+    """The stage is killed after it saved epoch 2, the best. That state is damaged; the previous one is of epoch 1."""
     with monkeypatch.context() as patched:
         kill_at_call(patched, checkpoint, "save_state", 3, before=False)
         with pytest.raises(Killed):
@@ -138,8 +140,8 @@ def test_an_epoch_recorded_after_the_older_state_is_recorded_once(tmp_path, unin
     assert_same_outcome(outcome(tmp_path), uninterrupted)
 
 
-def test_a_damaged_state_never_takes_the_place_of_the_whole_one(tmp_path, monkeypatch):
-    """Killed in the first save after the newest was found damaged: what it fell back to must still be there."""
+def test_a_damaged_state_never_replaces_the_previous_one(tmp_path, monkeypatch):
+    """The stage is killed in its first save after it fell back to the previous state, which must still exist."""
     with pytest.raises(Interrupted):
         fit(stage(tmp_path, Method(send(signal.SIGTERM, 7))), HARDWARE)
     flip_a_bit(tmp_path / "checkpoints" / "resume.safetensors")
@@ -157,7 +159,7 @@ def test_a_damaged_state_never_takes_the_place_of_the_whole_one(tmp_path, monkey
     assert fit(stage(tmp_path), HARDWARE).finished
 
 
-def test_two_damaged_states_are_refused_and_left_alone(tmp_path):
+def test_two_damaged_states_are_refused_and_kept(tmp_path):
     with pytest.raises(Interrupted):
         fit(stage(tmp_path, Method(send(signal.SIGTERM, 7))), HARDWARE)
     states = [tmp_path / "checkpoints" / f"resume.{name}safetensors" for name in ("", "previous.")]
@@ -171,21 +173,23 @@ def test_two_damaged_states_are_refused_and_left_alone(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == metrics
 
 
-def test_best_weights_of_an_epoch_that_is_taken_again_keep_their_score(tmp_path, monkeypatch):
-    """On a GPU an epoch taken again can score less: what best.safetensors holds and what the run says must agree."""
+def test_best_weights_of_a_repeated_epoch_keep_their_score(tmp_path, monkeypatch):
+    """On a GPU a repeated epoch can score less: best.safetensors and the recorded best score must still agree."""
     with monkeypatch.context() as patched:
-        kill_at_call(patched, checkpoint, "save_state", 3, before=True)  # epoch 2 is written as the best, but not saved
+        kill_at_call(
+            patched, checkpoint, "save_state", 3, before=True
+        )  # best.safetensors is of epoch 2, the state of epoch 1
         with pytest.raises(Killed):
             fit(stage(tmp_path), HARDWARE)
     assert saved(tmp_path)["best"]["epoch"] == 1
-    selection = Selection(lambda model: {"test_pgd20": 40.0}, lambda epoch: True, "test_pgd20")
+    selection = Selection(lambda: {"test_pgd20": 40.0}, lambda epoch: True, "test_pgd20")
     again = stage(tmp_path, selection=selection)
     assert fit(again, HARDWARE).best == {"epoch": 2, "test_pgd20": 50.0, "test_clean": 60.0}
     assert read_weights(tmp_path / "checkpoints" / "best.safetensors")[1]["epoch"] == 2
 
 
 @pytest.mark.parametrize("damage", [flip_a_bit, cut_short, os.remove])
-def test_best_weights_that_are_lost_are_picked_anew(tmp_path, capsys, damage):
+def test_lost_best_weights_are_selected_from_the_remaining_epochs(tmp_path, capsys, damage):
     with pytest.raises(Interrupted):
         fit(stage(tmp_path, Method(send(signal.SIGTERM, 12))), HARDWARE)
     damage(tmp_path / "checkpoints" / "best.safetensors")
@@ -201,7 +205,7 @@ def dumps(folder) -> list[str]:
 @pytest.mark.parametrize("replacement", [not_a_number, finite_with_infinite_gradient])
 @pytest.mark.parametrize("at", [1, 4])
 def test_divergence_names_its_step_and_keeps_the_last_good_state(tmp_path, replacement, at):
-    """The step in which the gradient is infinite, not the one after, whose loss it spoils."""
+    """An infinite gradient is found in its own step, not in the next step, whose loss is not finite."""
     with pytest.raises(Diverged) as error:
         fit(stage(tmp_path, Poisoned(replacement, (1, at))), HARDWARE)
     message = str(error.value)
@@ -216,8 +220,8 @@ def test_divergence_names_its_step_and_keeps_the_last_good_state(tmp_path, repla
 
 
 @pytest.mark.parametrize("at", [1, 4])
-def test_the_dump_is_what_stood_before_the_bad_step(tmp_path, at):
-    """The same weights, momentum, batch and seed as of a run stopped there, which nothing has poisoned."""
+def test_the_dump_holds_the_state_before_the_bad_step(tmp_path, at):
+    """Weights, momentum, batch and seed equal those of a healthy run that was stopped there."""
     with pytest.raises(Diverged):
         fit(stage(tmp_path / "bad", Poisoned(not_a_number, (1, at))), HARDWARE)
     with pytest.raises(Interrupted):
@@ -242,26 +246,26 @@ def test_divergence_in_the_first_epoch_goes_back_to_the_start(tmp_path):
     )
 
 
-def test_divergence_that_does_not_come_back_is_said_to(tmp_path):
+def test_divergence_that_cannot_be_repeated_is_reported(tmp_path):
     once = Method(lambda step: not_a_number if step == 7 else None)
     with pytest.raises(Diverged, match=r"loss not finite in epoch 2; repeating the steps .* gave finite numbers"):
         fit(stage(tmp_path, once, on_nan="rollback"), HARDWARE)
     assert saved(tmp_path)["epoch"] == 1
 
 
-def test_it_is_seen_within_an_epoch(tmp_path, monkeypatch):
-    """Every 50 steps, which are here two: the batches after the next look are not trained on."""
+def test_divergence_is_seen_within_an_epoch(tmp_path, monkeypatch):
+    """The loss is checked every 50 steps, here every two. Later batches are not trained on."""
     monkeypatch.setattr("ltat_fast.training.fit.CHECK_EVERY", 2)
     method = Poisoned(not_a_number, (0, 0))
     with pytest.raises(Diverged):
         fit(stage(tmp_path, method), HARDWARE)
-    assert method.calls == 2 + 1  # and once more, to find it
+    assert method.calls == 2 + 1  # two steps, and the bad one again to find it
 
 
 @pytest.mark.parametrize("replacement", [not_a_number, finite_with_infinite_gradient])
 @pytest.mark.parametrize("save_minutes", [1e-9, 10.0])
-def test_rollback_leaves_the_bad_batch_out(tmp_path, replacement, save_minutes):
-    """What the run then does is what one that never saw that batch does."""
+def test_rollback_skips_the_bad_batch(tmp_path, replacement, save_minutes):
+    """The result equals that of a run that never saw this batch."""
     with_it = stage(tmp_path / "rolled", Poisoned(replacement, (1, 2)), on_nan="rollback", save_minutes=save_minutes)
     assert fit(with_it, HARDWARE).finished
 
@@ -279,7 +283,7 @@ def test_rollback_leaves_the_bad_batch_out(tmp_path, replacement, save_minutes):
     assert saved(tmp_path / "rolled")["skipped"] == [1, 2]
 
 
-def test_a_second_divergence_stops(tmp_path):
+def test_a_second_divergence_stops_the_run(tmp_path):
     poisoned = Poisoned(not_a_number, (1, 1), (2, 3))
     with pytest.raises(Diverged, match=r"epoch 3, step 4; .* a batch was skipped before, so the run stops"):
         fit(stage(tmp_path, poisoned, on_nan="rollback"), HARDWARE)
@@ -287,10 +291,10 @@ def test_a_second_divergence_stops(tmp_path):
     assert saved(tmp_path)["epoch"] == 2
 
 
-def test_a_rolled_back_run_killed_later_still_knows_what_it_left_out(tmp_path):
+def test_a_killed_run_still_skips_the_batch_after_a_rollback(tmp_path):
     class Mortal(Poisoned):
         def loss(self, *args):
-            if self.calls == 14:  # 10 until it is seen, 3 to find it, 1 since
+            if self.calls == 14:  # 10 until divergence is seen, 3 to find its step, 1 more
                 raise Killed
             return super().loss(*args)
 

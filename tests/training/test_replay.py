@@ -1,4 +1,4 @@
-"""Replaying a step: the first number that is not finite is named where it was put."""
+"""A replayed step names the first place in which a number is not finite."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def examine(step: TrainStep, x=None) -> list[str]:
     return replay.examine(step, images if x is None else x, y, stage(None).step_arguments(0, 0))
 
 
-def test_a_healthy_step_has_nothing_to_find_and_is_the_step_of_training():
+def test_replaying_a_healthy_step_finds_nothing_and_equals_the_training_step():
     watched, plain = step_of(Method()), step_of(Method())
     assert examine(watched) == []
     x, y = next(stage(None).loader.batches(0))
@@ -35,20 +35,20 @@ def test_a_healthy_step_has_nothing_to_find_and_is_the_step_of_training():
     assert not any(module._forward_hooks for module in watched.model.modules())
 
 
-def test_images():
+def test_images_that_are_not_finite_are_found():
     x, _ = next(stage(None).loader.batches(0))
     x[3, 0, 2, 2] = NAN
     assert examine(step_of(Method()), x)[0] == f"the images (1 of {x.numel()} values)"
 
 
-def test_weights():
+def test_weights_that_are_not_finite_are_found():
     step = step_of(Method())
     step.model[3].weight.data[0, 0, 0, 0] = NAN
     assert examine(step)[0] == "model.3.weight, before the step (1 of 432 values)"
 
 
-def test_a_layer_of_the_student_that_overflows():
-    """Finite weights; the attack meets the overflow first, in the frozen twin of the same network."""
+def test_a_layer_of_the_student_that_overflows_is_found():
+    """The weights are finite. The attack overflows first, in the frozen twin of the student."""
     step = step_of(Method())
     step.model[6].weight.data.fill_(3e38)
     findings = examine(step)
@@ -56,7 +56,7 @@ def test_a_layer_of_the_student_that_overflows():
     assert any(finding.startswith("student: output of 6 (") for finding in findings)
 
 
-def test_the_objective_of_the_attack():
+def test_an_objective_of_the_attack_with_an_infinite_gradient_is_found():
     class Method_(Method):
         def objective(self, x_adv, logits, target):
             return super().objective(x_adv, logits, target) + (logits.sum() * 0).sqrt()
@@ -64,16 +64,15 @@ def test_the_objective_of_the_attack():
     assert examine(step_of(Method_()))[0].startswith("attack: gradient of the images (")
 
 
-def test_the_teacher():
+def test_a_teacher_that_is_not_finite_is_found():
     teacher = small_net(seed=7)
     teacher[6].bias.data[1] = float("inf")
     method = METHODS["ltat"]()
-    step = step_of(method)
     method.setup(MethodContext(torch.ones(3, dtype=torch.int64), frozen_twin(teacher, HARDWARE)))
-    assert examine(step)[0].startswith("teacher: output of net.6 (")
+    assert examine(step_of(method))[0].startswith("teacher: output of net.6 (")
 
 
-def test_a_part_of_the_loss():
+def test_a_part_of_the_loss_that_is_not_finite_is_found():
     class Parted(Method):
         def loss(self, *args):
             loss, parts = super().loss(*args)
@@ -89,22 +88,21 @@ def test_a_part_of_the_loss():
         (finite_with_infinite_gradient, "gradient of 6.weight (216 of 216 values)"),
     ],
 )
-def test_loss_and_gradient(replacement, first):
+def test_a_loss_or_gradient_that_is_not_finite_is_found(replacement, first):
     findings = examine(step_of(Poisoned(replacement, (0, 0))))
     assert findings[0].startswith(first)
     assert "6.weight, after the step (216 of 216 values)" in findings
 
 
-def test_a_step_within_a_step_is_seen_too():
-    """AWP takes a gradient before the one it descends."""
+def test_the_inner_step_of_awp_is_replayed():
+    """AWP computes a gradient of the weights before the training gradient."""
     method = METHODS["awp"](awp_gamma=3e38)
-    step = step_of(method)
     method.setup(MethodContext(torch.ones(3, dtype=torch.int64)))
     method.on_epoch_start(100)
-    assert examine(step)[0].startswith("student: output of ")
+    assert examine(step_of(method))[0].startswith("student: output of ")
 
 
-def test_a_checkpoint_is_no_dump(tmp_path, digits_run, capsys):
+def test_a_checkpoint_is_refused_as_a_dump(tmp_path, digits_run, capsys):
     weights = digits_run / "checkpoints" / "last.safetensors"
     with pytest.raises(SystemExit, match="2"):
         command.main([str(weights)])

@@ -1,4 +1,4 @@
-"""Teachers of every kind: what they compute in the run, and what is refused."""
+"""Teachers of every kind compute the right logits in a run; unusable ones are refused."""
 
 import sys
 import types
@@ -25,7 +25,7 @@ FP32, BF16 = (Hardware(torch.device("cpu"), dtype, "test") for dtype in (torch.f
 
 @pytest.fixture(scope="module")
 def data():
-    """Two images of each of three classes, 3x32x32."""
+    """Two images per class of three classes, 3x32x32."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (6, 3, 32, 32), generator=generator, dtype=torch.uint8)
     few = DeviceImages(images, torch.arange(6) % 3)
@@ -37,7 +37,7 @@ def images(data):
 
 
 def untrained(make, **options):
-    """A network with batch norm statistics that are not those of a fresh one."""
+    """Return a network in eval mode with random batch norm statistics."""
     with torch.random.fork_rng():
         torch.manual_seed(3)
         net = make(**options)
@@ -49,7 +49,7 @@ def untrained(make, **options):
 
 
 def assert_computes(teacher, net, data):
-    """``teacher`` is ``net`` on pixels in [0, 1], as itself and as it runs in training."""
+    """Assert that ``teacher`` and its frozen twin compute ``net`` of the images as pixels in [0, 1]."""
     with torch.no_grad():
         expected = net(images(data))
         torch.testing.assert_close(teacher(images(data)), expected, atol=1e-5, rtol=1e-5)
@@ -60,7 +60,7 @@ def assert_computes(teacher, net, data):
 # -- torchvision ----------------------------------------------------------------------------------------------------
 
 
-def test_torchvision_with_weights_of_yours(data, tmp_path):
+def test_a_torchvision_teacher_with_the_users_weights(data, tmp_path):
     net = untrained(torchvision.models.resnet18, num_classes=3)
     file = tmp_path / "my weights.safetensors"
     save_file(net.state_dict(), file)
@@ -69,7 +69,7 @@ def test_torchvision_with_weights_of_yours(data, tmp_path):
 
 @pytest.fixture
 def published(monkeypatch):
-    """Stands in for torchvision's published ResNet-18: three classes, nothing to download."""
+    """A stand-in for torchvision's published ResNet-18, with three classes and without a download."""
     net = untrained(torchvision.models.resnet18, num_classes=3)
     weights = torchvision.models.ResNet18_Weights.IMAGENET1K_V1
     monkeypatch.setitem(weights.meta, "categories", ["ant", "bee", "cow"])
@@ -77,13 +77,13 @@ def published(monkeypatch):
     return net
 
 
-def test_torchvision_with_its_own_weights_and_normalisation(data, published):
+def test_a_torchvision_teacher_with_published_weights_and_normalisation(data, published):
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     teacher = teachers.load("torchvision:resnet18", "resnet18", data, FP32)
     assert_computes(teacher, lambda x: published((x - mean) / std), data)
 
 
-def test_torchvision_refusals(data, tmp_path):
+def test_unusable_torchvision_teachers_are_refused(data, tmp_path):
     with pytest.raises(UserError, match="torchvision has no classifier called 'resnet17'"):
         teachers.find("torchvision:resnet17", "resnet18")
     with pytest.raises(UserError, match=r"there is no checkpoint nowhere\.safetensors"):
@@ -105,7 +105,7 @@ def test_torchvision_refusals(data, tmp_path):
 
 @pytest.fixture
 def timm(monkeypatch):
-    """A package with timm's interface and one network."""
+    """A stand-in for the package timm with one network."""
 
     def create_model(name, pretrained=False, num_classes=5, in_chans=3):
         net = untrained(build_model, arch="smallresnet", num_classes=num_classes, in_channels=in_chans)
@@ -122,7 +122,7 @@ def timm(monkeypatch):
     return package, cards
 
 
-def test_timm_with_weights_of_yours(data, tmp_path, timm):
+def test_a_timm_teacher_with_the_users_weights(data, tmp_path, timm):
     net = untrained(build_model, arch="smallresnet", num_classes=3)
     nn.init.constant_(net.fc.bias, -1.0)
     file = tmp_path / "w.safetensors"
@@ -141,7 +141,7 @@ def test_timm_with_its_own_weights_and_normalisation(data, timm):
     assert_computes(teachers.load("timm:tiny", "resnet18", data, FP32), lambda x: net((x - 0.5) / std), data)
 
 
-def test_timm_refusals(data, timm, monkeypatch):
+def test_unusable_timm_teachers_are_refused(data, timm, monkeypatch):
     with pytest.raises(UserError, match="timm has no network called 'nothing'"):
         teachers.find("timm:nothing", "resnet18")
     with pytest.raises(UserError, match="timm has no weights for it; use your own with timm:bare@FILE"):
@@ -191,13 +191,12 @@ def my_teachers(tmp_path, monkeypatch):
         sys.modules.pop(name, None)
 
 
-def test_any_module(data, my_teachers):
+def test_a_module_of_the_user_as_teacher(data, my_teachers):
     teacher = teachers.load(f"{my_teachers}:teacher", "resnet18", data, FP32)
     assert_computes(teacher, sys.modules["zoo.my_teachers"].net, data)
 
 
-def test_its_logits_keep_float32_where_the_run_is_in_bf16(data, my_teachers):
-    """Two points so close that bf16 logits could not tell them apart."""
+def test_the_logits_of_a_teacher_stay_float32_in_a_bf16_run(data, my_teachers):
     teacher = teachers.load(f"{my_teachers}:teacher", "resnet18", data, BF16)
     assert isinstance(teacher.net[-1], FullPrecisionLinear)
     with torch.no_grad():
@@ -215,7 +214,7 @@ def test_its_logits_keep_float32_where_the_run_is_in_bf16(data, my_teachers):
         ("module:zoo.my_teachers:number", "zoo.my_teachers has no function called 'number'"),
     ],
 )
-def test_modules_refused_before_the_data_is_read(my_teachers, name, words):
+def test_modules_that_cannot_be_found_are_refused_before_the_data_is_read(my_teachers, name, words):
     with pytest.raises(UserError, match=words):
         teachers.find(name, "resnet18")
 
@@ -231,15 +230,15 @@ def test_modules_refused_before_the_data_is_read(my_teachers, name, words):
         ("Infinite", "returns logits that are not finite numbers"),
     ],
 )
-def test_modules_that_do_not_fit(data, my_teachers, name, words):
+def test_modules_that_do_not_fit_the_data_are_refused(data, my_teachers, name, words):
     with pytest.raises(UserError, match=words):
         teachers.load(f"{my_teachers}:{name}", "resnet18", data, FP32)
 
 
-# -- ours -----------------------------------------------------------------------------------------------------------
+# -- ltat_fast ------------------------------------------------------------------------------------------------------
 
 
-def test_weights_of_ours(data, tmp_path):
+def test_a_teacher_trained_by_this_package(data, tmp_path):
     net = untrained(build_model, arch="smallresnet", num_classes=3)
     write_weights(
         tmp_path / "checkpoints" / "last.safetensors", net.state_dict(), {"arch": "smallresnet", "num_classes": 3}
@@ -248,7 +247,7 @@ def test_weights_of_ours(data, tmp_path):
         assert_computes(teachers.load(str(path), "resnet18", data, FP32), net, data)
 
 
-def test_a_plain_state_dict_takes_the_architecture_of_the_run(data, tmp_path):
+def test_a_plain_state_dict_as_teacher_has_the_architecture_of_the_run(data, tmp_path):
     net = untrained(build_model, arch="smallresnet", num_classes=3)
     save_file(net.state_dict(), tmp_path / "w.safetensors")
     assert_computes(teachers.load(str(tmp_path / "w.safetensors"), "smallresnet", data, FP32), net, data)
@@ -256,13 +255,13 @@ def test_a_plain_state_dict_takes_the_architecture_of_the_run(data, tmp_path):
         teachers.load(str(tmp_path / "w.safetensors"), "resnet18", data, FP32)
 
 
-def test_paths_that_are_not_there():
+def test_a_missing_path_is_refused_as_teacher():
     with pytest.raises(UserError, match="nowhere has no finished weights"):
         teachers.find("nowhere", "resnet18")
 
 
-def test_a_module_teaches_a_run_from_the_command_line(tmp_path, monkeypatch):
-    """AdaAD through it: gradients reach the images; and the run remembers where its teacher is from."""
+def test_a_run_with_a_module_as_teacher_from_the_command_line(tmp_path, monkeypatch):
+    """AdaAD needs gradients through the teacher. The run records its teacher."""
     (tmp_path / "digit_teacher.py").write_text(
         "from torch import nn\ndef teacher(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))\n"
     )

@@ -5,11 +5,14 @@ ICML 2020.
 """
 
 import logging
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from ltat_fast.errors import UserError
+
+Version = Literal["standard", "plus", "rand"]
 
 
 def autoattack(
@@ -20,7 +23,7 @@ def autoattack(
     *,
     seed: int = 0,
     batch_size: int = 250,
-    version: str = "standard",
+    version: Version = "standard",
 ) -> Tensor:
     """Return adversarial examples of the L_inf version of AutoAttack, float32 ``(N, C, H, W)``.
 
@@ -44,6 +47,7 @@ def autoattack(
         num_classes = model(x[:1]).shape[1]
     targets = min(9, num_classes - 1)
     attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = targets
+    assert attack.attacks_to_run is not None  # its constructor sets it for each of these versions
     min_classes = {"apgd-dlr": 3, "apgd-t": 4}
     attack.attacks_to_run = [name for name in attack.attacks_to_run if num_classes >= min_classes.get(name, 2)]
     # The package seeds the global generators of torch. fork_rng restores them.

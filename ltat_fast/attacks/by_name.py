@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from ltat_fast import seeding
-from ltat_fast.attacks.autoattack import autoattack
+from ltat_fast.attacks.autoattack import Version, autoattack
 from ltat_fast.attacks.objectives import cross_entropy, cw_margin, scaled_cross_entropy
 from ltat_fast.attacks.pgd import AttackConfig, pgd
 from ltat_fast.errors import UserError
 from ltat_fast.models.frozen import FrozenTwin
 from ltat_fast.pixels import to_unit
 
-AUTOATTACK = {"autoattack": "standard", "autoattack-plus": "plus", "autoattack-rand": "rand"}
+AUTOATTACK: dict[str, Version] = {"autoattack": "standard", "autoattack-plus": "plus", "autoattack-rand": "rand"}
 OBJECTIVES = {"pgd": cross_entropy, "cw": cw_margin, "scaled-pgd": scaled_cross_entropy}
 CHOICES = f"clean, fgsm, pgd<k>, cw<k>, scaled-pgd<k> (k steps; suffix x<r>: r starts), {', '.join(AUTOATTACK)}"
 _ITERATED = re.compile(rf"({'|'.join(OBJECTIVES)})([1-9]\d*)(?:x([1-9]\d*))?")
@@ -37,10 +37,14 @@ def parse_attacks(names: str) -> list[str]:
     attacks = dict.fromkeys(name.strip().removesuffix("x1") for name in names.split(",") if name.strip())
     for name in attacks:
         if name not in ("clean", "fgsm", *AUTOATTACK) and not _ITERATED.fullmatch(name):
-            raise UserError(f"unknown attack {name!r}: choose from {CHOICES}")
+            raise _unknown(name)
     if not attacks:
         raise UserError(f"no attack named: choose from {CHOICES}")
     return list(attacks)
+
+
+def _unknown(name: str) -> UserError:
+    return UserError(f"unknown attack {name!r}: choose from {CHOICES}")
 
 
 def correct_under(
@@ -62,6 +66,8 @@ def correct_under(
         of an image depends on the seed, the attack, the number of the start and this index, not on the batch.
         AutoAttack is the exception: it seeds every batch with the same seed.
     part: (r, n) selects the batches r, r + n, r + 2 n, ...; the result then covers only their images.
+
+    Raises UserError if the name is unknown.
     """
     indices = torch.arange(len(images)) if indices is None else indices
     batches = torch.arange(len(images)).split(batch_size)[part[0] :: part[1]]
@@ -93,7 +99,10 @@ def _under_restarts(
         return _is_correct(model, x, y)
     if name == "fgsm":
         return _is_correct(model, pgd(model, x, cross_entropy(y), AttackConfig(eps, eps, steps=1, noise="none")), y)
-    kind, steps, restarts = _ITERATED.fullmatch(name).groups()
+    iterated = _ITERATED.fullmatch(name)
+    if iterated is None:
+        raise _unknown(name)
+    kind, steps, restarts = iterated.groups()
     config, stream = AttackConfig(eps, eps / 4, int(steps)), (seed, f"{kind}{steps}")
     correct = torch.ones(len(x), dtype=torch.bool, device=x.device)
     for restart in range(int(restarts or 1)):

@@ -19,6 +19,7 @@ Departures from the authors' code, besides those of :mod:`ltat_fast.methods.dist
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ltat_fast.methods.base import Noise
 from ltat_fast.methods.distillation import Distillation, kl
 
 
@@ -27,7 +28,7 @@ class AdaAd(Distillation):
     """min_w  l KL(T(x') || S(x')) + (1 - l) KL(T(x) || S(x)),   l = adversarial_weight."""
 
     name: ClassVar[str] = "adaad"
-    noise: ClassVar[str] = "gaussian"
+    noise: ClassVar[Noise] = "gaussian"
 
     adversarial_weight: float = 1.0
     """weight l of the KL on the adversarial image; the KL on the clean image has weight 1 - l"""
@@ -37,7 +38,7 @@ class AdaAd(Distillation):
         self._require_share("adversarial_weight")
 
     def objective(self, x_adv, logits, target):
-        return kl(self.context.teacher(x_adv), logits).sum()
+        return kl(self.context.teacher_logits(x_adv), logits).sum()
 
     def distill(self, at, y, progress):
         adversarial = kl(at.teacher("adv"), at.student("adv")).mean()

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ltat_fast.methods.adaad import AdaAd
+from ltat_fast.methods.base import Noise
 from ltat_fast.methods.distillation import Point
 from ltat_fast.methods.iad import Iad
 
@@ -24,7 +25,7 @@ class AdaIad(Iad):
     """min_w  a t^2 KL(T(x') / t || S(x') / t) + a mean_i (1 - w_i) KL(S(x_i) || S(x'_i)) + (1 - a) CE(S(x), y)."""
 
     name: ClassVar[str] = "adaiad"
-    noise: ClassVar[str] = AdaAd.noise
+    noise: ClassVar[Noise] = AdaAd.noise
     target_at: ClassVar[Point] = "adv"
 
     objective = AdaAd.objective

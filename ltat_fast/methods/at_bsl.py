@@ -16,7 +16,7 @@ Departure: the start of the attack is clipped to [0, 1] (theirs only after the f
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ltat_fast.methods.base import Method
+from ltat_fast.methods.base import Method, Noise
 from ltat_fast.ops import balanced_softmax_kl
 
 
@@ -25,7 +25,7 @@ class AtBsl(Method):
     """min_w  -log softmax(f(x') + tau log n)[y]."""
 
     name: ClassVar[str] = "at-bsl"
-    noise: ClassVar[str] = "gaussian"
+    noise: ClassVar[Noise] = "gaussian"
 
     tau: float = 1.0
     """strength tau of the class prior in the balanced softmax"""

@@ -23,9 +23,10 @@ Departures:
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, cast
 
 import torch
+from torch import Tensor
 
 from ltat_fast.methods.at_bsl import AtBsl
 from ltat_fast.methods.base import Method
@@ -59,8 +60,9 @@ class Awp(Method):
             default_gamma, default_from = 0.01, 1
         self._gamma = default_gamma if self.awp_gamma is None else self.awp_gamma
         self._from = default_from if self.awp_from is None else self.awp_from
-        self.noise = self.base.noise
-        self.needs_fp32_attack = self.base.needs_fp32_attack
+        # The attack is that of the base method, so an instance overrides these two class variables.
+        self.noise = self.base.noise  # pyright: ignore[reportAttributeAccessIssue]
+        self.needs_fp32_attack = self.base.needs_fp32_attack  # pyright: ignore[reportAttributeAccessIssue]
 
     def setup(self, context):
         super().setup(context)
@@ -84,7 +86,7 @@ class Awp(Method):
         return self.base.loss(model, x, x_adv, y, progress)
 
     def update(self, model, optimizer, loss):
-        weights = [p for p in model.parameters() if p.ndim > 1]
+        weights: list[Tensor] = [p for p in model.parameters() if p.ndim > 1]
         buffers = list(model.buffers())
         buffers_before = [buffer.clone() for buffer in buffers]
         # backward(), not autograd.grad: DistributedDataParallel averages gradients over processes in backward() only.
@@ -95,7 +97,7 @@ class Awp(Method):
                 buffer.copy_(before)
             original = [w.clone() for w in weights]
             norms = torch.stack(torch._foreach_norm(weights))
-            grads = [w.grad for w in weights]
+            grads = cast(list[Tensor], [w.grad for w in weights])  # set by backward()
             sizes = self.strength * norms / (torch.stack(torch._foreach_norm(grads)) + 1e-20)
             perturbed = [w.addcmul(g, size) for w, g, size in zip(weights, grads, sizes.unbind(), strict=True)]
             torch._foreach_copy_(weights, perturbed)

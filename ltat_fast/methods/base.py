@@ -15,9 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ltat_fast.errors import UserError
+from ltat_fast.models.classifier import ImageClassifier
 
 Model = Callable[[Tensor], Tensor]
-LossClosure = Callable[[], tuple[Tensor, dict]]
+Parts = dict[str, Tensor]
+LossClosure = Callable[[], tuple[Tensor, Parts]]
+Noise = Literal["uniform", "gaussian"]
+TeacherKind = Literal["none", "balanced", "robust", "natural"]
 
 
 @dataclass
@@ -31,15 +35,21 @@ class MethodContext:
     class_counts: Tensor
     teacher: Model | None = None
 
+    def teacher_logits(self, x: Tensor) -> Tensor:
+        """Return the teacher's logits ``(B, K)`` at the images ``x``. Raises RuntimeError if there is no teacher."""
+        if self.teacher is None:
+            raise RuntimeError("the method needs a teacher, but its context has none: pass one to MethodContext")
+        return self.teacher(x)
+
 
 @dataclass
 class Method:
     """Base class of all methods. By default the attack ascends cross-entropy with hard labels."""
 
     name: ClassVar[str]
-    noise: ClassVar[Literal["uniform", "gaussian"]] = "uniform"
+    noise: ClassVar[Noise] = "uniform"
     """Start noise of the training attack: uniform in the eps-ball, or 0.001 N(0, 1)."""
-    teacher: ClassVar[Literal["none", "balanced", "robust", "natural"]] = "none"
+    teacher: ClassVar[TeacherKind] = "none"
     """Kind of teacher that the run trains if ``--teacher`` gives none. balanced: PGD-AT on the class-balanced
     re-sampling. robust: PGD-AT on all training images. natural: standard training on all training images."""
     needs_fp32_attack: ClassVar[bool] = False
@@ -74,7 +84,7 @@ class Method:
         """Keep ``context``. The trainer calls this once, before training starts."""
         self.context = context
 
-    def wrap_model(self, model: nn.Module, class_counts: Tensor) -> nn.Module:
+    def wrap_model(self, model: ImageClassifier, class_counts: Tensor) -> ImageClassifier:
         """Return the network that this method trains and exports, made from the plain network ``model``.
 
         The trainer calls this before it trains or loads any weight. class_counts: int64 ``(C,)`` on the CPU.
@@ -106,7 +116,7 @@ class Method:
         """
         return F.cross_entropy(logits, target, reduction="sum")
 
-    def loss(self, model: Model, x: Tensor, x_adv: Tensor, y: Tensor, progress: Tensor) -> tuple[Tensor, dict]:
+    def loss(self, model: Model, x: Tensor, x_adv: Tensor, y: Tensor, progress: Tensor) -> tuple[Tensor, Parts]:
         """Return the training loss, a scalar, and its named parts.
 
         model: the student in train mode. x, x_adv: ``(B, C, H, W)`` in [0, 1]. y: int64 ``(B,)``.
@@ -115,7 +125,7 @@ class Method:
         """
         raise NotImplementedError
 
-    def update(self, model: nn.Module, optimizer: torch.optim.Optimizer, loss: LossClosure) -> tuple[Tensor, dict]:
+    def update(self, model: nn.Module, optimizer: torch.optim.Optimizer, loss: LossClosure) -> tuple[Tensor, Parts]:
         """Update the weights of ``model`` once and return the result of ``loss()``.
 
         loss: evaluates :meth:`loss` on the current batch, in the precision of the run.

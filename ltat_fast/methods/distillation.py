@@ -28,7 +28,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ltat_fast.methods.base import Method, Model
+from ltat_fast.methods.base import Method, Model, Parts, TeacherKind
 from ltat_fast.ops import igdm_loss
 
 Point = Literal["clean", "adv", "minus"]
@@ -85,7 +85,7 @@ class Logits:
 class Distillation(Method):
     """Base class of the distillation methods. A subclass defines its loss in :meth:`distill`."""
 
-    teacher: ClassVar[str] = "robust"
+    teacher: ClassVar[TeacherKind] = "robust"
 
     igdm_alpha: float = 0.0
     """weight alpha of indirect gradient matching (IGDM) in the last epoch, multiplied by epoch / epochs; 0: no IGDM"""
@@ -95,12 +95,12 @@ class Distillation(Method):
     """run the student on the clean images even if the loss does not need it, as the authors' code does; this changes
     only the running statistics of batch norm"""
 
-    def distill(self, at: Logits, y: Tensor, progress: Tensor) -> tuple[Tensor, dict]:
+    def distill(self, at: Logits, y: Tensor, progress: Tensor) -> tuple[Tensor, Parts]:
         """Return the loss without IGDM and its parts. ``y``, ``progress`` and results as in :meth:`Method.loss`."""
         raise NotImplementedError
 
     def loss(self, model, x, x_adv, y, progress):
-        at = Logits(model, self.context.teacher, x, x_adv)
+        at = Logits(model, self.context.teacher_logits, x, x_adv)
         loss, parts = self.distill(at, y, progress)
         loss = self.loss_scale * loss
         if self.extra_clean_forward:

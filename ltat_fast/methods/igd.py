@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ltat_fast.methods.base import Method, Model
+from ltat_fast.methods.base import Method, Model, TeacherKind
 from ltat_fast.methods.distillation import widen
 
 
@@ -40,7 +40,7 @@ class Igd(Method):
     """min_w  CE(S(x'), y) + lambda mean_i (1 - cos(grad_x S, grad_x T)),   T: frozen, standard-trained."""
 
     name: ClassVar[str] = "igd"
-    teacher: ClassVar[str] = "natural"
+    teacher: ClassVar[TeacherKind] = "natural"
 
     igd_weight: float = 1.0
     """weight lambda of the alignment term"""
@@ -63,7 +63,7 @@ class Igd(Method):
 
     def loss(self, model, x, x_adv, y, progress):
         clean, adv = x.detach().requires_grad_(), x_adv.detach().requires_grad_(self.gradient_at == "adv")
-        guide = input_gradient(self._scalars(self.context.teacher(clean), y), clean)
+        guide = input_gradient(self._scalars(self.context.teacher_logits(clean), y), clean)
         logits = model(adv)
         ce = F.cross_entropy(widen(logits), y)
         if self.gradient_at == "adv":

@@ -24,7 +24,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ltat_fast.methods.base import Method
+from ltat_fast.methods.base import Method, Noise, TeacherKind
 from ltat_fast.models.joint_batch import forward_each
 from ltat_fast.ops import balanced_softmax_kl, igdm_loss
 
@@ -34,7 +34,7 @@ class Ltat(Method):
     """min_w  BSL(f(x'), y) + kl_weight KL(teacher || student) + alpha IGDM,   teacher: frozen, from balanced data."""
 
     name: ClassVar[str] = "ltat"
-    teacher: ClassVar[str] = "balanced"
+    teacher: ClassVar[TeacherKind] = "balanced"
 
     alpha: float = 20.0
     """weight alpha of indirect gradient matching (IGDM)"""
@@ -48,7 +48,7 @@ class Ltat(Method):
     """image on which the teacher predicts for KL(teacher || student): adversarial x', or clean x as in ARD"""
     tau: float = 1.0
     """strength tau of the class prior in the balanced softmax"""
-    noise: Literal["uniform", "gaussian"] = "uniform"
+    noise: Noise = "uniform"
     """start noise of the attack: uniform in the eps-ball, or 0.001 N(0, 1) as in AT-BSL"""
 
     def check(self) -> None:
@@ -85,5 +85,5 @@ class Ltat(Method):
         if not points:
             return {}
         with torch.no_grad():
-            logits = self.context.teacher(torch.cat(list(points.values())))
+            logits = self.context.teacher_logits(torch.cat(list(points.values())))
         return dict(zip(points, logits.chunk(len(points)), strict=True))

@@ -25,7 +25,7 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from ltat_fast.methods.base import Method
+from ltat_fast.methods.base import Method, Noise
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Mart(Method):
     """min_w  boosted CE on x' + beta (1 - f(x)[y]) KL(f(x) || f(x'))."""
 
     name: ClassVar[str] = "mart"
-    noise: ClassVar[str] = "gaussian"
+    noise: ClassVar[Noise] = "gaussian"
 
     beta: float = 5.0
     """weight beta of the KL between clean and adversarial prediction"""

@@ -19,6 +19,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from ltat_fast.methods.base import Noise
 from ltat_fast.methods.distillation import Distillation, kl
 
 
@@ -27,7 +28,7 @@ class Rslad(Distillation):
     """min_w  s [ l KL(T(x) || S(x')) + (1 - l) KL(T(x) || S(x)) ],   l = adversarial_weight, s = loss_scale."""
 
     name: ClassVar[str] = "rslad"
-    noise: ClassVar[str] = "gaussian"
+    noise: ClassVar[Noise] = "gaussian"
 
     adversarial_weight: float = 5 / 6
     """weight l of the KL on the adversarial image; the KL on the clean image has weight 1 - l"""
@@ -42,7 +43,7 @@ class Rslad(Distillation):
         self._require_share("adversarial_weight")
 
     def target(self, frozen, x, y):
-        logits = self.context.teacher(x)
+        logits = self.context.teacher_logits(x)
         self._attacked = x, logits
         return logits
 

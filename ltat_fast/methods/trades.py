@@ -24,7 +24,7 @@ from typing import ClassVar
 
 import torch.nn.functional as F
 
-from ltat_fast.methods.base import Method
+from ltat_fast.methods.base import Method, Noise
 from ltat_fast.ops import balanced_softmax_kl
 
 
@@ -33,7 +33,7 @@ class Trades(Method):
     """min_w  CE(f(x), y) + beta KL(f(x) || f(x')),   x' = PGD on that KL."""
 
     name: ClassVar[str] = "trades"
-    noise: ClassVar[str] = "gaussian"
+    noise: ClassVar[Noise] = "gaussian"
     needs_fp32_attack: ClassVar[bool] = True
 
     beta: float = 6.0

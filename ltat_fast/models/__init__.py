@@ -5,15 +5,14 @@ Each has ``features(x)`` (N, d), ``fc`` (the linear classifier) and ``feature_di
 
 from collections.abc import Callable
 
-from torch import nn
-
 from ltat_fast.errors import UserError
 
+from .classifier import ImageClassifier
 from .mobilenetv2 import MobileNetV2
 from .preactresnet import preactresnet18, wrn_34_10
 from .resnet import resnet18, smallresnet
 
-ARCHS: dict[str, Callable[..., nn.Module]] = {
+ARCHS: dict[str, Callable[..., ImageClassifier]] = {
     "resnet18": resnet18,
     "preactresnet18": preactresnet18,
     "wrn-34-10": wrn_34_10,
@@ -22,7 +21,7 @@ ARCHS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def build_model(arch: str, num_classes: int, *, in_channels: int = 3) -> nn.Module:
+def build_model(arch: str, num_classes: int, *, in_channels: int = 3) -> ImageClassifier:
     """Build the network called ``arch``, one of :data:`ARCHS`, with weights from torch's global generator.
 
     Raises:

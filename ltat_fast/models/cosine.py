@@ -16,6 +16,8 @@ class CosineClassifier(FullPrecisionLinear):
         shift: float (C,), saved with the weights
     """
 
+    shift: Tensor
+
     def __init__(self, feature_dim: int, norm_offset: float, scale: float, shift: Tensor):
         super().__init__(feature_dim, len(shift), bias=False)
         self.norm_offset, self.scale = norm_offset, scale

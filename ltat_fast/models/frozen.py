@@ -13,6 +13,7 @@ output channel. A batch norm that does not follow a convolution (pre-activation 
 import copy
 import warnings
 from collections import Counter
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,9 @@ STEM_CHANNELS = 8
 
 class ChannelAffine(nn.Module):
     """Compute x * scale + shift for x (N, C, H, W), with one scale and one shift per channel."""
+
+    scale: Tensor
+    shift: Tensor
 
     def __init__(self, like: Tensor, dtype: torch.dtype):
         super().__init__()
@@ -75,6 +79,8 @@ class FrozenTwin(nn.Module):
         folded: names of the folded layers, as pairs (convolution, batch norm)
     """
 
+    live: nn.Module
+
     def __init__(
         self,
         model: nn.Module,
@@ -105,7 +111,7 @@ class FrozenTwin(nn.Module):
 
         # What refresh() reads and writes. Scales and shifts have the dtype of the live model.
         # (live batch norm, its scale, its shift)
-        self._norms: list[tuple[nn.Module, Tensor, Tensor]] = []
+        self._norms: list[tuple[_PlainNorm, Tensor, Tensor]] = []
         # (live bias of a folded convolution, scale, shift)
         self._biased: list[tuple[Tensor, Tensor, Tensor]] = []
         # (live weight of a folded convolution, scale in a shape that broadcasts to it, folded weight)
@@ -140,12 +146,12 @@ class FrozenTwin(nn.Module):
         """Replace each batch norm by an identity if it is folded, otherwise by a :class:`ChannelAffine`."""
         conv_before = {bn: conv for conv, bn in self.folded}
         for bn_name in [name for name, module in self.net.named_modules() if is_plain_norm(module)]:
-            live_bn = self.live.get_submodule(bn_name)
+            live_bn = cast(_PlainNorm, self.live.get_submodule(bn_name))
             scale, shift = torch.empty_like(live_bn.running_var), torch.empty_like(live_bn.running_var)
             self._norms.append((live_bn, scale, shift))
             if bn_name in conv_before:
-                conv = self.net.get_submodule(conv_before[bn_name])
-                live_conv = self.live.get_submodule(conv_before[bn_name])
+                conv = cast(nn.Conv2d, self.net.get_submodule(conv_before[bn_name]))
+                live_conv = cast(nn.Conv2d, self.live.get_submodule(conv_before[bn_name]))
                 conv.bias = nn.Parameter(torch.empty_like(scale, dtype=conv.weight.dtype), requires_grad=False)
                 self._scaled.append((live_conv.weight, scale.view(-1, 1, 1, 1), conv.weight))
                 self._copied.append((shift, conv.bias))
@@ -243,9 +249,19 @@ def trace(net: nn.Module) -> torch.fx.Graph | None:
         return None
 
 
+class _PlainNorm(Protocol):
+    """What :func:`is_plain_norm` accepts: none of its tensors is None."""
+
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+    eps: float
+
+
 def is_plain_norm(module: nn.Module) -> bool:
     """Whether ``module`` is a batch norm over (N, C, H, W) that is a fixed affine map in eval mode and has no hooks."""
-    return type(module) in NORMS and module.affine and module.running_var is not None and not has_hooks(module)
+    return bool(type(module) in NORMS and module.affine and module.running_var is not None and not has_hooks(module))
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -267,7 +283,7 @@ def foldable_pairs(net: nn.Module) -> list[tuple[str, str]]:
     owners = Counter(id(t) for _, t in named_tensors(net))
 
     def is_private(node: torch.fx.Node) -> bool:
-        weight = modules[node.target].weight
+        weight = modules[str(node.target)].weight
         return calls[node.target] == 1 and owners[id(weight)] == 1 and node.target not in read_directly
 
     pairs = []

@@ -13,6 +13,7 @@ passes over the activations. Only the gradients of x and of the residual exist:
 import functools
 import operator
 from collections.abc import Sequence
+from typing import TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
@@ -121,13 +122,13 @@ def is_supported(device: torch.device, dtype: torch.dtype) -> bool:
     generator = torch.Generator().manual_seed(0)
     shapes = ((2, 16, 8, 8), (16, 16, 3, 3), (2, 16, 8, 8))
     tensors = [torch.randn(shape, generator=generator) for shape in shapes]
-    tensors = [t.to(device, dtype).to(memory_format=torch.channels_last) for t in tensors]
+    x, weight, addend = (t.to(device, dtype).to(memory_format=torch.channels_last) for t in tensors)
     bias = torch.linspace(-1, 1, 16, device=device, dtype=dtype)
     geometry = ([1, 1], [1, 1], [1, 1], 1)
     try:
-        for other in (None, tensors[2]):
-            ours = _forward(*tensors[:2], bias, other, *geometry)
-            theirs = conv_relu_ref(*tensors[:2], bias, other, *geometry)
+        for residual in (None, addend):
+            ours = _forward(x, weight, bias, residual, *geometry)
+            theirs = conv_relu_ref(x, weight, bias, residual, *geometry)
             if not torch.allclose(ours.float(), theirs.float(), rtol=0.05, atol=0.5):
                 return False
     except RuntimeError:  # cuDNN has no engine for this
@@ -147,7 +148,8 @@ class FusedConvReLU(nn.Module):
     def __init__(self, conv: nn.Conv2d):
         super().__init__()
         self.weight, self.bias = conv.weight, conv.bias
-        self.geometry = ([*conv.stride], [*conv.padding], [*conv.dilation], conv.groups)
+        padding = cast(tuple[int, int], conv.padding)  # _is_private_conv() refuses "same" and "valid"
+        self.geometry = ([*conv.stride], [*padding], [*conv.dilation], conv.groups)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         return conv_relu(x, self.weight, self.bias, residual, *self.geometry)
@@ -168,18 +170,18 @@ def fuse_relu(net: nn.Module, graph: torch.fx.Graph) -> nn.Module:
     for relu in list(graph.nodes):
         if not _is_relu(relu, modules):
             continue
-        conv, residual = _conv_and_residual(relu.args[0], modules)
+        before = relu.all_input_nodes[0]
+        conv, residual = _conv_and_residual(before, modules)
         if conv is None:
             continue
         name = f"fused_{len(fused)}"
-        fused[name] = FusedConvReLU(modules[conv.target])
+        fused[name] = FusedConvReLU(cast(nn.Conv2d, modules[str(conv.target)]))
         with graph.inserting_before(relu):
             arguments = (conv.args[0],) if residual is None else (conv.args[0], residual)
             relu.replace_all_uses_with(graph.call_module(name, arguments))
-        addition = relu.args[0]
         graph.erase_node(relu)
         if residual is not None:
-            graph.erase_node(addition)
+            graph.erase_node(before)
         graph.erase_node(conv)
     if not fused:
         return net
@@ -191,7 +193,9 @@ def fuse_relu(net: nn.Module, graph: torch.fx.Graph) -> nn.Module:
     return result.eval()
 
 
-def _conv_and_residual(node: torch.fx.Node, modules: dict[str, nn.Module]):
+def _conv_and_residual(
+    node: torch.fx.Node, modules: dict[str, nn.Module]
+) -> tuple[torch.fx.Node | None, torch.fx.Node | None]:
     """The convolution behind ``node`` and what is added to it, if anything; (None, None) if it cannot be fused."""
     if _is_private_conv(node, modules):
         return node, None
@@ -203,18 +207,18 @@ def _conv_and_residual(node: torch.fx.Node, modules: dict[str, nn.Module]):
     return None, None
 
 
-def _is_private_conv(node: object, modules: dict[str, nn.Module]) -> bool:
+def _is_private_conv(node: object, modules: dict[str, nn.Module]) -> TypeGuard[torch.fx.Node]:
     """Whether ``node`` is a plain convolution whose result one node reads."""
     if not (isinstance(node, torch.fx.Node) and node.op == "call_module" and len(node.users) == 1):
         return False
-    module = modules[node.target]
+    module = modules[str(node.target)]
     plain = type(module) is nn.Conv2d and module.padding_mode == "zeros" and not isinstance(module.padding, str)
     return plain and not (module._forward_hooks or module._forward_pre_hooks)
 
 
 def _is_relu(node: torch.fx.Node, modules: dict[str, nn.Module]) -> bool:
     if node.op == "call_module":
-        return type(modules[node.target]) is nn.ReLU
+        return type(modules[str(node.target)]) is nn.ReLU
     return (node.op == "call_function" and node.target in RELUS) or (
         node.op == "call_method" and node.target in ("relu", "relu_")
     )

@@ -8,6 +8,7 @@ one batch after the other, so that logits, gradients and running statistics are 
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +64,7 @@ def allow_joint_calls(model: nn.Module) -> nn.Module:
     batch norm.
     """
     for name, module in list(model.named_modules()):
-        if type(module) in JOINT_NORMS:
+        if _mixes_batches(module):
             if not name:
                 raise ValueError("a batch norm alone cannot be replaced in place")
             model.set_submodule(name, _converted(module))
@@ -73,8 +74,12 @@ def allow_joint_calls(model: nn.Module) -> nn.Module:
 def check_joint_calls(model: nn.Module) -> None:
     """Raise ValueError if ``model`` has a batch norm that would mix the batches of a joint call."""
     for name, module in model.named_modules():
-        if type(module) in JOINT_NORMS:
+        if _mixes_batches(module):
             raise ValueError(f"{name} would mix the batches of a joint call: prepare the model with allow_joint_calls")
+
+
+def _mixes_batches(module: nn.Module) -> TypeGuard[nn.BatchNorm2d | nn.SyncBatchNorm]:
+    return type(module) in JOINT_NORMS
 
 
 def _converted(module: nn.BatchNorm2d | nn.SyncBatchNorm) -> nn.Module:
@@ -97,19 +102,22 @@ class JointBatchNorm2d(nn.BatchNorm2d):
         if _batches == 1 or not self.training:
             return super().forward(x)
         if torch.compiler.is_compiling() and self.momentum is not None and self.running_mean is not None:
-            return self._in_one_pass(x)
+            return self._in_one_pass(x, self.momentum)
         return torch.cat([super(JointBatchNorm2d, self).forward(batch) for batch in x.chunk(_batches)])
 
-    def _in_one_pass(self, x: Tensor) -> Tensor:
+    def _in_one_pass(self, x: Tensor, momentum: float) -> Tensor:
         """Compute the same from plain arithmetic, which Inductor fuses into the layers around it."""
+        assert self.running_mean is not None  # checked by forward(); the other two are None only if this one is
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
         batches = x.view(_batches, -1, *x.shape[1:])
         wide = batches.to(torch.promote_types(x.dtype, torch.float32))
         variance, mean = torch.var_mean(wide, (1, 3, 4), correction=0)  # (batches, C)
         with torch.no_grad():
             n = x.numel() / x.shape[1] / _batches
             for batch in range(_batches):
-                self.running_mean.lerp_(mean[batch].to(self.running_mean.dtype), self.momentum)
-                self.running_var.lerp_((variance[batch] * (n / (n - 1))).to(self.running_var.dtype), self.momentum)
+                self.running_mean.lerp_(mean[batch].to(self.running_mean.dtype), momentum)
+                self.running_var.lerp_((variance[batch] * (n / (n - 1))).to(self.running_var.dtype), momentum)
             self.num_batches_tracked.add_(_batches)
         scale = torch.rsqrt(variance + self.eps)
         shift = -mean * scale

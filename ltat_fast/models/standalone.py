@@ -10,14 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from safetensors.torch import load_file
-from torch import nn
 
+from .classifier import ImageClassifier
 from .cosine import CosineClassifier
 
 WEIGHTS, CARD = "model.safetensors", "card.json"
 
 
-def load(folder: Path, network: Callable[..., nn.Module]) -> nn.Module:
+def load(folder: Path, network: Callable[..., ImageClassifier]) -> ImageClassifier:
     """Load the network in ``folder``, in eval mode: float32 images (N, C, H, W) in [0, 1] to logits (N, num_classes).
 
     Args:

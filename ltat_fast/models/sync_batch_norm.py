@@ -25,6 +25,11 @@ def synchronise_batch_norm(model: nn.Module) -> nn.Module:
 class CpuSyncBatchNorm(nn.BatchNorm2d):
     """``nn.SyncBatchNorm`` for CPUs: batch statistics over all processes, which must have shares of equal size."""
 
+    running_mean: Tensor  # never None: synchronise_batch_norm() builds only layers that track statistics
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    momentum: float
+
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)

@@ -65,7 +65,7 @@ def _grad_logits(grad_loss, logits, *_):
 
 
 def _forward_cuda(logits, labels, class_counts, teacher_logits, tau, kl_weight, temperature, reduction):
-    from ltat_fast.kernels.balanced_softmax_kl import launch_forward
+    from ltat_fast.kernels.balanced_softmax_kl import launch_forward  # pyright: ignore[reportMissingImports]
 
     logits, labels, class_counts, teacher_logits = _launchable(logits, labels, class_counts, teacher_logits)
     loss, stats = _loss_and_stats(logits, labels, class_counts, teacher_logits, tau, kl_weight, temperature, reduction)
@@ -76,7 +76,7 @@ def _forward_cuda(logits, labels, class_counts, teacher_logits, tau, kl_weight, 
 def _backward_cuda(
     grad_loss, logits, labels, class_counts, teacher_logits, stats, tau, kl_weight, temperature, reduction
 ):
-    from ltat_fast.kernels.balanced_softmax_kl import launch_backward
+    from ltat_fast.kernels.balanced_softmax_kl import launch_backward  # pyright: ignore[reportMissingImports]
 
     logits, labels, class_counts, teacher_logits = _launchable(logits, labels, class_counts, teacher_logits)
     grad_logits = _grad_logits(grad_loss, logits)
@@ -87,13 +87,16 @@ def _backward_cuda(
     return grad_logits
 
 
-def _launchable(logits, labels, class_counts, teacher_logits):
+def _launchable(
+    logits: Tensor, labels: Tensor, class_counts: Tensor, teacher_logits: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Return the tensors with strides that the launchers accept: any stride between rows, stride 1 between classes."""
 
-    def unit_columns(t):
-        return t if t is None or t.stride(1) == 1 else t.contiguous()
+    def unit_columns(t: Tensor) -> Tensor:
+        return t if t.stride(1) == 1 else t.contiguous()
 
-    return unit_columns(logits), labels.contiguous(), class_counts.contiguous(), unit_columns(teacher_logits)
+    teacher_logits = None if teacher_logits is None else unit_columns(teacher_logits)
+    return unit_columns(logits), labels.contiguous(), class_counts.contiguous(), teacher_logits
 
 
 _forward = Operator(

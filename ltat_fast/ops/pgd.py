@@ -56,7 +56,7 @@ def _project(v: Tensor, x: Tensor, eps: float, lower: float, upper: float) -> Te
 
 
 def _pgd_init_cuda(x, seed, eps, std, lower, upper, noise):
-    from ltat_fast.kernels.pgd import launch_init
+    from ltat_fast.kernels.pgd import launch_init  # pyright: ignore[reportMissingImports]
 
     out = torch.empty_like(x)
     launch_init(_in_layout_of(out, x), out, seed, eps, lower, upper, noise, std)
@@ -70,12 +70,13 @@ def _pgd_step_cuda(x_adv, grad, x, step_size, eps, lower, upper):
 
 
 def _pgd_step_out_cuda(x_adv, grad, x, step_size, eps, lower, upper, out):
-    from ltat_fast.kernels.pgd import launch_step
+    from ltat_fast.kernels.pgd import launch_step  # pyright: ignore[reportMissingImports]
 
     dense = torch.empty_like(out)  # has the strides of out, unless out is not dense, such as a slice
     target = out if _same_strides(dense, out) else dense
     grad = grad.sign() if grad.dtype == torch.float64 else grad  # the kernel's float32 would round 1e-60 to 0
-    launch_step(*(_in_layout_of(target, t) for t in (x_adv, grad, x)), target, step_size, eps, lower, upper)
+    x_adv, grad, x = (_in_layout_of(target, t) for t in (x_adv, grad, x))
+    launch_step(x_adv, grad, x, target, step_size, eps, lower, upper)
     if target is not out:
         out.copy_(target)
 

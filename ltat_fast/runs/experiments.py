@@ -15,7 +15,8 @@ from ltat_fast.runs.finished import FinishedRun, RunConfig, load_runs
 from ltat_fast.runs.results import CHECKPOINTS, percentages
 
 # Runs that differ only in these settings repeat one experiment, if all of them or none trained their own teacher.
-NOT_THE_EXPERIMENT = {"seed", "out", "data_dir", "teacher", "device", "resume", "eval_batch_size", "save_minutes"}
+NOT_THE_EXPERIMENT = {"seed", "out", "data_dir", "teacher", "device", "compile", "resume", "eval_batch_size"}
+NOT_THE_EXPERIMENT |= {"save_minutes"}
 
 
 @dataclass(frozen=True)

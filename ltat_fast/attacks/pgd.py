@@ -17,8 +17,8 @@ from ltat_fast.models.frozen import FrozenTwin
 from ltat_fast.ops import pgd_init, pgd_step
 
 Logits = Callable[[Tensor], Tensor]
-Ascend = Callable[[Tensor, Tensor], Tensor]
-"""``(x, x_adv)`` to the next ``x_adv``: one step of an attack. It may write into ``x_adv``."""
+Ascend = Callable[..., Tensor]
+"""``(x, x_adv, *context)`` to the next ``x_adv``: one step of an attack. It may write into ``x_adv``."""
 
 
 @dataclass(frozen=True)
@@ -41,18 +41,20 @@ def attack_loop(
     config: AttackConfig,
     generator: torch.Generator | None = None,
     start: Tensor | None = None,
+    context: tuple = (),
 ) -> Tensor:
     """Run ``config.steps`` steps of ``ascend`` from a random start; return the adversarial examples, shaped like ``x``.
 
     x: float images ``(B, C, H, W)`` in [0, 1]. generator: source of the start noise; the default generator of the
     device if None. start: start point in place of the noise, shaped like ``x``, in the ball and in [0, 1].
+    context: further arguments of ``ascend``, for example the labels.
     """
     if start is not None or config.noise == "none":
         x_adv = (x if start is None else start).clone()
     else:
         x_adv = pgd_init(x, config.eps, config.noise, generator=generator)
     for _ in range(config.steps):
-        x_adv = ascend(x, x_adv)
+        x_adv = ascend(x, x_adv, *context)
     return x_adv
 
 
@@ -74,11 +76,23 @@ def pgd(
     """
     config = config or AttackConfig()
     twin = model if isinstance(model, FrozenTwin) else FrozenTwin(model, fold_bn=False)
+    return attack_loop(x, make_ascend(twin, objective, config), config, generator, start)
 
-    def ascend(x: Tensor, x_adv: Tensor) -> Tensor:
-        return ascent_step(twin, x, x_adv, objective, config)
 
-    return attack_loop(x, ascend, config, generator, start)
+def make_ascend(
+    model: Logits, objective: Callable[..., Tensor], config: AttackConfig, compile_: Callable | None = None
+) -> Ascend:
+    """Return the attack step ``(x, x_adv, *context) -> x_adv`` against ``model``.
+
+    objective: function of ``(x_adv, logits, *context)`` to maximise. compile_: compiles the step, for example
+    ``torch.compile``; None runs it in eager mode.
+    """
+    step = traceable_ascent_step if compile_ else ascent_step
+
+    def ascend(x: Tensor, x_adv: Tensor, *context) -> Tensor:
+        return step(model, x, x_adv, lambda point, logits: objective(point, logits, *context), config)
+
+    return compile_(ascend, fullgraph=True) if compile_ else ascend
 
 
 def ascent_step(model: Logits, x: Tensor, x_adv: Tensor, objective: Objective, config: AttackConfig) -> Tensor:

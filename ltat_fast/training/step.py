@@ -18,7 +18,7 @@ import torch
 import torch._inductor
 from torch import Tensor, nn
 
-from ltat_fast.attacks.pgd import AttackConfig, ascent_step, attack_loop, traceable_ascent_step
+from ltat_fast.attacks.pgd import AttackConfig, attack_loop, make_ascend
 from ltat_fast.methods import Method, MethodContext
 from ltat_fast.methods.base import Model
 from ltat_fast.models.frozen import FrozenTwin
@@ -140,7 +140,14 @@ class TrainStep:
         if self.joint_student:
             check_joint_calls(model)
         compile_ = functools.partial(torch.compile, dynamic=False, options=levers.inductor_options(self.device))
-        self._ascend = make_ascend(method, self.frozen, attack, compile_ if levers.compiled else None)
+        # No function here may hold ``self``: a step that holds a compiled method of its own is a reference cycle, and
+        # the garbage collector may then free its CUDA graph during a later capture.
+        self._ascend = make_ascend(
+            self.frozen,
+            lambda point, logits, target: method.objective(point, logits, target),
+            attack,
+            compile_ if levers.compiled else None,
+        )
         self._student: Callable[[Tensor], Tensor] = train_model or model
         if levers.compiled and not method.needs_double_backward:
             self._student = compile_(self._student)
@@ -181,7 +188,7 @@ class TrainStep:
             return x
         with torch.no_grad():
             target = self.method.target(self.frozen, x, y)
-        return attack_loop(x, functools.partial(self._ascend, target=target), self.attack, self.generator)
+        return attack_loop(x, self._ascend, self.attack, self.generator, context=(target,))
 
     def loss(self, x: Tensor, x_adv: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the method's loss in the training precision. The backward pass must run outside of autocast."""
@@ -264,25 +271,6 @@ class TrainStep:
                 sums[name].zero_()
 
         return restore
-
-
-def make_ascend(
-    method: Method, twin: FrozenTwin, attack: AttackConfig, compile_: Callable | None
-) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Return the attack step ``(x, x_adv, target) -> x_adv`` of ``method`` against ``twin``, compiled by ``compile_``.
-
-    A function of its own rather than a method of :class:`TrainStep`: a step that holds a compiled bound method of
-    itself is a reference cycle, and the garbage collector may then free its CUDA graph during a later capture.
-    """
-    ascent = traceable_ascent_step if compile_ else ascent_step
-
-    def ascend(x: Tensor, x_adv: Tensor, target: Tensor) -> Tensor:
-        def objective(point: Tensor, logits: Tensor) -> Tensor:
-            return method.objective(point, logits, target)
-
-        return ascent(twin, x, x_adv, objective, attack)
-
-    return compile_(ascend, fullgraph=True) if compile_ else ascend
 
 
 @contextlib.contextmanager

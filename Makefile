@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip --disable-pip-version-check install -q
-SOURCES := setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
+SOURCES := setup.py pyproject.toml ltat_fast/__init__.py $(wildcard csrc/* csrc/*/*)
 
 .PHONY: demo test test-all lint clean
 
@@ -17,7 +17,9 @@ test-all: $(VENV)/.built $(VENV)/.dev
 	$(PY) -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.dev
-	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(VENV)/bin/pyright --pythonpath $(PY)
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "ltat-fast needs Python 3.10 or newer"'

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from helpers.train_runs import SAFETY_NET
-from ltat_fast import _ext
+from ltat_fast import __version__, _ext
 
 ROOT = Path(__file__).parents[1]
 NEEDS_EXT = pytest.mark.skipif(not _ext.HAS_EXT, reason=f"no C++ extension: {_ext.WHY_NOT}")
@@ -61,13 +61,13 @@ def files_of(wheel):
 def test_wheel_without_the_extension(tmp_path):
     wheel, printed = build_wheel(tmp_path, LTAT_BUILD_EXT="0")
     assert "LTAT_BUILD_EXT=0: installing without the C++ extension" in printed
+    assert wheel.name.startswith(f"ltat_fast-{__version__}-")
     files = files_of(wheel)
     kernels = {f"ltat_fast/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "ltat_fast").rglob("*.py")}
     assert kernels | modules == {name for name in files if name.endswith(".py")}
-    data = {
-        str(path.relative_to(ROOT)) for kind in ("json", "j2", "css") for path in ROOT.glob(f"ltat_fast/**/*.{kind}")
-    }
+    package = (ROOT / "ltat_fast").rglob("*")
+    data = {str(path.relative_to(ROOT)) for path in package if path.suffix in (".json", ".j2", ".css", ".typed")}
     assert data == {name for name in files if not name.endswith((".py", ".so"))}
     assert not [name for name in files if name.startswith(("tests", "csrc"))]
     if not any(name.endswith(".so") for name in files):

@@ -1,5 +1,6 @@
 """Speed of a run relative to its machine: operations of a training step, and the rate of a large matrix product."""
 
+import functools
 import time
 
 import torch
@@ -53,6 +54,7 @@ def flops_per_image(eager: TrainStep, x: Tensor, y: Tensor) -> float:
     return (counter.total - extra.total) / len(x)
 
 
+@functools.cache  # teacher and student have the same machine
 def matmul_ceiling(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> float:
     """Return the operations per second of a large square matrix product, the best of ``repeats``.
 

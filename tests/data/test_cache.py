@@ -179,7 +179,7 @@ def test_two_processes_at_once_decode_once(root):
     """
     command = [sys.executable, "-c", textwrap.dedent(script)]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    outputs = [process.communicate(timeout=120)[0] for process in both]
+    outputs = [process.communicate(timeout=600)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0]
     assert sum("decoding" in output for output in outputs) == 1
     assert outputs[0].split()[-1] == outputs[1].split()[-1]
@@ -200,7 +200,7 @@ def test_two_processes_at_once_replace_a_damaged_cache(root):
     """
     command = [sys.executable, "-c", textwrap.dedent(script)]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    outputs = [process.communicate(timeout=120)[0] for process in both]
+    outputs = [process.communicate(timeout=600)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0]
     assert sum("decoding" in output for output in outputs) == 1
     assert outputs[0].split()[-1] == outputs[1].split()[-1]

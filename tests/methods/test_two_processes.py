@@ -18,7 +18,7 @@ def two(tmp_path_factory) -> dict[str, dict]:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     command = [*launch, two_processes.__file__, str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=170)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr
     return torch.load(out, weights_only=True)
 

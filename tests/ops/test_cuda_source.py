@@ -28,7 +28,7 @@ needs_cxx = pytest.mark.skipif(not CXX, reason="no C++ compiler")
 
 
 def run(*command):
-    ran = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=300, check=False)
+    ran = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=600, check=False)
     assert ran.returncode == 0, ran.stderr
     return ran.stdout + ran.stderr
 

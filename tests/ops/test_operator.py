@@ -27,7 +27,7 @@ OP_TESTS = sorted(f"test_{name}" for name in OP_FILES if (HERE / f"test_{name}.p
 def run_python(code, *args, **environment):
     environment = {**os.environ, **environment}
     command = [sys.executable, "-W", "error::UserWarning", "-c", textwrap.dedent(code), *map(str, args)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
 
 
 @pytest.mark.parametrize("operator", OPERATORS, ids=NAMES)

@@ -108,7 +108,7 @@ def test_images_of_a_folder_are_shown_without_a_warning(folder_run):
         "print(len(gallery(study, torch.device('cpu')).adversarial))"
     )
     command = [sys.executable, "-c", script, str(folder_run)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.stdout.splitlines()[-1:] == ["3"], done.stderr
     assert "not writable" not in done.stderr
 

@@ -1,4 +1,4 @@
-"""The one L_inf PGD loop: FGSM, PGD-k, CW-k and the inner maximisation of every training method.
+"""The L_inf PGD loop of all attacks: FGSM, PGD-k, CW-k and the inner maximisation of every training method.
 
     x_0 = clip(x + noise);   x_{t+1} = clip( project_eps( x_t + step * sign(grad J(x_t)) ) )
 
@@ -18,7 +18,7 @@ from ltat_fast.ops import pgd_init, pgd_step
 
 Logits = Callable[[Tensor], Tensor]
 Ascend = Callable[[Tensor, Tensor], Tensor]
-"""``(x, x_adv)`` to the next ``x_adv``: one step of an attack. It may write into ``x_adv``."""
+"""One step of an attack: a function from ``(x, x_adv)`` to the next ``x_adv``. It may write into ``x_adv``."""
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ def toolkit_mismatch(torch_cuda, home):
 
 
 def extension():
-    """Return the keyword arguments of setup() that build ltat_fast._C, or print the reason and return none."""
+    """Return the keyword arguments of setup() that build ltat_fast._C, or print why not and return an empty dict."""
     if os.environ.get("LTAT_BUILD_EXT") == "0":
         print_notice("LTAT_BUILD_EXT=0: installing without the C++ extension; the ops will run plain torch.")
         return {}

@@ -1,4 +1,4 @@
-// What the autograd nodes of the ops share. A node gives eager calls the gradient that ltat_fast/ops registers from
+// Helpers of the autograd nodes of the ops. A node gives eager calls the gradient that ltat_fast/ops registers from
 // Python, at a fraction of the cost. It calls the kernel of the tensors' device through the dispatcher.
 #pragma once
 

@@ -1,4 +1,4 @@
-// What every csrc/<op>.cpp uses: dtypes, threads, reductions, the CPU kernels and the binding to Python.
+// Helpers of every csrc/<op>.cpp: dtypes, threads, reductions, the CPU kernels and the binding to Python.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -61,7 +61,7 @@ inline Dtype dtype_of(const Tensor& t) {
 // The dtype of the arithmetic, the losses and the statistics.
 inline at::ScalarType work_type(const Tensor& t) { return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
 
-// Calls f(begin, end) over [0, size) on torch's own threads. OpenMP linked here would keep a second thread pool.
+// Calls f(begin, end) over [0, size) on torch's own threads. Linking OpenMP would add a second thread pool.
 template <typename F>
 void parallel(int64_t size, int64_t grain, const F& f) {
   if (size <= grain) return f(int64_t{0}, size);

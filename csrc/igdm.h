@@ -1,4 +1,4 @@
-// What igdm.cpp and igdm_cuda.cpp share: argument checks, and the arguments of the kernels.
+// Shared by igdm.cpp and igdm_cuda.cpp: argument checks, and the arguments of the kernels.
 #pragma once
 
 #include "common.h"
@@ -14,7 +14,7 @@ inline Divergence divergence_of(std::string_view name) {
 }
 
 struct IgdmCall {
-  Tensor student_plus, student_minus, teacher_plus, teacher_minus;  // keep the memory that args points to
+  Tensor student_plus, student_minus, teacher_plus, teacher_minus;  // own the memory that args points to
   Igdm args{};
 
   IgdmCall(const Tensor& sp, const Tensor& sm, const Tensor& tp, const Tensor& tm, std::string_view divergence)

@@ -17,7 +17,7 @@ deterministic, which atomics are not. A scheme in which the last block reduces w
 launch, or a counter that streams share.
 
 Arithmetic is in log space, and rows are shifted by their maximum before anything is scaled or exponentiated. So logits
-of +-1e4 are as exact as small ones, except for the rounding of s + tau * log n, which every fp32 code has.
+of +-1e4 are as exact as small ones, except for the rounding of s + tau * log n, which every fp32 implementation has.
 """
 
 import torch
@@ -30,8 +30,8 @@ LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 def tile(num_classes: int) -> tuple[int, int, int]:
     """Return (rows, columns, warps) of a program: several short rows, one row, or one row in several pieces.
 
-    At most 16 elements per thread: enough 16-byte loads are in flight, and two tensors with their exponentials do not
-    spill.
+    At most 16 elements per thread: enough 16-byte loads are in flight, and two tensors with their exponentials fit
+    into registers.
     """
     columns = min(triton.next_power_of_2(num_classes), 4096)
     rows = min(max(1024 // columns, 1), 32)
@@ -62,8 +62,8 @@ def _forward_kernel(
     kl_weight,
     inv_temperature,
     B,
-    # constexpr, because C is constant in a training run: so C = 100 or 1000 gets 16-byte loads. At run time only a
-    # multiple of 16 would get them.
+    # constexpr, because C is constant in a training run. So C = 100 or 1000 gets 16-byte loads too. As a run-time
+    # argument, only a multiple of 16 would get them.
     C: tl.constexpr,
     LOGITS_STRIDE: tl.constexpr,
     TEACHER_STRIDE: tl.constexpr,

@@ -88,7 +88,8 @@ def _step_kernel(
     n,
     BLOCK: tl.constexpr,
 ):
-    # The base of the block is a 64-bit scalar, the offsets in it are 32-bit: beyond 2^31 elements nothing is slower.
+    # The base of the block is a 64-bit scalar, the offsets in the block are 32-bit. So tensors with more than 2^31
+    # elements work, and the 64-bit arithmetic costs nothing.
     start = tl.program_id(0).to(tl.int64) * BLOCK
     offsets = tl.arange(0, BLOCK)
     mask = offsets < n - start

@@ -97,8 +97,8 @@ LTAT_INLINE void sincos_turns(float turn, float& sine, float& cosine) {
 }
 
 // Rows are processed in chunks, converted to the working type. No loop over exponentials has a scalar remainder, which
-// would take half of the time for 100 classes. Instead, the last vector of a chunk holds the last kLanes classes, also
-// those that are in the vector before it. In a sum these duplicates are set to -inf, because exp(-inf) = 0.
+// would take half of the time for 100 classes. Instead, the last vector of a chunk holds the last kLanes classes, so it
+// repeats some classes of the vector before it. For a sum these duplicates are set to -inf, because exp(-inf) = 0.
 constexpr int64_t kChunk = 256;
 constexpr int kLanes = 16;
 enum class Duplicates { keep, minus_infinity };

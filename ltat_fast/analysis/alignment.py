@@ -24,7 +24,7 @@ SCALARS = ("ce", "logit", "projection")
 
 
 def input_gradients(model: nn.Module, x: Tensor, y: Tensor, directions: Tensor) -> dict[str, Tensor]:
-    """The gradient of each of :data:`SCALARS` with respect to each image, like ``x``.
+    """The gradient of each of :data:`SCALARS` with respect to each image, shaped like ``x``.
 
     x: float images in [0, 1], ``(B, C, H, W)``. y: int64 ``(B,)``. directions: u, ``(B, K)``.
     """

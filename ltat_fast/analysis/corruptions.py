@@ -2,8 +2,9 @@
 
 Chen, Dong, Xie, "Releasing Inequality Phenomenon in L_inf-norm Adversarial Training via Input Gradient Distillation"
 (IGD, 2023), after Duan et al. (ICLR 2023); Hendrycks, Dietterich, "Benchmarking Neural Network Robustness to Common
-Corruptions and Perturbations" (ICLR 2019). Let k = floor(t * C*H*W) be a number of single channel values, M the mask of
-the k values with the largest *signed* attribution (for RN: of k random values), and n ~ N(0, 1) for each value:
+Corruptions and Perturbations" (ICLR 2019). INA is the inductive noise attack, RN is random noise. Let
+k = floor(t * C*H*W) be a number of single channel values, M the mask of the k values with the largest *signed*
+attribution (for RN: of k random values), and n ~ N(0, 1) for each value:
 
     INA1, RN  clip(x + M n),      INA2  clip((1 - M) x + M n)
 
@@ -24,7 +25,7 @@ from ltat_fast.analysis.gradients import frozen
 
 RANDOM_SHARES = tuple(round(0.02 * i, 2) for i in range(1, 11))
 COLOURS = {"grey": 0.5, "white": 1.0, "black": 0.0}  # grey and white from IGD, black from Duan et al.
-# Standard deviation of gaussian, photons of shot and share of impulse noise at severities 1 to 5.
+# Severities 1 to 5: standard deviation of gaussian noise, photons of shot noise, share of impulse noise.
 CONSTANTS = {
     "CIFAR-10-C": {
         "gaussian": (0.04, 0.06, 0.08, 0.09, 0.10),
@@ -50,7 +51,7 @@ def constants_for(size: int) -> str:
 
 
 def inductive_shares(entries: int) -> tuple[float, ...]:
-    """The t of INA1 and INA2 for images of ``entries`` values: the published ones, or those of RN below 500 values."""
+    """The t of INA1 and INA2 for images of ``entries`` values: the published ones, or those of RN below 500."""
     return tuple(round(t / 10, 3) for t in RANDOM_SHARES) if entries >= 500 else RANDOM_SHARES
 
 
@@ -78,7 +79,7 @@ def replace_by_noise(x: Tensor, mask: Tensor, noise: Tensor) -> Tensor:
 
 
 def occlusion_radius(size: int) -> int:
-    """R for images of ``size`` pixels width: 20 of 224 as in IGD."""
+    """R for images of ``size`` pixels width, in proportion to IGD, which has 20 for 224 pixels."""
     return max(1, round(20 * size / 224))
 
 

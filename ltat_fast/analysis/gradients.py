@@ -19,7 +19,7 @@ def true_logit(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def input_gradient(model: nn.Module, x: Tensor, scalar: Callable[[Tensor], Tensor]) -> Tensor:
-    """d scalar_i / d x_i for each image i, like ``x``. scalar: maps logits ``(B, K)`` to one value per image ``(B,)``.
+    """Return d scalar_i / d x_i for each image i, shaped like ``x``. scalar: maps logits ``(B, K)`` to values ``(B,)``.
 
     In eval mode the images of a batch do not influence each other, so one backward pass of the sum gives all gradients.
     """

@@ -6,9 +6,10 @@
 Lee, Cho, Kim, "Indirect Gradient Matching for Adversarial Robust Distillation" (IGDM, ICLR 2025): section 3.1 and
 figure 2 (the remainder, e uniform in [-eps, eps]), table 5 (the distance, d uniform or an attack). The paper states
 both formulas. It leaves open whether f is the logits or the probabilities, so both are measured. The default of the
-remainder is logits, because these are what is expanded; the default of the distance is probabilities, because the
-published values of 0.13 to 0.48 are below those of logits. Our choices: x + e is not clipped to [0, 1], and the attack
-is PGD-20 on the cross-entropy of the student, while the paper uses the inner loss of each method.
+remainder is logits, because the first-order expansion is that of the logits. The default of the distance is
+probabilities, because the published values of 0.13 to 0.48 are below those of logits. Our choices: x + e is not clipped
+to [0, 1], and the attack is PGD-20 on the cross-entropy of the student, while the paper uses the inner loss of each
+method.
 """
 
 from collections.abc import Callable

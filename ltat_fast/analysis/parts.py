@@ -85,7 +85,7 @@ def alignment(subject: Subject) -> dict:
 
 
 def linearity(subject: Subject) -> dict:
-    """The remainder under uniform noise and, with a teacher, the distance to it under noise and attack."""
+    """The remainder under uniform noise and, with a teacher, the distance to the teacher under noise and attack."""
 
     def of_batch(x, y, stream):
         noise = (2 * torch.rand(x.shape, generator=stream("noise"), device=x.device) - 1) * subject.eps
@@ -100,7 +100,7 @@ def linearity(subject: Subject) -> dict:
 
 
 def inequality(subject: Subject) -> dict:
-    """Gini values of the attribution over all values and over both forms of blocks; "blocks" gives their sides."""
+    """Gini values of the attribution, global and over blocks in both forms; "blocks" gives the sides of the blocks."""
     blocks = {form: default_block(min(subject.images.shape[2:]), form) for form in ("pooled", "block-sum")}
 
     def of_batch(x, y, stream):
@@ -169,7 +169,7 @@ def by_frequency(scores: dict[str, Result], test_labels: np.ndarray, counts: lis
     accuracies = {"classes": frequency_groups(counts)}
     for attack, result in scores.items():
         if result.per_class and result.images is not None:
-            # Versions that did not record "chosen" used evenly spread images.
+            # Older versions of this package did not record "chosen"; they used evenly spread images.
             known = result.chosen is not None
             seen = result.attacked(len(test_labels)) if known else spread(test_labels, result.images)
             images = np.bincount(test_labels[seen], minlength=len(counts))

@@ -16,7 +16,7 @@ class Part:
     """One part of the analysis of one checkpoint.
 
     numbers: nested dicts of means. A mean is a dict with "all" and the groups of classes; None where there is no image.
-    images: number of test images. identity: what the numbers depend on besides the images, by the names of
+    images: number of test images. identity: everything else that the numbers depend on, by the names of
     :data:`IDENTITY`.
     """
 

@@ -45,12 +45,12 @@ class Options:
     batch_size: int = 256
     """images per batch"""
     again: bool = False
-    """measure parts again that are already in analysis.json"""
+    """measure also those parts again that are already in analysis.json"""
 
 
 @dataclass
 class Analysed:
-    """A run under analysis. asked: what the numbers of each part depend on besides the images."""
+    """A run under analysis. asked: for each part, everything besides the images that its numbers depend on."""
 
     run: Path
     which: str
@@ -79,7 +79,7 @@ class Analysed:
         results.save(self.file)
 
     def scores(self) -> dict[str, Result]:
-        """The results for these weights in eval.json; clean and PGD-20 are measured if it has them on fewer images."""
+        """The results for these weights in eval.json; clean and PGD-20 are measured if missing or on fewer images."""
         file, weights, images = self.run / "eval.json", self.asked["classwise"]["weights"], len(self.subject.labels)
         found = EvalFile.load_or_empty(file).of(self.which).results
         found = {attack: result for attack, result in found.items() if result.weights == weights}
@@ -140,7 +140,7 @@ def load(folder: Path, parts: list[str], options: Options, hardware: Hardware) -
 
 
 def teacher_of(config: Config) -> str | None:
-    """The name of the teacher that a run was trained with: its own, or else the one that was given."""
+    """The name of the teacher of a run: the one that the run trained itself, or else the one given by --teacher."""
     own = config.run_dir / "teacher"
     return str(own) if own.is_dir() else config.teacher
 
@@ -151,7 +151,7 @@ def is_ours(teacher: str) -> bool:
 
 
 def to_measure(part: str, analysed: list[Analysed], again: bool) -> list[Analysed]:
-    """The runs to measure ``part`` on: those that lack it, or all with ``again``; without those that cannot have it."""
+    """The runs on which to measure ``part``: those that lack it (or all with ``again``) and can have it."""
     if part == "corruptions":
         compared = sorted({a.asked[part]["weights"] for a in analysed})
         for a in analysed:

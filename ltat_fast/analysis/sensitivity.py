@@ -50,7 +50,7 @@ def plan(
 ) -> dict[float, tuple[Job, ...]]:
     """The runs in ``out`` for each value, one per seed.
 
-    Values that are equal in six digits count as one. images: "test" or "heldout", the images on which the best epoch is
+    Values that agree in six digits count once. images: "test" or "heldout", the images on which the best epoch is
     selected. extra: flags that every run gets.
     """
     flags = ("--dataset", dataset, "--method", "ltat", "--select-on", images, "--eval-attacks", "clean,pgd20")
@@ -83,9 +83,9 @@ def on_test_images(run_dir: Path) -> EvalFile:
 
 
 def on_heldout_images(run_dir: Path) -> EvalFile:
-    """The results of a finished run on the held-out images: of the epoch that they picked, and of the last epoch.
+    """The results of a finished run on the held-out images, from metrics.jsonl: for the best and for the last epoch.
 
-    They are in metrics.jsonl. Without results if the run held out no images.
+    The best epoch is the one with the highest PGD-20 accuracy on these images. Empty if the run held out no images.
     """
     records = [record for record in log.read_metrics(run_dir / "metrics.jsonl") if "heldout_pgd20" in record]
     if not records:

@@ -17,7 +17,7 @@ NAMES = {"nat": "natural", "rob": "adversarial"}
 def write(settings: list[Gaussians], fits: list[list[dict]], samples: int, folder: Path) -> list[Path]:
     """Write the figures to ``folder`` and return their paths. fits: for each setting, from ``fitted_errors``.
 
-    Raises UserError if a figure cannot be written; an older file of that name is kept then.
+    Raises UserError if a figure cannot be written; an older file of the same name is then kept.
     """
     figures = {"theory-tail-accuracy.png": tail_accuracy(settings, fits)}
     if settings[0].n == 2:

@@ -1,4 +1,4 @@
-"""Attacks: the one PGD loop, what it can ascend, and AutoAttack. Needs ``ltat_fast.ops`` and nothing of the trainer."""
+"""Attacks: the PGD loop, the objectives that it ascends, and AutoAttack. They do not depend on the trainer."""
 
 from ltat_fast.attacks.objectives import cross_entropy, cw_margin, scaled_cross_entropy
 from ltat_fast.attacks.pgd import AttackConfig, pgd

@@ -94,7 +94,7 @@ def _under_autoattack(name, model, images, labels, eps, seed, batch_size, batche
 def _under_restarts(
     name: str, model: FrozenTwin, x: Tensor, y: Tensor, indices: Tensor, eps: float, seed: int
 ) -> Tensor:
-    """Return whether each image of a batch is correct from every start. A broken image is not attacked again."""
+    """Return whether each image of a batch is correct from every start. Misclassified images are not attacked again."""
     if name == "clean":
         return _is_correct(model, x, y)
     if name == "fgsm":

@@ -166,10 +166,10 @@ def check_planted(model: nn.Module, x: Tensor, eps: float, *, corners: int = 16,
 
         u . (z(x') - z(x)) >= 0.9 |z(c) - z(x)|,   u = (z(c) - z(x)) / |z(c) - z(x)|
 
-    PGD-20 on the left side must find such an x' for 95 % of the images. Planting uses no gradient, so masked or
+    PGD-20 ascends the left side and must find such an x' in 95 % of the images. Planting uses no gradient, so masked or
     misleading gradients make the check fail. ``detail`` also has the share that random noise finds, which is usually
     small. Departure: Zimmermann et al. train the decision on the penultimate layer; the outputs work for any module.
-    value: percent of images for which one is found.
+    value: percent of images for which PGD-20 finds one.
     """
     twin = _frozen(model)
     generator = seeding.stream(x.device, seed, "planted")

@@ -1,4 +1,4 @@
-"""The one L_inf PGD loop: FGSM, PGD-k, CW-k and the inner maximisation of every training method.
+"""The L_inf PGD loop of all attacks: FGSM, PGD-k, CW-k and the inner maximisation of every training method.
 
     x_0 = clip(x + noise);   x_{t+1} = clip( project_eps( x_t + step * sign(grad J(x_t)) ) )
 

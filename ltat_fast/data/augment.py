@@ -16,7 +16,7 @@ from ltat_fast.data.image_ops import KERNELS, kernel_arguments
 RAND_AUGMENT_OPS = 2
 """operations per image in RandAugment"""
 RAND_AUGMENT_MAGNITUDE = 8
-"""magnitude bin of RandAugment, of 31"""
+"""magnitude bin of RandAugment, out of 31 bins"""
 
 
 class Crops(NamedTuple):
@@ -63,8 +63,8 @@ class Policy:
 
     Args:
         operations: (name, magnitude) in torchvision's terms; ("Identity", 0.0) leaves the image unchanged
-        draw: takes (n, CPU generator), returns int64 (n, rounds) on the CPU: positions in ``operations``, which each
-            image goes through from left to right
+        draw: takes (n, CPU generator), returns int64 (n, rounds) on the CPU: positions in ``operations``; the
+            operations in row i are applied to image i from left to right
         height, width: size of the images, which must have three channels
         device: device of the images
     """
@@ -111,7 +111,7 @@ class Policy:
 def rand_augment_policy(height: int, width: int, device: torch.device | str) -> Policy:
     """Make the policy of RandAugment (Cubuk et al. 2020) in torchvision's version: 14 operations, 31 magnitude bins.
 
-    Each of :data:`RAND_AUGMENT_OPS` rounds draws one operation uniformly, and its sign where it has one.
+    Each of :data:`RAND_AUGMENT_OPS` rounds draws one operation uniformly, and a sign if the operation has one.
     """
     names = ["Identity", *_MAX_MAGNITUDES, "Posterize", "Solarize", "AutoContrast", "Equalize"]
     operations = []
@@ -158,7 +158,7 @@ _MAX_MAGNITUDES = {  # the operations whose magnitude has a sign; translation is
     "Sharpness": 0.9,
 }
 
-_CIFAR10_PAIRS = [  # two of (operation, probability, magnitude bin)
+_CIFAR10_PAIRS = [  # each pair: two of (operation, probability, magnitude bin)
     (("Invert", 0.1, 0), ("Contrast", 0.2, 6)),
     (("Rotate", 0.7, 2), ("TranslateX", 0.3, 9)),
     (("Sharpness", 0.8, 1), ("Sharpness", 0.9, 3)),
@@ -204,7 +204,7 @@ def _magnitude(name: str, level: int, bins: int, height: int, width: int) -> flo
 
 
 def _both_signs(name: str, magnitude: float) -> list[tuple[str, float]]:
-    """Return the operation with either sign, or twice the same where it has none."""
+    """Return the operation once with each sign, or twice the same operation if it has no sign."""
     return [(name, magnitude), (name, -magnitude if name in _MAX_MAGNITUDES else magnitude)]
 
 

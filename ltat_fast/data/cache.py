@@ -1,10 +1,10 @@
 """Cache of decoded images: the first start decodes them, every later start maps the arrays into memory.
 
 Each dataset has one folder with four ``.npy`` files and ``cache.json``, which holds the key and the CRC-32 of each
-file. The key, also the name of the folder, is a hash of everything that decides the arrays: names, sizes and
+file. The key, also the name of the folder, is a hash of everything that determines the arrays: names, sizes and
 modification times of the image files, labels and options. So a changed dataset misses the cache. The folder is written
-under a temporary name, synced and renamed. A reader that finds it incomplete or damaged decodes again. The cache may
-be deleted at any time.
+under a temporary name, synced and renamed. A reader that finds it incomplete or damaged decodes again. The cache may be
+deleted at any time.
 """
 
 import contextlib
@@ -92,7 +92,7 @@ def write_cache(folder: Path, key: str, arrays: Arrays) -> None:
         OSError: the disk is full or not writable.
     """
     partial = folder.with_name(f"{folder.name}.part")
-    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+    shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
     try:
         partial.mkdir()
         for name in NAMES:
@@ -136,7 +136,7 @@ def _decode(tree: Tree, image_size: int | None, report: Callable[[str], None]) -
 
 
 def _key(tree: Tree, image_size: int | None) -> str:
-    """Return the hash of everything that decides the arrays, as 32 hex digits."""
+    """Return the hash of everything that determines the arrays, as 32 hex digits."""
     digest = hashlib.sha256(json.dumps([FORMAT, image_size, tree.class_names]).encode())
     root = os.fspath(tree.root)
 

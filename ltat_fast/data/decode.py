@@ -20,7 +20,7 @@ EXTENSIONS = frozenset(
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
 """formats that are decoded; the content of a file decides, not its extension"""
 MAX_PIXELS = 2**26
-"""limit that is checked before the pixels are decoded, because a file of a few kilobytes can claim gigabytes"""
+"""limit on the pixels of an image, checked before decoding, because a file of a few kilobytes can claim gigabytes"""
 
 
 def decode_images(
@@ -87,7 +87,7 @@ def read_image(path: str | Path, image_size: int | None = None) -> np.ndarray:
             image = _to_rgb(_apply_orientation(file))
     except UnidentifiedImageError:
         raise UserError(f"cannot decode {path}: it is damaged or not an image ({', '.join(FORMATS)})") from None
-    # On a damaged file Pillow raises what its parser ran into: OSError, SyntaxError, struct.error, KeyError, ...
+    # On a damaged file Pillow raises whatever error its parser meets: OSError, SyntaxError, struct.error, KeyError, ...
     except Exception as error:
         reason = getattr(error, "strerror", None) or str(error)  # str(error) of an OSError repeats the path
         raise UserError(f"cannot decode {path}: {reason or type(error).__name__}") from error

@@ -18,7 +18,7 @@ from ltat_fast.errors import UserError
 from ltat_fast.files import exclusive
 
 ATTEMPTS = 4
-"""connections in a row without a single byte after which a download is given up"""
+"""a download fails after this number of connections in a row without a single new byte"""
 PAUSE = 1.0
 """seconds to wait after the first such connection; doubled after each further one"""
 TIMEOUT = 30.0
@@ -151,7 +151,7 @@ def _resume(url: str, partial: Path, report: Callable[[str], None]) -> None:
     try:
         response = urllib.request.urlopen(request, timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
-        if size and error.code == 416:  # "Range Not Satisfiable": all bytes are here, the checksum decides
+        if size and error.code == 416:  # "Range Not Satisfiable": all bytes are here; the caller checks the checksum
             return
         raise
     with response:

@@ -2,8 +2,8 @@
 
 Published results were trained on images that Pillow augmented one at a time. Here each operation takes a uint8 batch
 (n, 3, H, W) and its arguments, float64 (n, 6) with one row per image (see :func:`kernel_arguments`), and returns a
-uint8 batch of the same shape. It computes in integers, or in floating point of Pillow's precision and order, so that
-the result equals Pillow's on every device. No operation waits for the device.
+uint8 batch of the same shape. It computes in integers, or in floating point with Pillow's precision and order of
+operations, so that the result equals Pillow's on every device. No operation waits for the device.
 """
 
 import math
@@ -17,7 +17,7 @@ FIXED = 16
 
 
 def affine(x: Tensor, coefficients: Tensor) -> Tensor:
-    """Apply an affine transform with nearest-neighbour sampling; what comes from outside the image is black.
+    """Apply an affine transform with nearest-neighbour sampling; pixels from outside the image are black.
 
     ``coefficients`` are (a, b, c, d, e, f) in fixed point. The output pixel in column j and row i is the input pixel in
     column ``a*j + b*i + c`` and row ``d*j + e*i + f``, both rounded down.
@@ -71,7 +71,7 @@ def solarize(x: Tensor, threshold: Tensor) -> Tensor:
 
 
 def autocontrast(x: Tensor, _: Tensor) -> Tensor:
-    """Stretch each channel to 0..255; a constant channel stays."""
+    """Stretch each channel to 0..255; a constant channel does not change."""
     low, high = x.amin((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
     span = (high - low).double()
     scale = torch.full_like(span, 255) / span  # not 255 / span: torch computes that as 255 * (1 / span)

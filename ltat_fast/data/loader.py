@@ -20,13 +20,13 @@ from ltat_fast.seeding import stream
 class DeviceLoader:
     """Iterate over shuffled, augmented batches of float32 images in [0, 1] and int64 labels.
 
-    The images after the last full batch of an epoch are dropped; each epoch drops others.
+    The images after the last full batch of an epoch are dropped; they are different images in each epoch.
 
     Args:
         images: uint8 (N, C, H, W), tensor or array; moved to ``device``, and shared, not copied, if it is there already
         labels: int64 (N,)
         batch_size: images per step over all processes together. Each process takes its contiguous share of every
-            batch, so the shares of all processes together are the batch of a single process.
+            batch, so the shares of all processes together are the batch of a run with one process.
         seed: seed of the order and of the augmentation
         pad: zeros per side before the random crop
         flip: whether images are flipped horizontally with probability 1/2
@@ -115,7 +115,7 @@ class DeviceLoader:
             yield to_unit(x, self.memory_format), self.labels[index]
 
     def _share(self, step: int) -> slice:
-        """Return the positions in the epoch of this process's share of batch ``step``."""
+        """Return this process's share of batch ``step``, as positions in the order of the epoch."""
         size = self.batch_size // self.world_size
         begin = step * self.batch_size + self.rank * size
         return slice(begin, begin + size)

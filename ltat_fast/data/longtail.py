@@ -186,10 +186,10 @@ def holdout_split(
 def class_groups(counts: list[int]) -> dict[str, list[int]]:
     """Group the classes into ``head``, ``medium`` and ``tail`` by training images; each group is in ascending order.
 
-    The tail is the tenth of the classes, at least one, with the fewest training images (1 of 10, 10 of 100, 20 of 200,
-    as in the paper); among equal counts, later classes go to the tail first. The head is the third with the most. For
-    200 classes there is also ``tail10``, the ten rarest: the paper names twenty tail classes of Tiny-ImageNet, but the
-    resolution of its tail accuracies is that of ten.
+    The tail is the tenth of the classes with the fewest training images, but at least one class (1 of 10, 10 of 100, 20
+    of 200, as in the paper); among equal counts, later classes go to the tail first. The head is the third of the
+    classes with the most images. For 200 classes there is also ``tail10``, the ten rarest classes: the paper names
+    twenty tail classes of Tiny-ImageNet, but its tail accuracies have the resolution of ten classes.
     """
     by_frequency = sorted(range(len(counts)), key=lambda c: (-counts[c], c))
     num_head, num_tail = len(counts) // 3, max(len(counts) // 10, 1)

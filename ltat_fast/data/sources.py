@@ -38,8 +38,8 @@ class Dataset:
     train: ImageSet
     test: ImageSet
     n_max: int | None
-    """images per class in the balanced original, the size of class 0 in the long-tailed profile; None where no size is
-    published (see :func:`ltat_fast.data.longtail.fitted_counts`)"""
+    """images per class in the balanced original, which is the size of class 0 in the long-tailed profile; None if no
+    size is published (see :func:`ltat_fast.data.longtail.fitted_counts`)"""
     pad: int
     """zeros per side of an image before a random crop"""
     flip: bool

@@ -8,7 +8,7 @@ Source: Huang et al., "Boosting Accuracy and Robustness of Student Models via Ad
 2023.
 
 Departures from the authors' code, besides those of :mod:`ltat_fast.methods.distillation`:
-- Their default temperature is 30. Ours is 1, which fits the tables of the IGDM paper.
+- Their default temperature is 30. Ours is 1, which agrees with the tables of the IGDM paper.
 """
 
 from dataclasses import dataclass

@@ -10,7 +10,7 @@ As in the authors' code:
 - Only the loss knows the class prior. The attack and the evaluation do not.
 - tau is 1 (their code has no tau).
 
-Departure: the start of the attack is clipped to [0, 1] (theirs only after the first step).
+Departure: the start of the attack is clipped to [0, 1] (in their code only after the first step).
 """
 
 from dataclasses import dataclass

@@ -15,11 +15,11 @@ As in the authors' code:
   network, a proxy; the learning rate of the proxy cancels in d.
 
 Departures:
-- The attack runs in eval mode (theirs with PGD-AT: in train mode, which updates batch norm).
-- Inputs are not normalised (theirs with PGD-AT: normalised).
-- There is no extra train-mode forward for logging (theirs with PGD-AT has one, which updates batch norm).
-- Before the first active epoch the perturbation runs with gamma 0, so that a captured step stays valid. The weights are
-  those of the base method; the cost per step is that of AWP.
+- The attack runs in eval mode. Their PGD-AT code runs it in train mode, which updates batch norm.
+- Inputs are not normalised. Their PGD-AT code normalises them.
+- There is no extra train-mode forward for logging. Their PGD-AT code has one, which updates batch norm.
+- Before the first active epoch the perturbation runs with gamma 0, so that a step captured as a CUDA graph stays valid.
+  The weights are then those of the base method, but each step costs as much as with AWP.
 """
 
 from dataclasses import dataclass

@@ -26,7 +26,7 @@ TeacherKind = Literal["none", "balanced", "robust", "natural"]
 
 @dataclass
 class MethodContext:
-    """What a run tells its method, once, through :meth:`Method.setup`.
+    """The data that a run passes to its method, once, through :meth:`Method.setup`.
 
     class_counts: int64 ``(C,)`` on the training device, number of training images per class.
     teacher: frozen network from images to float32 logits; None if the method needs no teacher.
@@ -50,7 +50,7 @@ class Method:
     noise: ClassVar[Noise] = "uniform"
     """Start noise of the training attack: uniform in the eps-ball, or 0.001 N(0, 1)."""
     teacher: ClassVar[TeacherKind] = "none"
-    """Kind of teacher that the run trains if ``--teacher`` gives none. balanced: PGD-AT on the class-balanced
+    """Kind of teacher that the run trains if ``--teacher`` names none. balanced: PGD-AT on the class-balanced
     re-sampling. robust: PGD-AT on all training images. natural: standard training on all training images."""
     needs_fp32_attack: ClassVar[bool] = False
     """True if the objective is nearly flat at the start of the attack. In bfloat16 many signs of such a gradient are
@@ -62,7 +62,7 @@ class Method:
     differentiate that, so the student is not compiled, and the run needs a single process."""
 
     def check(self) -> None:
-        """Raise UserError if a hyper-parameter is invalid. Here: if a number is negative or not finite."""
+        """Raise UserError if a hyper-parameter is invalid. The base class refuses negative and non-finite numbers."""
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, int | float) and not 0 <= value < math.inf:
@@ -120,7 +120,7 @@ class Method:
         """Return the training loss, a scalar, and its named parts.
 
         model: the student in train mode. x, x_adv: ``(B, C, H, W)`` in [0, 1]. y: int64 ``(B,)``.
-        progress: 0-dim tensor, epoch / epochs, where the first epoch is 1.
+        progress: 0-dim tensor, number of the epoch / number of epochs; the first epoch has number 1.
         The parts are detached 0-dim tensors. The trainer averages them over the epoch and logs them.
         """
         raise NotImplementedError

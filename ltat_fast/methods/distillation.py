@@ -17,7 +17,8 @@ As in the authors' code of IGDM:
   modules say so.
 
 Departures:
-- Our ramp is e / E, as in the paper. The authors' scripts use e / 200 for any E; igdm_alpha * E / 200 gives their ramp.
+- Our ramp is e / E, as in the paper. The authors' scripts use e / 200 for any E. To get their ramp,
+  multiply igdm_alpha by E / 200.
 - The start of every attack is clipped to [0, 1]. The original code of ARD, RSLAD and AdaAD clips only after the first
   step.
 """
@@ -52,8 +53,8 @@ def kl(target: Tensor, logits: Tensor, temperature: float = 1.0) -> Tensor:
 class Logits:
     """Logits ``(B, C)`` of student and teacher at x ("clean"), x' ("adv") and x - d ("minus").
 
-    Each is computed when it is first needed, and only once. Every point has its own call: in train mode a joint batch
-    would mix the batch statistics of the points. The teacher's logits have no gradient.
+    Each is computed only once, when it is first needed. Every point gets its own forward pass, because in train mode a
+    joint batch would mix the batch statistics of the points. The teacher's logits have no gradient.
     """
 
     def __init__(self, student: Model, teacher: Model, x: Tensor, x_adv: Tensor):
@@ -88,9 +89,9 @@ class Distillation(Method):
     teacher: ClassVar[TeacherKind] = "robust"
 
     igdm_alpha: float = 0.0
-    """weight alpha of indirect gradient matching (IGDM) in the last epoch, multiplied by epoch / epochs; 0: no IGDM"""
+    """weight alpha of indirect gradient matching (IGDM); grows linearly up to alpha in the last epoch; 0: no IGDM"""
     loss_scale: float = 1.0
-    """factor on the loss without IGDM; one over the number of classes where the authors' code averages over classes"""
+    """factor on the loss without IGDM; 1 / number of classes matches authors' code that averages a KL over classes"""
     extra_clean_forward: bool = False
     """run the student on the clean images even if the loss does not need it, as the authors' code does; this changes
     only the running statistics of batch norm"""

@@ -1,5 +1,5 @@
-"""IAD-I: introspective adversarial distillation, built on ARD. The student trusts the teacher less where the attack
-fools the teacher, and itself instead. With a = teacher_weight, t = temperature, b = trust_power:
+"""IAD-I: introspective adversarial distillation, built on ARD. Where the attack fools the teacher, the student trusts
+the teacher less and its own clean prediction more. With a = teacher_weight, t = temperature, b = trust_power:
 
     L = a t^2 KL(T(x) / t || S(x') / t) + a mean_i (1 - w_i) KL(S(x_i) || S(x'_i)) + (1 - a) CE(S(x), y)
     w_i = softmax(T(x'_i))[y_i]^b,   x' = PGD on CE
@@ -7,8 +7,8 @@ fools the teacher, and itself instead. With a = teacher_weight, t = temperature,
 Source: Zhu et al., "Reliable Adversarial Distillation with Unreliable Teachers", ICLR 2022.
 
 As in the authors' code:
-- The trust w scales only the student's own term. The text of the paper scales the teacher's term too
-  (``--weigh-teacher``).
+- The trust w scales only the student's own term, which is the second KL. The text of the paper scales the teacher's
+  term too (``--weigh-teacher``).
 - The student's own term has temperature 1, and gradients flow into both of its arguments.
 - Training begins with w = 1, which is ARD. ``begin`` 0.3 is their epoch 60 of 200; later code of the first author of
   IGDM uses epoch 80 of 200 (0.4) on data other than CIFAR-10.

@@ -19,9 +19,10 @@ There are two forms of the gradient with respect to the weights w:
     grad_w sum_i v_i . grad_x S(x_i)[y_i]  ~  grad_w sum_i (S(x_i + h_i v_i)[y_i] - S(x_i - h_i v_i)[y_i]) / (2 h_i)
 
   It ignores the effect that images of one batch have on each other through the batch statistics. Its step is as large
-  as an attack, because a small step gives rare, large terms at the kinks of ReLU: on the digits the gradient was three
-  to five times too long with step 1/255; with 8/255 training reaches the alignment of the double backward. The student
-  sees two more batches close to the clean one, so the running statistics of batch norm move towards the clean ones.
+  as the eps of an attack. A small step gives rare but very large terms at the kinks of ReLU: on the digits, step 1/255
+  made the gradient three to five times too long. With step 8/255 training reaches the same alignment as with double
+  backward. The student sees two more batches close to the clean one, so the running statistics of batch norm move
+  towards the statistics of clean images.
 """
 
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ class Igd(Method):
     igd_weight: float = 1.0
     """weight lambda of the alignment term"""
     form: Literal["double-backward", "finite-difference"] = "double-backward"
-    """method that differentiates the alignment term; several processes need finite-difference"""
+    """how to differentiate the alignment term; a run with several processes needs finite-difference"""
     gradient_of: Literal["logit", "ce"] = "logit"
     """function whose input gradients are aligned: the true-class logit or the cross-entropy"""
     gradient_at: Literal["clean", "adv"] = "clean"

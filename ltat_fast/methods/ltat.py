@@ -81,7 +81,7 @@ class Ltat(Method):
         return loss, parts
 
     def _teacher_logits(self, points: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the teacher's logits ``(B, C)`` at each of ``points``. One joint batch is exact in eval mode."""
+        """Return the teacher's logits ``(B, C)`` at each of ``points``, from one joint batch (exact in eval mode)."""
         if not points:
             return {}
         with torch.no_grad():

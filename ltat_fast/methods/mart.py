@@ -14,8 +14,8 @@ As in the authors' code:
 Departures:
 - The start of the attack is clipped to [0, 1].
 - 1 - q_k is computed as the sum of the other probabilities. The number is the same, without cancellation near q_k = 1.
-- Threat model and schedule are those of the run (theirs: learning rate 0.01 and weight decay 3.5e-3 for ResNet-18, 0.1
-  and 7e-4 for WRN).
+- Threat model and schedule are those of the run. Their code has learning rate 0.01 and weight decay 3.5e-3 for
+  ResNet-18, 0.1 and 7e-4 for WRN.
 """
 
 import math

@@ -8,20 +8,20 @@
 
 Source: Li, Xu, Zhang, "Alleviating the Effect of Data Imbalance on Adversarial Training", 2023.
 
-Tail classes: sort the C classes from frequent to rare; those from rank 2 floor(C / 3) + 1 on (the first rank is 0) are
-tail classes. With three classes there are none. The authors' code uses the class index, which equals the rank on its
-datasets.
+Tail classes: sort the C classes from frequent to rare and count the ranks from 0. The classes of rank
+2 floor(C / 3) + 1 and higher are tail classes. With three classes there are none. The authors' code uses the class
+index, which equals the rank on its datasets.
 
 Class weights of the attack: the inverse effective number (Cui et al., CVPR 2019) of the m_c adversarial examples that
 the student predicted as class c in the previous epoch, E_c = (1 - b^m_c) / (1 - b) with b = (n_c - 1) / n_c. A positive
-weight cannot change the sign of a sample's gradient, so the weights do not change the examples. They are here because
-they are part of the method.
+weight cannot change the sign of a sample's gradient, so the weights do not change the examples. The code has them
+because they are part of the method.
 
 Departures:
 - The start of the attack is clipped to [0, 1].
 - There is no extra forward for logging.
 - Matrix operations replace the authors' quadratic loops over the batch.
-- The schedule is that of the run (theirs: 80 epochs).
+- The schedule is that of the run (in their code: 80 epochs).
 - With several processes, pairs are formed within each process.
 """
 

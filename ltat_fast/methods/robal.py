@@ -14,18 +14,18 @@ does the same with R.
 As in the authors' code:
 - The training attack and the KL use the plain cosines c: no scale, margin, prior or shift.
 - The gradient flows through both arguments of the KL.
-- R on CIFAR-10 has no shift and is evaluated on the plain cosines. Their small scale weakens PGD, so compare such runs
-  by AutoAttack.
+- R on CIFAR-10 has no shift and is evaluated on the plain cosines. Logits of such a small scale weaken PGD, so compare
+  these runs by AutoAttack.
 
 ``--no-posthoc`` exports without the shift and trains the same weights, up to rounding.
 
 Departures:
-- The start noise is symmetric (theirs is positive only, an apparent slip).
-- There is one clean forward, then one adversarial forward (theirs: four, two of each, and one clean forward has weight
-  0; so batch norm counts each batch twice).
-- The learning rate follows the schedule of the run (theirs is multiplied again in every epoch from 60 on, an apparent
-  slip). Threat model and batch size are those of the run too.
-- The KL uses log q (theirs: log(q + 1e-12); a softmax of cosines is far above 1e-12).
+- The start noise is symmetric. Their noise is only positive, apparently by mistake.
+- There is one clean forward, then one adversarial forward. Their code has two of each, of which one clean forward has
+  weight 0, so its batch norm counts each batch twice.
+- The learning rate follows the schedule of the run. Their code multiplies it again in every epoch from 60 on,
+  apparently by mistake. Threat model and batch size are those of the run too.
+- The KL uses log q. Their code uses log(q + 1e-12), but a softmax of cosines is far above 1e-12.
 """
 
 from dataclasses import dataclass
@@ -66,22 +66,22 @@ class Robal(Method):
     name: ClassVar[str] = "robal"
 
     robal_config: Literal["N", "R"] = "R"
-    """configuration of the authors: N for natural accuracy, R for robust accuracy; the flags below override single
-    numbers of it"""
+    """configuration of the authors: N for natural accuracy, R for robust accuracy; the flags below override its
+    single numbers"""
     robal_dataset: Literal["cifar10", "cifar100"] = "cifar10"
     """dataset for which the authors chose the numbers of the configuration"""
     margin: float | None = None
-    """margin m of every class; None: by configuration"""
+    """margin m of every class; None: the number of the configuration"""
     tau_b: float | None = None
-    """strength tau_b of the class prior in the loss; None: by configuration"""
+    """strength tau_b of the class prior in the loss; None: the number of the configuration"""
     tau_m: float | None = None
-    """growth tau_m of the margin with the log of the class count; None: by configuration"""
+    """growth tau_m of the margin with the log of the class count; None: the number of the configuration"""
     beta: float | None = None
-    """weight beta of the KL between clean and adversarial prediction; None: by configuration"""
+    """weight beta of the KL between clean and adversarial prediction; None: the number of the configuration"""
     norm_offset: float | None = None
-    """offset g on the norm of the class weights in the classifier; None: by configuration"""
+    """offset g on the norm of the class weights in the classifier; None: the number of the configuration"""
     tau_p: float | None = None
-    """strength tau_p of the boundary shift after training; None: by configuration"""
+    """strength tau_p of the boundary shift after training; None: the number of the configuration"""
     scale: float = 10.0
     """scale s of the cosines in the loss, and in exported logits that have a shift"""
     posthoc: bool = True
@@ -89,7 +89,7 @@ class Robal(Method):
 
     @property
     def numbers(self) -> Numbers:
-        """The numbers of the configuration, with those given as flags in their place."""
+        """The numbers of the configuration. A number given as a flag replaces that of the configuration."""
         given = {name: getattr(self, name) for name in Numbers._fields if getattr(self, name) is not None}
         return CONFIGS[self.robal_dataset, self.robal_config]._replace(**given)
 

@@ -8,8 +8,8 @@ ICCV 2021.
 
 As in the authors' code:
 - The attack starts from Gaussian noise.
-- loss_scale is 0.1. Their code averages the KL over classes too, and multiplies by 10 on CIFAR-100: on CIFAR-10 and on
-  CIFAR-100 this is a tenth of the KL. The published IGDM weights of RSLAD appear to assume this scale.
+- loss_scale is 0.1. Their code averages the KL over classes too, and multiplies it by 10 on CIFAR-100. On both CIFAR-10
+  and CIFAR-100 the result is a tenth of the KL. The published IGDM weights of RSLAD appear to assume this scale.
 
 Departures: those of :mod:`ltat_fast.methods.distillation`.
 """

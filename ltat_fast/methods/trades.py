@@ -11,9 +11,9 @@ As in the authors' code:
 
 Departures:
 - The start of the attack is clipped to [0, 1].
-- One clean forward serves both terms (theirs: two). Loss and gradient are the same, but batch norm counts the clean
-  batch once per step, not twice. The clean forward comes before the adversarial one.
-- Threat model and schedule are those of the run (theirs: eps 0.031, step 0.007, weight decay 2e-4, 76 epochs).
+- One clean forward serves both terms; their code has two. Loss and gradient are the same, but batch norm counts the
+  clean batch once per step, not twice. The clean forward comes before the adversarial one.
+- Threat model and schedule are those of the run (in their code: eps 0.031, step 0.007, weight decay 2e-4, 76 epochs).
 - The attack runs in float32 even in a bf16 run (``--attack-precision same`` changes that). The KL is nearly flat at the
   start: on the digits 35 to 39 % of the signs of the first gradient were wrong in bf16 (2 % for cross-entropy), and the
   attack reached up to 14 % less.

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class Normalize(nn.Module):
-    """Compute (x - mean) / std with one value per channel. Inside a network it leaves eps in [0, 1] pixel units."""
+    """Compute (x - mean) / std per channel, as part of a network, so that eps keeps the units of pixels in [0, 1]."""
 
     mean: Tensor
     std: Tensor

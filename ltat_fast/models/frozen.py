@@ -1,10 +1,10 @@
 """The frozen twin: a copy of ``model.eval()`` that makes attack steps cheap.
 
 An attack needs the gradient of the loss with respect to the image only. The live network is expensive for that: a
-compiled backward pass also computes every weight gradient (3 units of work instead of 2), batch norm is a separate pass
-over memory, and switching between train() and eval() invalidates compiled code. The twin is a second module tree for
-the same weights. It is always in eval mode, has no parameter gradients, has its batch norm folded into the
-convolutions, and uses the dtype and memory format of the attack.
+compiled backward pass also computes every weight gradient (forward and backward then cost 3 units of work, not 2),
+batch norm is a separate pass over memory, and switching between train() and eval() invalidates compiled code. The twin
+is a second module tree for the same weights. It is always in eval mode, has no parameter gradients, has its batch norm
+folded into the convolutions, and uses the dtype and memory format of the attack.
 
 Folding: bn(conv(x; W, b)) = conv(x; s W, t + s b) with s = gamma / sqrt(var + eps) and t = beta - s mean, one value per
 output channel. A batch norm that does not follow a convolution (pre-activation networks) becomes x s + t.
@@ -65,8 +65,8 @@ class FrozenTwin(nn.Module):
             inside, so their gradient has their dtype; logits are cast to float32. Call the twin outside autocast.
         channels_last: use the channels_last memory format for images and weights
         fuse_relu: compute convolution, addition and ReLU in one library call (:mod:`ltat_fast.models.fused_conv`)
-        pad_stem: pad the images of a convolution with fewer than 8 input channels to 8 channels of zeros, the number
-            that tensor cores need; the results are the same
+        pad_stem: for a convolution with fewer than 8 input channels, append channels of zeros to its images until they
+            have 8 channels, the number that tensor cores need; the results are the same
 
     If nothing needs a conversion (``fold_bn=False``, the dtype and memory format of ``model``), the twin shares the
     storage of all tensors with ``model``, is always up to date, and :meth:`refresh` does nothing. Otherwise it computes
@@ -109,7 +109,7 @@ class FrozenTwin(nn.Module):
             memo[id(p)] = nn.Parameter(memo[id(p)], requires_grad=False)
         self.net = copy.deepcopy(model, memo).eval()
 
-        # What refresh() reads and writes. Scales and shifts have the dtype of the live model.
+        # The tensors that refresh() reads and writes. Scales and shifts have the dtype of the live model.
         # (live batch norm, its scale, its shift)
         self._norms: list[tuple[_PlainNorm, Tensor, Tensor]] = []
         # (live bias of a folded convolution, scale, shift)
@@ -164,7 +164,7 @@ class FrozenTwin(nn.Module):
             self.net.set_submodule(bn_name, replacement)
 
     def _pad_stem(self) -> None:
-        """Give each convolution of fewer than 8 input channels zeros as further channels of images and weights."""
+        """Pad the images and weights of each convolution with fewer than 8 input channels with zeros to 8 channels."""
         for name, conv in list(self.net.named_modules()):
             if type(conv) is not nn.Conv2d or conv.in_channels >= STEM_CHANNELS or conv.groups != 1:
                 continue
@@ -215,7 +215,7 @@ class FrozenTwin(nn.Module):
         raise RuntimeError("a FrozenTwin cannot be moved or cast: move or cast its live model, then build a new twin")
 
     def __deepcopy__(self, memo):
-        """Return a twin of the copied live model; one deepcopy of an object that holds both keeps them together."""
+        """Return a twin of a copy of the live model. Copying an object that holds both copies the model only once."""
         channels_last = self.memory_format is torch.channels_last
         live = copy.deepcopy(self.live, memo)
         options = {"fold_bn": self.fold_bn, "fuse_relu": self.fuse_relu, "pad_stem": self.pad_stem}
@@ -250,7 +250,7 @@ def trace(net: nn.Module) -> torch.fx.Graph | None:
 
 
 class _PlainNorm(Protocol):
-    """What :func:`is_plain_norm` accepts: none of its tensors is None."""
+    """The type of the batch norms that :func:`is_plain_norm` accepts: none of its tensors is None."""
 
     weight: Tensor
     bias: Tensor

@@ -61,7 +61,8 @@ def _forward(
     return conv_relu_ref(x, weight, bias, residual, stride, padding, dilation, groups)
 
 
-# One node for a compiler, which calls it as it is. Eager calls skip it: a custom operator costs microseconds per call.
+# A compiler sees this operator as one node and does not look inside. Eager calls use _forward directly, because a
+# custom operator costs microseconds per call.
 _forward_operator = torch.library.custom_op("ltat::conv_relu", _forward, mutates_args=())
 
 
@@ -109,7 +110,7 @@ def conv_relu(
 
     x: ``(N, C, H, W)``. weight: ``(K, C / groups, R, S)`` of the dtype of x. bias: ``(K,)`` or None. residual: of the
     shape of the result, or None. Other arguments as for ``torch.nn.functional.conv2d``.
-    Raises ValueError if weight or bias require a gradient: they get none.
+    Raises ValueError if weight or bias require a gradient, because they would not get one.
     """
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         raise ValueError("conv_relu has no gradient for weight and bias: it is for frozen networks")
@@ -196,7 +197,7 @@ def fuse_relu(net: nn.Module, graph: torch.fx.Graph) -> nn.Module:
 def _conv_and_residual(
     node: torch.fx.Node, modules: dict[str, nn.Module]
 ) -> tuple[torch.fx.Node | None, torch.fx.Node | None]:
-    """The convolution behind ``node`` and what is added to it, if anything; (None, None) if it cannot be fused."""
+    """Return the convolution and the residual (or None) whose sum is ``node``; (None, None) if it cannot be fused."""
     if _is_private_conv(node, modules):
         return node, None
     if node.op == "call_function" and node.target in ADDITIONS and len(node.users) == 1 and not node.kwargs:
@@ -208,7 +209,7 @@ def _conv_and_residual(
 
 
 def _is_private_conv(node: object, modules: dict[str, nn.Module]) -> TypeGuard[torch.fx.Node]:
-    """Whether ``node`` is a plain convolution whose result one node reads."""
+    """Whether ``node`` is a plain convolution whose result is read by exactly one node."""
     if not (isinstance(node, torch.fx.Node) and node.op == "call_module" and len(node.users) == 1):
         return False
     module = modules[str(node.target)]

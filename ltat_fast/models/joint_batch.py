@@ -32,7 +32,7 @@ def forward_each(model: Callable[[Tensor], Tensor], *batches: Tensor) -> tuple[T
 
 @contextlib.contextmanager
 def joint_calls(enabled: bool) -> Iterator[None]:
-    """Let :func:`forward_each` make one call while open. The model must come from :func:`allow_joint_calls`."""
+    """In this context :func:`forward_each` makes one call. The model must come from :func:`allow_joint_calls`."""
     global _enabled
     before, _enabled = _enabled, enabled
     try:
@@ -57,7 +57,7 @@ def batches_in_this_call() -> int:
 
 
 def allow_joint_calls(model: nn.Module) -> nn.Module:
-    """Replace the batch norms of ``model``, in place, by ones that know several batches in one call; return ``model``.
+    """Replace the batch norms of ``model``, in place, by ones that keep joint batches apart; return ``model``.
 
     Parameters, buffers and their names stay the same. Call it after
     :func:`~ltat_fast.models.sync_batch_norm.synchronise_batch_norm`. Raises ValueError for a network that is itself a
@@ -83,7 +83,7 @@ def _mixes_batches(module: nn.Module) -> TypeGuard[nn.BatchNorm2d | nn.SyncBatch
 
 
 def _converted(module: nn.BatchNorm2d | nn.SyncBatchNorm) -> nn.Module:
-    """A joint batch norm with the very parameters and buffers of ``module``."""
+    """Return a joint batch norm that holds the same parameter and buffer objects as ``module``."""
     kind = JOINT_NORMS[type(module)]
     joint = kind(module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats)
     for name, parameter in module.named_parameters(recurse=False):
@@ -106,8 +106,8 @@ class JointBatchNorm2d(nn.BatchNorm2d):
         return torch.cat([super(JointBatchNorm2d, self).forward(batch) for batch in x.chunk(_batches)])
 
     def _in_one_pass(self, x: Tensor, momentum: float) -> Tensor:
-        """Compute the same from plain arithmetic, which Inductor fuses into the layers around it."""
-        assert self.running_mean is not None  # checked by forward(); the other two are None only if this one is
+        """Compute :meth:`forward` with plain arithmetic, which Inductor fuses into the layers around it."""
+        assert self.running_mean is not None  # checked by forward(); the other two buffers are None only if this one is
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
         batches = x.view(_batches, -1, *x.shape[1:])

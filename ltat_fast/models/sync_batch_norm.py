@@ -51,7 +51,7 @@ class CpuSyncBatchNorm(nn.BatchNorm2d):
 
 
 class _MeanOverProcesses(torch.autograd.Function):
-    """Mean of a tensor over processes. Its gradient is a mean too, because every process has a loss."""
+    """Mean of a tensor over processes. Its gradient is a mean too, because every process has its own loss."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:

@@ -84,7 +84,7 @@ class Operator:
 
 
 def is_plain_call(*args) -> bool:
-    """Return whether a direct call of the kernel is right: eager, ordinary tensors, no mode active."""
+    """Return whether the kernel may be called directly: eager mode, ordinary tensors, no dispatch mode active."""
     return not (
         torch.compiler.is_compiling()
         or _len_torch_dispatch_stack()

@@ -1,4 +1,4 @@
-"""Which kernel each op runs on each device, and the reason where it runs plain torch."""
+"""Which kernel each op runs on each device, and the reason if it runs plain torch."""
 
 import importlib
 
@@ -11,7 +11,7 @@ from ltat_fast.ops._operator import OPERATORS, Operator, triton_why_not
 def backend_info() -> dict[str, dict[str, str]]:
     """Return ``{op: {"cpu": backend, "cuda": backend}}``.
 
-    A backend is "c++", "triton" or "c++/cuda", or "torch (reason)" where the op runs plain torch.
+    A backend is "c++", "triton" or "c++/cuda", or "torch (reason)" if the op runs plain torch.
     """
     return {op.public: {"cpu": _cpu_backend(op), "cuda": _cuda_backend(op)} for op in OPERATORS if op.public}
 

@@ -215,7 +215,7 @@ def _checked_labels(labels: Tensor, logits: Tensor) -> Tensor:
     if labels.device != logits.device:
         raise ValueError(f"labels are on {labels.device}, but logits are on {logits.device}")
     if logits.device.type == "cpu" and "cpu" not in _forward.kernels and not torch.compiler.is_compiling():
-        # as the C++ kernel does
+        # The C++ kernel checks this itself; plain torch must raise the same error.
         wrong = labels[(labels < 0) | (labels >= logits.shape[1])]
         if wrong.numel():
             raise ValueError(f"label {wrong[0].item()} is outside [0, {logits.shape[1]})")

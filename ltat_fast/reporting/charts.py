@@ -42,7 +42,7 @@ class Chart:
 
 
 def key(style: Style) -> Markup:
-    """The line and marker of an experiment, for a legend. Without ids, because the page shows it several times."""
+    """The line and marker of an experiment, for a legend. It has no ids, because the page shows it several times."""
     marker = MarkerStyle(style.marker)
     with axes(30, 14) as ax:
         ax.set(xlim=(-15, 15), ylim=(-7, 7))

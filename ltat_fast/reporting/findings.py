@@ -1,4 +1,4 @@
-"""The analyses of runs (RUN/analysis.json) and the checks of their evaluation (RUN/eval.json) as tables of texts."""
+"""The analyses of runs (RUN/analysis.json) and the checks of their evaluation (RUN/eval.json) as tables of text."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -47,7 +47,8 @@ def render(found: list[Experiment], device: torch.device, data_dir: Path | None 
 
     device: computes the pictures. data_dir: folder of the images; None for the one that the runs used.
     """
-    # Class names and run names come from files, so everything is escaped, whatever the template is called.
+    # Class names and run names come from files, so everything is escaped, not only in templates that are
+    # named *.html.
     environment = Environment(
         loader=PackageLoader("ltat_fast.reporting", "."),
         autoescape=True,

@@ -1,7 +1,7 @@
 """A table of the LTAT paper as training runs, and our numbers rendered beside the paper's.
 
-``paper_tables.json`` holds the tables: their experiments, the rows of these with the flags of ``train`` that reproduce
-them, and the published numbers.
+``paper_tables.json`` holds the tables. A table has experiments, an experiment has rows, and a row has the flags of
+``train`` that reproduce it and the published numbers.
 """
 
 import json
@@ -26,10 +26,10 @@ class Row:
     comparable: bool
     """whether the runs use the paper's dataset"""
     eval_file: str = "eval.json"
-    """the file in the run folder that has the numbers; table 6 has rows with those of the self-teacher"""
+    """the file in the run folder that has the numbers; some rows of table 6 have the numbers of the self-teacher"""
 
     def results(self) -> list[EvalFile]:
-        """The results of those runs that have some."""
+        """The results of the runs that have results."""
         return [EvalFile.load(path) for job in self.jobs if (path := job.run_dir / self.eval_file).exists()]
 
     def without(self, refused: Sequence[Job]) -> "Row":
@@ -48,7 +48,7 @@ def plan(
     """The rows of ``table`` with the runs that reproduce them.
 
     folder: where the runs go. dataset: train on this one with its preset; None for the table's own. seeds: one run per
-    seed and row; as many as the paper has if empty. extra: flags that every run gets.
+    seed and row; if empty, the seeds that the table lists, or 0. extra: flags that every run gets.
     """
     several = len(table["experiments"]) > 1
     for experiment in table["experiments"]:
@@ -70,7 +70,7 @@ def plan(
 
 
 def longer(dataset: str) -> tuple[str, str]:
-    """Flags for a method without a teacher to train as many epochs as LTAT's teacher and student together."""
+    """The flags that make a method without a teacher train as many epochs as LTAT's teacher and student together."""
     settings = vars(Config()) | PRESETS[dataset]
     return "--epochs", str(settings["epochs"] + settings["teacher_epochs"])
 

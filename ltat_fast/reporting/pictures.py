@@ -39,7 +39,7 @@ STEPS = 20
 
 @dataclass(frozen=True)
 class Picture:
-    """An image as a data URI. note: the predicted class. correct: whether the prediction is right; None without one."""
+    """An image as a data URI. note: the predicted class. correct: whether it is right; None without a prediction."""
 
     source: str
     alt: str

@@ -41,8 +41,8 @@ def method_name(experiment: Experiment) -> str:
 class Study:
     """Experiments that may be compared.
 
-    checkpoint and attack: those that the headline and the plots show. The attack is the strongest one of those that
-    every run was evaluated under on the most images; None if there is none.
+    checkpoint and attack: the ones that the headline and the plots show. The attack is one under which every run was
+    evaluated: the one on the most images, and among equals the strongest. None if there is no such attack.
     """
 
     experiments: tuple[Experiment, ...]
@@ -108,7 +108,8 @@ def studies(found: list[Experiment]) -> list[Study]:
 def _study(group: tuple[Experiment, ...]) -> Study:
     """Choose checkpoint and attack.
 
-    The checkpoint is "best" only if it was selected on held-out images; selected on the test set it is optimistic.
+    The checkpoint is "best" if it was selected on held-out images or if "last" is missing. Otherwise it is "last",
+    because a checkpoint that was selected on the test set is optimistic.
     """
     held_out = all(e.config.select_on == "heldout" and "best" in e.checkpoints() for e in group)
     have_last = all("last" in e.checkpoints() for e in group)

@@ -15,9 +15,9 @@ HEADER += ("train_images", "test_images", "accuracy")
 def as_csv(found: list[Experiment]) -> str:
     """One line per run, checkpoint, attack and group of classes, and one per class (group "class").
 
-    accuracy: percent, with every digit of eval.json; empty if there was no image. train_images: of the class, if known.
-    test_images: of the whole evaluation, not of the group. The worst case is left out if the runs of an experiment
-    combined different attacks.
+    accuracy: percent, with every digit of eval.json; empty if there was no image. train_images: number for the class,
+    if known. test_images: number for the whole evaluation, not for the group. The worst case is left out if the runs of
+    an experiment combined different attacks.
     """
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")

@@ -54,7 +54,7 @@ def flops_per_image(eager: TrainStep, x: Tensor, y: Tensor) -> float:
 
 
 def matmul_ceiling(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> float:
-    """Return the operations per second of a large square matrix product, the best of ``repeats``.
+    """Return the operations per second of a large square matrix product, the fastest of ``repeats``.
 
     float32 products use TF32 if convolutions do.
     """

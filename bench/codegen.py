@@ -1,4 +1,4 @@
-"""What one training step compiles to for an H200, and how long it should take there. Needs no GPU.
+"""Show what one training step compiles to for an H200, and predict its time there. Needs no GPU.
 
     python -m bench.codegen [--arch resnet18] [--image-size 32] [--batch-size 128] [--method ltat] [--out FILE.csv]
 
@@ -52,16 +52,16 @@ CEILING = {torch.bfloat16: 790e12, torch.float32: 395e12}  # FLOP/s of a large m
 BANDWIDTH = 4.3e12  # bytes/s of a device copy, read plus write
 CONV_SHARE = {32: 0.44, 64: 0.60}  # share of the ceiling that convolutions reach, up to this image size at batch 128
 GAP = 1e-6  # seconds between two nodes of a CUDA graph
-HOST = 12e-6  # seconds of the host for each node
+HOST = 12e-6  # seconds that the host needs per node
 LAST_LEVER = LEVER_ROWS[-1][0]
-# The rows whose parts are counted: without a lever, with the student's, and with all.
+# The rows whose parts are counted. The last one has all levers.
 COUNTED_ROWS = [COMPILED, "+ joint student call", "+ combo kernels", LAST_LEVER]
 PREDICTED_ROWS = ["reference", "+ bf16", COMPILED, *(name for name, _, _ in LEVER_ROWS), GRAPH]
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a part of the step gives the device to do. The fields are explained at the top of the module."""
+    """The work of the device for one part of the step. The fields are explained at the top of the module."""
 
     triton_launches: int = 0
     small_launches: int = 0
@@ -115,7 +115,7 @@ def record(build: Callable[[], Variant], device: FakeDevice) -> Parts:
 
 @contextlib.contextmanager
 def _naming_the_teacher(variant: Variant) -> Iterator[SimpleNamespace]:
-    """While open, ``.name`` of the result is the part that eager operators belong to."""
+    """Yield an object whose ``name`` is the part of the step to which the eager operators of the moment belong."""
     current = SimpleNamespace(name="everything else")
     teacher = variant.step.method.context.teacher if isinstance(variant, Ours) else None
     if not isinstance(teacher, FrozenTwin):  # none, or one that is compiled and so has a part of its own
@@ -138,9 +138,9 @@ def _naming_the_teacher(variant: Variant) -> Iterator[SimpleNamespace]:
 
 @contextlib.contextmanager
 def _writing_code(parts: Parts) -> Iterator[None]:
-    """While open, Inductor writes modules and does not load them; each becomes one of ``parts``.
+    """Inside a ``with`` block, Inductor writes modules and does not load them; each becomes one of ``parts``.
 
-    In place of the module, a function returns fake tensors of the right shapes, so that the step runs to its end.
+    Instead of the module, a function returns fake tensors of the right shapes, so that the step runs to its end.
     """
     import torch._functorch.config as functorch_config
     from torch._inductor import compile_fx, config, ir

@@ -1,4 +1,4 @@
-"""Every convolution layer of a network by itself: forward, input gradient and weight gradient, in bf16 and NHWC.
+"""Time every convolution layer of a network by itself: forward, input gradient and weight gradient, in bf16 and NHWC.
 
     python -m bench.convs [--device cuda|cpu] [--arch resnet18] [--image-size 32] [--batch-sizes 32 128 256] [--out CSV]
 
@@ -41,7 +41,7 @@ class Layer:
     width: int
 
     def flops(self, batch: int) -> int:
-        """Return the operations of one pass, 2 for a multiply-add. All three passes have the same."""
+        """Return the operations of one pass, 2 for a multiply-add. All three passes have the same number."""
         size = (self.height, self.width)
         out = [
             (n + 2 * p - k) // s + 1 for n, p, k, s in zip(size, self.padding, self.kernel, self.stride, strict=True)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What needs a GPU, in three commands of at most nine minutes each, without a network:
+# All measurements and tests that need a GPU, in three commands of at most nine minutes each, without a network:
 #
 #   bench/gpu.sh prove OUTDIR [cuda|cpu]      does everything work: smoke test, convolutions, step, GPU tests, ops, memory
 #   bench/gpu.sh tune OUTDIR [cuda|cpu]       the captured step with each lever of bench/levers.py, and at 64 pixels
@@ -7,9 +7,9 @@
 #
 # cpu is a dry run of this script on small problems. It tests nothing but this script.
 #
-# The machine brings python3 with torch and triton, and nvcc. Put what else of requirements.txt it lacks into
-# carry/wheels beforehand: pip download --no-deps -d carry/wheels NAME... The wheel of pyautoattack has 42 MB because of
-# an example checkpoint. To repack it without:
+# The machine must have python3 with torch and triton, and nvcc. Put the other packages of requirements.txt that it
+# lacks into carry/wheels beforehand: pip download --no-deps -d carry/wheels NAME... The wheel of pyautoattack has 42 MB
+# because of an example checkpoint. To repack the wheel without it:
 #
 #   python -m wheel unpack -d /tmp/w carry/wheels/pyautoattack-*.whl && rm -r /tmp/w/pyautoattack-*/pyautoattack/examples
 #   python -m wheel pack -d carry/wheels /tmp/w/pyautoattack-*
@@ -18,9 +18,9 @@
 # the archive of CIFAR-10. Without it, it trains on the embedded digits. $LTAT_TRAIN_FLAGS are more flags of
 # ltat_fast.train, for example "--epochs 50". $LTAT_GIT_REVISION names the commit where there is no .git folder.
 #
-# OUTDIR gets at most eight files of at most 15 MiB: summary.md (begun at once and written part by part), log.txt, and
+# OUTDIR gets at most eight files of at most 15 MiB: summary.md (started at once and written part by part), log.txt, and
 # the tables, each row as soon as it is known. Each part is a process with a time limit of its own; the next part runs
-# whatever became of the last. Exit status: 0 if every part succeeded or was skipped.
+# even if the last one failed. Exit status: 0 if every part succeeded or was skipped.
 set -uo pipefail
 command=${1:-} device=${3:-cuda}
 if (($# < 2)) || [[ -z $2 || " prove tune accuracy " != *" $command "* || " cuda cpu " != *" $device "* ]]; then
@@ -53,7 +53,7 @@ part() { # part NAME SECONDS COMMAND...
         return 1
     fi
     printf '\n===== %s: %s\n' "$name" "$*" >>"$log"
-    # Interrupted, pytest says what it has found so far, bench.step times what it has built, and training saves itself.
+    # On SIGINT pytest reports its results, bench.step times the rows that it has built, and training saves its state.
     timeout --signal=INT --kill-after=30 $((limit < left ? limit : left)) "$@" >>"$log" 2>&1
     status=$?
     case $status in
@@ -67,7 +67,7 @@ part() { # part NAME SECONDS COMMAND...
 }
 
 install() {
-    # Where nvcc on the PATH is a link or a wrapper, torch guesses a folder without the headers.
+    # If nvcc on the PATH is a link or a wrapper, torch guesses a folder without the headers.
     if [[ -z ${CUDA_HOME:-} && -e /usr/local/cuda/include/cuda_runtime.h ]]; then
         export CUDA_HOME=/usr/local/cuda
     fi
@@ -94,7 +94,7 @@ prove() {
     local small=() convs=() graph="+ CUDA graph"
     local others=(reference "torch.compile(reference)" "reference, frozen attack" "+ fused ops and SGD" "+ BN folded"
         "+ channels_last" "+ bf16" "+ torch.compile")
-    if [[ $device == cpu ]]; then # where no row is captured, and compiling takes longest
+    if [[ $device == cpu ]]; then # a CPU captures no row, and compiling would take most of the time
         small=(--arch smallresnet --image-size 8 --batch-size 8 --attack-steps 1)
         convs=(--arch smallresnet --image-size 8 --batch-sizes 2 4)
         graph="+ bf16" others=(reference "+ channels_last")
@@ -105,7 +105,7 @@ prove() {
     part "captured step, ResNet-18 at 32" 90 "${step[@]}" "${small[@]}" --rows "$graph"
     part "other steps, ResNet-18 at 32" 120 "${step[@]}" "${small[@]}" --rows "${others[@]}"
 
-    # In four processes where there is pytest-xdist, because compiling takes most of the time.
+    # In four processes if pytest-xdist is installed, because compiling takes most of the time.
     local tests=(env TORCHINDUCTOR_COMPILE_THREADS=2
         "$python" -m pytest -q -m gpu -p no:cacheprovider --continue-on-collection-errors)
     "$python" -c 'import xdist' 2>/dev/null && [[ $device == cuda ]] && tests+=(-n 4)
@@ -116,7 +116,7 @@ prove() {
     local sanitizer
     sanitizer=$(PATH=$PATH:/usr/local/cuda/bin type -P compute-sanitizer)
     if [[ $device == cuda && -n $sanitizer ]]; then
-        # Without torch's caching allocator every tensor is an allocation of its own, whose end the tool can see.
+        # Without torch's caching allocator every tensor is its own allocation, and the tool sees where it ends.
         part "memory check of the operators" 90 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
             "$sanitizer" --tool memcheck --error-exitcode 99 "$python" -m bench.smoke --device cuda --parts operators
     else
@@ -168,7 +168,7 @@ accuracy() {
         images=20 limit=60
         flags+=(--epochs 2 --teacher-epochs 1 --max-steps 4 --attack-steps 2 --limit-eval 50)
     fi
-    # Selection on held-out training images, few of which are evaluated: on the test set it takes longer than training.
+    # The best epoch is selected on held-out training images. They are few; the test set would take too long.
     part "training, selection and evaluation" "$limit" "$python" -m ltat_fast.train --device "$device" "${dataset[@]}" \
         --select-on heldout --eval-every 10 --eval-attacks clean,pgd20 --out "$run" "${flags[@]}"
     keep "$run"

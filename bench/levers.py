@@ -2,7 +2,7 @@
 
 The optimisations of our own step are rows of ``bench.step`` instead.
 
-A lever is a line in :data:`LEVERS`. Its settings are in force while a row is built and timed.
+A lever is an entry of :data:`LEVERS`. Its settings are active while a row is built and timed.
 """
 
 import argparse
@@ -22,7 +22,7 @@ class Lever:
 
 LEVERS = {
     "search-all-convolutions": Lever(
-        "let cuDNN's search try every algorithm, in place of the first ten",
+        "let cuDNN's search try every algorithm instead of the first ten",
         {"torch.backends.cudnn.benchmark_limit": 0},
     ),
 }
@@ -40,7 +40,10 @@ def chosen(args: argparse.Namespace) -> list[str]:
 
 @contextlib.contextmanager
 def pulled(names: list[str]) -> Iterator[None]:
-    """Set the levers' settings while open. Raises SystemExit if this torch does not have a setting."""
+    """Apply the settings of the levers ``names`` inside a ``with`` block.
+
+    Raises SystemExit if this torch does not have a setting.
+    """
     with contextlib.ExitStack() as stack:
         for name in names:
             for setting, value in LEVERS[name].settings.items():

@@ -1,10 +1,10 @@
-"""Does it work on this device, and where does the captured step spend its time? About a minute on a GPU.
+"""Check that operators and captured step work on this device, and profile the step. About a minute on a GPU.
 
     python -m bench.smoke [--device cuda|cpu] [--parts operators capture profile] [--out FILE.txt]
 
 operators: each fused operator, forward and backward, in every dtype, against its reference in float64 on the CPU.
 capture: one captured LTAT step against the eager one from the same state, with the full traceback if it fails.
-profile: the kernels of REPLAYS steps by time, and the time of a step in which no kernel runs.
+profile: the kernels of REPLAYS steps, sorted by time, and the time of a step in which no kernel runs.
 
 Each line is printed and appended to the file as soon as it is known. On the CPU nothing is captured: the last two parts
 run the eager step, which only tests this program. Exit status: 0 if every check passed, else 1.
@@ -71,10 +71,10 @@ class Report:
 
 @dataclass
 class Call:
-    """One call of an operator, and what it should give.
+    """One call of an operator, and its expected result.
 
     run: the operator on tensors of the device. expect: its reference on the same values in float64 on the CPU.
-    inputs: tensors on the CPU, those first that get a gradient.
+    inputs: tensors on the CPU; the first ``gradients`` of them get a gradient.
     """
 
     name: str
@@ -135,7 +135,7 @@ def check_call(call: Call, device: torch.device) -> str:
 
 
 def check_start(noise: str, dtype: torch.dtype, device: torch.device) -> str:
-    """Check the random start of an attack: inside the ball and the range, new for each draw, of the right spread."""
+    """Check the random start of an attack: inside the ball and the range, new for each draw, with the right spread."""
     x = torch.full((64, 3, 32, 32), 0.5, dtype=dtype, device=device)
     generator = torch.Generator(device).manual_seed(0)
     first, second = (pgd_init(x, EPS, noise, generator=generator).double() - 0.5 for _ in range(2))

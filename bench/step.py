@@ -5,30 +5,30 @@
 All rows start from the same weights and see the same batch. Rows in plain torch are timed together in interleaved
 rounds. A row that needs a compiler is timed as soon as it is built, in rounds with the reference. The row of the CUDA
 graph has a process of its own, because a capture that fails leaves torch unusable. Before it is timed, each row takes
-LOSS_STEPS steps from the same start noise: ``loss`` is the loss of the last of them, so that a row that computes
-something else shows. Each row is appended to the CSV as soon as it is known; a plot of this run lies beside it as PNG.
-Interrupted (SIGINT) while it builds a row, it times those before it.
+LOSS_STEPS steps from the same start noise: ``loss`` is the loss of the last of them, so that one sees if a row
+computes something else. Each row is appended to the CSV as soon as it is known; a plot of this run is written beside it
+as PNG. After SIGINT while a row is built, the rows before it are still timed.
 
 ``gflop`` is the number of operations that the step needs. It is counted operator by operator in eager mode on a frozen
 twin, and is the same in all rows. A row that computes more than needed (a compiled network also computes weight
-gradients in the attack) therefore only looks slower. ``gflop_formula`` checks the count: 2 forward-equivalents per
-attack step (forward, input gradient), 3 for the forward and backward pass of a student, 1 for the forward pass of a
-teacher; in all 23 for AT-BSL and 28 for LTAT with ten attack steps. ``share_of_matmul`` is the rate divided by the rate
-of a bf16 matrix product, measured in the same run. ``peak_mb`` is the peak memory of a step in addition to weights,
-momentum, twins and batch.
+gradients in the attack) is therefore slower, but its count is the same. ``gflop_formula`` checks the count: 2
+forward-equivalents per attack step (forward, input gradient), 3 for the forward and backward pass of a student, 1 for
+the forward pass of a teacher; in all 23 for AT-BSL and 28 for LTAT with ten attack steps. ``share_of_matmul`` is the
+rate divided by the rate of a bf16 matrix product, measured in the same run. ``peak_mb`` is the peak memory of a step in
+addition to weights, momentum, twins and batch.
 
 Predictions made before the first run, as reference time / time:
     two CPU cores with AVX512-bf16, resnet18 at 32x32, batch 16
-        torch.compile(reference)  0.85: 38 units of convolution instead of 28; fused batch norm and ReLU save a little
+        torch.compile(reference)  0.85: 38 forward-equivalents instead of 28; fused batch norm and ReLU save a little
         frozen attack             1.00: eager autograd already skips the weight gradients
         fused ops and SGD         1.02: one percent of the bytes
-        BN folded                 1.15: two passes fewer per convolution, in 20 of the 28 units
+        BN folded                 1.15: two passes fewer per convolution, in 20 of the 28 forward-equivalents
         channels_last             1.3:  no reordering around each convolution
         bf16                      2.6:  convolutions 4 times faster, half the bytes in the rest
         torch.compile             2.8:  fused ReLU and additions
         Measured on one of the cores, in processor time: 0.68, 1.02, 1.03, 1.02, 0.97, 2.93, 2.83. Convolutions take
         87 % of the float32 step (batch norm 5 %) and 80 % of the bf16 step, so saving bytes changes almost nothing.
-        The 38 units of the compiled reference explain 0.74. channels_last helps only with bf16: the bf16 row without
+        The 38 forward-equivalents explain 0.74. channels_last helps only with bf16: the bf16 row without
         it takes 1.4 times as long.
     one H200, resnet18 at 32x32, batch 128, from what the step compiles to (bench.codegen): reference 37 ms in TF32,
         bf16 22, torch.compile 18.9, joint student call 16.1, combo kernels 15.8, padded stem and CUDA graph 14.8; so
@@ -92,7 +92,7 @@ class Problem:
 
     @property
     def class_counts(self) -> list[int]:
-        """Return those of CIFAR-10-LT, imbalance ratio 50, up to 32 pixels; else of Tiny-ImageNet-LT, ratio 10."""
+        """Return the counts of CIFAR-10-LT (imbalance ratio 50) to 32 pixels, else of Tiny-ImageNet-LT (ratio 10)."""
         classes, largest, ratio = (10, 5000, 50) if self.image_size <= 32 else (200, 500, 10)
         return [int(largest * ratio ** (-c / (classes - 1))) for c in range(classes)]
 
@@ -412,7 +412,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--method", choices=["ltat", "at-bsl"], default="ltat")
     parser.add_argument("--attack-steps", type=int, default=10)
-    parser.add_argument("--rounds", type=int, default=20, help="fewer, but not under 5, where they take over 30 s")
+    parser.add_argument("--rounds", type=int, default=20, help="timing rounds; fewer, but at least 5, after 30 s")
     parser.add_argument("--rows", nargs="+", metavar="ROW", help="measure these rows of the table, by default all")
     parser.add_argument("--out", type=Path, help="CSV to append to, default bench/results/step-DEVICE.csv")
     levers.add_flags(parser)

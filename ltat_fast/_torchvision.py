@@ -2,7 +2,7 @@
 
 The torchvision wheel of PyPI is built for a CUDA torch. With a CPU-only torch its compiled part does not load, and
 ``import torchvision`` fails with "operator torchvision::nms does not exist": its Python code attaches fake kernels and
-autograd to operators that nobody declared. Declaring these two operators is enough for the datasets and transforms,
+autograd to operators that are not declared. Declaring these two operators is enough for the datasets and transforms,
 which are pure Python. The detection operators still do not work, and nothing here uses them. If torchvision can be
 imported without this, nothing is declared.
 """

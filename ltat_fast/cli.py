@@ -1,4 +1,4 @@
-"""The one way in which the entry points parse their flags: tyro, with help texts that wrap as whole paragraphs."""
+"""Parse the flags of every entry point with tyro, with help texts that wrap as whole paragraphs."""
 
 import dataclasses
 import functools

@@ -149,7 +149,7 @@ class RunSettings:
     max_steps: int | None = None
     """stop each stage after this many steps, for a quick test"""
     save_minutes: float = 10.0
-    """save the training state at least every so many minutes, also in the middle of an epoch"""
+    """save the training state at least every N minutes, also in the middle of an epoch"""
     on_nan: Literal["stop", "rollback"] = "stop"
     """what to do if a loss or a weight is not finite; stop: end the run; rollback: continue once from the last good
     state and skip the batch that caused it"""
@@ -199,8 +199,8 @@ METHOD_PRESETS: dict[tuple[str, str], dict] = {
     ("wrn-34-10", "mart"): {"beta": 6.0},
     ("cifar100-lt", "robal"): {"robal_dataset": "cifar100"},
 }
-# Settings that --resume may change: they say where and how a run computes, not what it trains. Another device or
-# backend or evaluation batch size changes results by rounding, and AutoAttack's random parts, seeded per batch.
+# Settings that --resume may change: they say where and how a run computes, not what it trains. Another device, backend
+# or evaluation batch size changes rounding errors. The batch size also changes the random parts of AutoAttack.
 FREE_ON_RESUME = {"resume", "out", "data_dir", "device", "compile", "save_minutes", "eval_batch_size", "on_nan"}
 
 
@@ -269,7 +269,7 @@ def to_json(config: Config, method: Method) -> dict:
 
 
 def from_json(settings: dict) -> tuple[Config, Method]:
-    """Invert :func:`to_json` and validate. Raise UserError for settings that this version does not know."""
+    """Read a result of :func:`to_json`, and validate it. Raise UserError for unknown settings."""
     settings = {**settings}
     options = settings.pop("method_options", {})
     unknown = set(settings) - {field.name for field in dataclasses.fields(Config)}

@@ -1,4 +1,4 @@
-"""Report what runs on this machine, where, and why nothing faster can be used.
+"""Report which packages, devices and kernels this machine can use, and why not faster ones.
 
 python -m ltat_fast.doctor [--brief]
 """
@@ -32,7 +32,7 @@ PACKAGES = (
 
 @dataclass(frozen=True)
 class Arguments:
-    """Report what runs on this machine, where, and why nothing faster can be used."""
+    """Report which packages, devices and kernels this machine can use, and why not faster ones."""
 
     brief: bool = False
     """print only the backend of each op on the CPU, in one line"""

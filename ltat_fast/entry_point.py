@@ -8,7 +8,7 @@ import os
 
 
 def passive_openmp() -> None:
-    """Let idle OpenMP threads wait instead of spin, unless the environment already says what they do.
+    """Let idle OpenMP threads wait instead of spin, unless the environment already sets OMP_WAIT_POLICY.
 
     It has an effect only before torch is imported. On two cores, one of them busy with another process, an evaluation
     of the digits was 15 times slower with spinning threads. On idle cores waiting costs about 15 percent.

@@ -54,7 +54,7 @@ class Arguments:
     batch_size: int = 256
     """images per batch"""
     again: bool = False
-    """run attacks again whose results are already in eval.json"""
+    """run attacks even if their results are already in eval.json"""
 
 
 @exit_on_user_error
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
         weights_file(arguments.run, name)
     evaluated = EvalFile.load_or_empty(arguments.run / "eval.json")
     if arguments.again or not all(evaluated.result(name, attack) for name in which for attack in attacks):
-        refuse_read_only(arguments.run)  # before the images are loaded; they decide whether the others are current
+        refuse_read_only(arguments.run)  # checked early; whether stored results fit the test set is known only later
     hardware = device.choose(arguments.device, "fp32")
     try:
         with stop_at_once():

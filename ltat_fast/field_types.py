@@ -1,4 +1,4 @@
-"""Check of the values of a dataclass against the types of its fields, for settings that were read from a file."""
+"""Check the values of a dataclass against the types of its fields, for settings that were read from a file."""
 
 import dataclasses
 import types

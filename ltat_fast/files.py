@@ -11,7 +11,7 @@ from ltat_fast.errors import UserError
 
 try:
     import fcntl
-except ImportError:  # Windows has no such locks; files are still only ever renamed into place
+except ImportError:  # Windows has no such locks; files are still replaced by a rename
     fcntl = None
 
 

@@ -39,7 +39,7 @@ def _group_of(config: Config, group: type) -> object:
 
 
 def _defaults(argv: list[str]) -> tuple[Config, Method]:
-    """The configuration to which the flags are added: of the preset, or of the run that is resumed."""
+    """Return the configuration that the flags change: the preset of the dataset, or that of the run to resume."""
     seen = _first_look(argv)
     if seen.resume and seen.out and (seen.out / "config.json").exists():
         config, method = load(seen.out)

@@ -1,4 +1,4 @@
-"""Replay a training step whose loss or weights were not finite, and print the first tensor that is not.
+"""Replay a training step whose loss or weights were not finite, and print the first tensor that is not finite.
 
     python -m ltat_fast.replay RUN/nan/epoch-3-step-17.safetensors
 
@@ -6,8 +6,7 @@ The file holds the batch, the seed and all tensors that the step starts from. Th
 images and the teacher are loaded from the folders that the run used. The step runs in eager mode, whatever backend the
 run used.
 
-Exit status: 0 the step gives numbers that are not finite again; 1 it does not; 2 the file, the run or the data is
-wrong.
+Exit status: 0 a number is not finite again; 1 all numbers are finite; 2 the file, the run or the data is wrong.
 """
 
 import ltat_fast.entry_point  # noqa: F401  (before torch)

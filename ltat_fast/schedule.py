@@ -4,8 +4,8 @@ import math
 
 from ltat_fast.errors import UserError
 
-# The shares of the epochs after which the rate is divided by 10. The flag says whether the epoch that completes a share
-# already has the lower rate; otherwise the next epoch is the first one.
+# The shares of the epochs after which the rate is divided by 10. The bool says whether the epoch that completes a share
+# already has the lower rate; otherwise the next epoch is the first with the lower rate.
 DROPS = {
     "step": ((0.75, 0.9, 1.0), True),  # AT-BSL: epochs 75, 90 and 100 of 100
     "igdm": ((0.5, 0.75), False),  # IGDM paper: epochs 101 and 151 of 200

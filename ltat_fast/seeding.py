@@ -1,6 +1,6 @@
 """Random streams that are a function of the position in the run, so that a resumed run needs no generator state.
 
-Every consumer of randomness names its stream, for example ``stream_seed(seed, "attack", epoch, step)``. Streams are
+Code that draws random numbers names its stream, for example ``stream_seed(seed, "attack", epoch, step)``. Streams are
 independent, a new stream does not change the others, and step 1000 can be replayed without the 999 steps before it.
 """
 

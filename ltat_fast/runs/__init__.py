@@ -1,1 +1,1 @@
-"""Files of a run: weights, checkpoints, results, tables, logs and exports; jobs that make runs."""
+"""Files of a run: weights, checkpoints, results, tables, logs and exports; jobs that start runs."""

@@ -46,7 +46,7 @@ def has_state(path: Path) -> bool:
 
 
 def training_tensors(model: nn.Module, optimizer: torch.optim.SGD, method: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return all tensors that a step changes, by name. method: :meth:`Method.state`."""
+    """Return all tensors that a step changes, by name. method: result of :meth:`Method.state`."""
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     tensors |= {f"method.{name}": tensor for name, tensor in method.items()}
     for name, parameter in model.named_parameters():
@@ -64,7 +64,7 @@ def restore(
     arch: str,
     method: dict[str, Tensor],
 ) -> None:
-    """Load the result of :func:`training_tensors`, read from the file ``source``.
+    """Load ``tensors``, made by :func:`training_tensors` and read from ``source``, into the other arguments.
 
     The tensors are overwritten in place, because a captured step uses their addresses.
     """
@@ -91,7 +91,7 @@ def save_state(
 def load_state(
     path: Path, model: nn.Module, optimizer: torch.optim.SGD, arch: str, method: dict[str, Tensor]
 ) -> Progress:
-    """Load the state in ``path``, in place, or the previous state if that file is damaged. Return its progress.
+    """Load the state in ``path``, or the previous state if that file is damaged, in place. Return its progress.
 
     The damaged file is renamed, so that the next save does not overwrite the previous state with it. Raises UserError
     if no undamaged state is left.

@@ -1,4 +1,4 @@
-"""Group finished runs into experiments. The runs of one experiment differ only in the seed and in where they ran."""
+"""Group finished runs into experiments. The runs of one experiment differ only in the seed and in the machine."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ from ltat_fast.methods import METHODS
 from ltat_fast.runs.finished import FinishedRun, RunConfig, load_runs
 from ltat_fast.runs.results import CHECKPOINTS, percentages
 
-# Runs that differ only in these settings repeat one experiment, if all of them or none trained their own teacher.
+# Runs that differ only in these settings belong to one experiment, if all of them or none trained their own teacher.
 NOT_THE_EXPERIMENT = {"seed", "out", "data_dir", "teacher", "device", "compile", "resume", "eval_batch_size"}
 NOT_THE_EXPERIMENT |= {"save_minutes"}
 
@@ -60,9 +60,9 @@ def comparable_worst(runs: Iterable[FinishedRun], which: str) -> bool:
 def experiments(run_dirs: Sequence[Path]) -> list[Experiment]:
     """The experiments of these runs, in the order given.
 
-    Experiments with the same :func:`label` get the settings in which they differ added to it: "ltat epochs=4". Runs
-    with given teachers are repetitions of one another only while no seed comes twice; otherwise each teacher makes an
-    experiment of its own. Raises UserError for a run without results, and for two runs of one experiment with one seed.
+    If experiments have the same :func:`label`, the settings in which they differ are added: "ltat epochs=4". Runs with
+    ``--teacher`` are one experiment if no seed occurs twice; otherwise there is one experiment per teacher.
+    Raises UserError for a run without results, and for two runs of one experiment with the same seed.
     """
     alike: dict[str, list[FinishedRun]] = {}
     for run in load_runs(run_dirs):
@@ -90,7 +90,7 @@ def label(config: RunConfig) -> str:
 
 
 def _told_apart(found: list[Experiment]) -> list[Experiment]:
-    """Add the settings that differ to labels that would be the same in one place of the table."""
+    """Make equal labels of one part of the table unique by adding the settings that differ."""
     alike: dict[tuple, list[dict]] = {}
     places = [(e.label, e.config.dataset, e.config.imbalance_ratio, e.config.arch) for e in found]
     settings = [_settings(e.runs[0]) for e in found]

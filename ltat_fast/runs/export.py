@@ -31,7 +31,7 @@ from ltat_fast.runs.results import EvalFile, Result
 from ltat_fast.runs.weights import build_from_card, read_weights, weights_file
 
 FILES = (standalone.WEIGHTS, standalone.CARD, "model.py", "model.pt2", "model.onnx")
-TOLERANCE = 1e-4  # as a share of the largest logit; a compiler may add in another order
+TOLERANCE = 1e-4  # as a share of the largest logit; a compiler may sum in another order
 
 
 def export(run_dir: Path, which: str, out: Path, image_size: int | None = None) -> list[Path]:
@@ -60,7 +60,7 @@ def export(run_dir: Path, which: str, out: Path, image_size: int | None = None) 
 
 
 def size_of_images(weights: Path, recorded: list[int] | None, given: int | None) -> list[int]:
-    """Height and width of the images, as ``recorded`` by the run or, for runs that did not, ``given`` by the user."""
+    """Return height and width of the images: ``recorded`` by the run or, if None, ``given`` by the user."""
     if given is not None and given < 1:
         raise UserError(f"--image-size must be 1 or more, not {given}")
     if recorded is None and given is None:
@@ -130,7 +130,7 @@ def card(run_dir: Path, which: str, model: nn.Module, origin: dict) -> dict:
 
 
 def accuracy(result: Result) -> dict:
-    """The part of a result that card.json has."""
+    """The part of a result that card.json contains."""
     content = result.to_json()
     return {name: content[name] for name in ("all", "tail", "images") if name in content}
 

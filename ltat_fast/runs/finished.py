@@ -22,10 +22,10 @@ def exact_fraction(text: str) -> Fraction:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """The settings in a config.json of this version or another one.
+    """The settings in a config.json that this version or another one wrote.
 
-    Unlike :class:`ltat_fast.config.Config`, settings that the file lacks are None, and settings that this version does
-    not know are kept. The dataset, method and network may have names that this version does not know.
+    It is less strict than :class:`ltat_fast.config.Config`: missing settings are None, and settings that this version
+    does not know are kept. The dataset, method and network may have names that this version does not know.
     """
 
     dataset: str
@@ -94,7 +94,7 @@ class Environment:
     threads: int | None = None
     git: str | None = None
     index_hash: str | None = None
-    """tells one selection of training images from another"""
+    """hash that identifies the selection of training images"""
     class_counts: tuple[int, ...] = ()
     """training images per class"""
 
@@ -116,7 +116,7 @@ class Environment:
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run with results. name: the shortest end of its path that no other run has."""
+    """A run with results. name: the last parts of its path, as many as make it unique."""
 
     name: str
     path: Path

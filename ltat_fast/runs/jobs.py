@@ -71,8 +71,8 @@ def repetitions(stem: Path, flags: Sequence[str], seeds: Iterable[int], extra: S
 def outstanding(jobs: Sequence[Job]) -> tuple[list[Job], list[Job]]:
     """The jobs still to be run, and the jobs that are refused because their folder holds a run with other settings.
 
-    Prints why a job is refused. ``train --resume`` alone would not notice every such run, because it takes flags that
-    are not given from the run itself.
+    Prints why a job is refused. ``train --resume`` alone would not notice every such run, because it takes
+    missing flags from the run itself.
     """
     todo, refused = [], []
     for job in jobs:
@@ -85,7 +85,7 @@ def outstanding(jobs: Sequence[Job]) -> tuple[list[Job], list[Job]]:
 
 
 def conflict(job: Job) -> str | None:
-    """Why the run in the folder of ``job`` is not the one that ``job`` asks for; None if it is, or there is no run."""
+    """Return why the run in the folder of ``job`` does not fit ``job``; None if it fits or there is no run."""
     if not job.begun:
         return None
     try:

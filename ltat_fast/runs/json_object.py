@@ -1,6 +1,6 @@
 """Read the JSON files of a run field by field.
 
-A damaged file raises UserError, whose sentence names the file, the place in it and the value found there. Values are
+A damaged file raises UserError, whose message names the file, the place in it and the value found there. Values are
 checked by predicates such as :func:`is_text`; :func:`optional` and :func:`list_of` combine them.
 """
 

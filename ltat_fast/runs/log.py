@@ -1,4 +1,4 @@
-"""Record a training stage: metrics.jsonl (one object per epoch), TensorBoard, and messages or a bar on the terminal."""
+"""Record a training stage: metrics.jsonl (one object per epoch), TensorBoard, and the messages on the terminal."""
 
 import contextlib
 import json
@@ -50,7 +50,7 @@ class StageLog:
 
 
 class NoLog:
-    """Replace :class:`StageLog` in all processes but the main one."""
+    """Stand-in for :class:`StageLog` in all processes except the main one."""
 
     def epoch(self, record: dict) -> None:
         pass
@@ -60,7 +60,7 @@ class NoLog:
 
 
 def quiet() -> None:
-    """Print no more messages and bars from this process; warnings and errors on stderr are still printed."""
+    """Print no more messages and progress bars from this process; warnings and errors on stderr are still printed."""
     console.quiet = True
 
 

@@ -20,7 +20,7 @@ def spread(labels: np.ndarray, limit: int | None) -> np.ndarray:
 def on_most_images(results: dict[str, Result], count: int) -> dict[str, Result]:
     """The results that a worst case combines: those over the largest set of images that at least two of them share.
 
-    results: of attacks on a test set of ``count`` images. Empty if no two of them share their images.
+    results: by attack, on a test set of ``count`` images. Empty if no two of them share their images.
     """
     attacked = {name: result.attacked(count) for name, result in results.items()}
     groups = [(images, [name for name in attacked if (attacked[name] >= images).all()]) for images in attacked.values()]

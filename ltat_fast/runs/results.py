@@ -14,8 +14,8 @@ from ltat_fast.files import write_json
 from ltat_fast.runs.json_object import JsonObject, is_bool, is_count, is_number, is_percent, is_text, list_of, optional
 
 CHECKPOINTS = ("best", "last")
-CHECKS = "checks"  # the one key beside the attacks
-ALWAYS_GROUPS = ("head", "medium", "tail")  # groups of classes in every dataset; any other number is a group too
+CHECKS = "checks"  # the only key that is not the name of an attack
+ALWAYS_GROUPS = ("head", "medium", "tail")  # groups of classes in every dataset; another numeric field is a group too
 FIELDS = ("all", "per_class", "images", "correct", "chosen", "weights", "eps", "test_set", "attacks")
 
 
@@ -143,7 +143,7 @@ class Result:
 
 @dataclass(frozen=True)
 class RecordedCheck(Check):
-    """A check as eval.json has it. weights: checksum of the weights that it looked at."""
+    """A check as stored in eval.json. weights: checksum of the weights that it examined."""
 
     weights: str | None = None
 

@@ -16,7 +16,7 @@ from ltat_fast.runs.splits import DeviceImages
 
 
 def fingerprint(images: DeviceImages) -> str:
-    """16 hexadecimal digits that tell one set of images and labels from another."""
+    """16 hexadecimal digits that identify a set of images and labels."""
     digest = hashlib.sha256(repr(tuple(images.images.shape)).encode())
     for tensor in (images.images, images.labels):
         digest.update(tensor.cpu().contiguous().numpy())
@@ -25,9 +25,9 @@ def fingerprint(images: DeviceImages) -> str:
 
 @dataclass
 class Scores:
-    """The results in ``file`` of one ``identity``, kept under each of ``checkpoints``.
+    """The results in ``file`` of one ``identity``, stored under each of ``checkpoints``.
 
-    A result is known if it is of this identity and says which images were correct. Results of earlier versions do not
+    A result is known if it has this identity and says which images were correct. Results of earlier versions do not
     say so; they stay in the file and are measured again when they are asked for.
     """
 
@@ -41,7 +41,7 @@ class Scores:
     def known(self, attack: str, images: int) -> Result | None:
         """The known result of ``attack`` on the most images, or None if these are fewer than ``images``.
 
-        Raises UserError instead of returning None if the run folder is read-only, so that nothing is measured in vain.
+        Raises UserError instead of returning None if the run folder is read-only, so that no measurement is lost.
         """
         evaluated = EvalFile.load_or_empty(self.file).checkpoints.values()
         ours = [found for part in evaluated if (found := part.results.get(attack)) and self._is_known(found)]
@@ -60,7 +60,7 @@ class Scores:
         return None
 
     def add(self, attack: str, result: Result) -> None:
-        """Add the result of an attack, and compute the worst case again over the results known of the most images."""
+        """Add the result of an attack, and update the worst case over the known results that share the most images."""
 
         def change(part: CheckpointResults) -> None:
             part.entries[attack] = result.of(self.identity)
@@ -87,7 +87,7 @@ class Scores:
         return all(check.weights == self.identity.weights for check in checks)
 
     def _merge(self, change: Callable[[CheckpointResults], None]) -> None:
-        """Read, change and write the file under a lock, so that no two processes undo each other's results."""
+        """Read, change and write the file under a lock, so that no process overwrites another's results."""
         with contextlib.ExitStack() as stack:
             with contextlib.suppress(OSError):  # a file system without locks
                 stack.enter_context(exclusive(self.file.with_name(f".{self.file.name}.lock"), log.say))

@@ -170,7 +170,7 @@ def weights_file(path: Path, which: str = "last") -> Path:
 
 
 def weights_digest(path: Path) -> str:
-    """Return the checksum stored in a weights file, which shows whether a result belongs to it; "" without one."""
+    """Return the checksum stored in a weights file, which shows whether a result belongs to it; "" if it has none."""
     try:
         with safe_open(path, framework="pt") as file:
             return (file.metadata() or {}).get("sha256", "")

@@ -20,8 +20,8 @@ from ltat_fast.training.cuda_graph import CaptureError
 from ltat_fast.training.step import TrainStep
 
 # Two results count as equal up to this relative difference of the loss and this share of pixels that differ by more
-# than a thousandth of eps. A sign attack turns a rounding error into a whole step, so the second check is coarse: in
-# bfloat16 many pixels differ, and so they do between two TF32 convolution algorithms.
+# than a thousandth of eps. A sign attack turns a rounding error into a whole step, so the second check is coarse:
+# many pixels differ in bfloat16, and also between two TF32 convolution algorithms.
 TOLERANCE = {"fp32": (1e-2, 0.05), "tf32": (3e-2, 0.25), "bf16": (1e-1, 0.6)}
 
 
@@ -34,9 +34,9 @@ def choose_backend(
 ) -> TrainStep:
     """Return the training step on the backend ``wanted``, or on the next slower backend that works.
 
-    wanted: "auto", "none", "step" or "graph", as ``--compile``. build: returns a step on a backend, over the model and
-    the optimizer of the run. x, y: a batch of the run. capture_marker: file that exists during a capture, so that a run
-    whose process dies in it does not try the same capture again.
+    wanted: a value of ``--compile``: "auto", "none", "step" or "graph". build: returns a step on a backend, over the
+    model and the optimizer of the run. x, y: a batch of the run. capture_marker: file that exists during a capture, so
+    that a run whose process dies in it does not try the same capture again.
     Raises GraphNotUsable if a capture failed.
     """
     reference = None
@@ -92,7 +92,7 @@ def _problem(
 
 @contextlib.contextmanager
 def _marked(marker: Path | None) -> Iterator[None]:
-    """Let the file ``marker`` exist while open. It stays if the process is killed."""
+    """Keep the file ``marker`` on the disk inside a ``with`` block. It remains if the process is killed."""
     if marker is None:
         yield
         return

@@ -1,4 +1,4 @@
-"""Capture a function as a CUDA graph, and find out which process state a failed capture leaves behind."""
+"""Capture a function as a CUDA graph, and report a failed capture."""
 
 import contextlib
 import gc
@@ -37,7 +37,10 @@ def capture(work: Callable[[], None], generator: torch.Generator, stream: torch.
 
 @contextlib.contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """Collect garbage now, not inside: a graph that is destroyed during a capture breaks it (pytorch#161037)."""
+    """Collect garbage before a ``with`` block and not in it.
+
+    A graph that is destroyed during a capture breaks the capture (pytorch#161037).
+    """
     gc.collect()
     was_enabled = gc.isenabled()
     gc.disable()

@@ -40,8 +40,8 @@ def tf32(allowed: bool) -> Iterator[None]:
 def without_cudnn_search() -> Iterator[None]:
     """Let cuDNN choose its algorithms without trying them, inside a ``with`` block.
 
-    Trying pays for the many equal batches of training. It costs minutes where batch sizes vary: AutoAttack's batches
-    shrink, and every new size would be tried.
+    The search is worth its time for the many equal batches of training. It costs minutes if batch sizes vary:
+    AutoAttack's batches shrink, and cuDNN would search again for every new size.
     """
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = False
@@ -52,7 +52,7 @@ def without_cudnn_search() -> Iterator[None]:
 
 
 def without_tf32() -> contextlib.AbstractContextManager[None]:
-    """Forbid TF32 inside a ``with`` block. By default, torch uses it in convolutions: 10 bits of mantissa."""
+    """Forbid TF32 inside a ``with`` block. By default, torch uses it, with its 10 bits of mantissa, in convolutions."""
     return tf32(False)
 
 

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ltat_fast.errors import UserError
 
-JOIN_TIMEOUT = datetime.timedelta(minutes=5)  # for all processes to join; torch's own default is 30 minutes
+JOIN_TIMEOUT = datetime.timedelta(minutes=5)  # time limit for all processes to join; torch's own default is 30 minutes
 
 # torch 2.13 renamed this argument, and warns about the old name.
 _SYNC_BUFFERS = "forward_sync_buffers"
@@ -73,7 +73,7 @@ def start(use_cuda: bool) -> World:
 def is_lost_process_error(error: RuntimeError) -> bool:
     """Return whether a collective raised ``error`` because another process died.
 
-    Gloo has no exception type for this, so the message decides.
+    Gloo has no exception type for this, so this function examines the message.
     """
     return dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error))
 
@@ -119,7 +119,7 @@ def wrap(model: nn.Module) -> nn.Module:
 
 
 def mean_over_processes(x: Tensor) -> Tensor:
-    """Average ``x`` over all processes, in place. Sum, then divide: only NCCL has an average."""
+    """Average ``x`` over all processes, in place. It sums and then divides, because gloo cannot average."""
     if dist.is_initialized():
         dist.all_reduce(x)
         x /= dist.get_world_size()
@@ -142,7 +142,7 @@ def any_process(flag: bool, device: torch.device) -> bool:
 
 @contextlib.contextmanager
 def main_first() -> Iterator[None]:
-    """Run the ``with`` block in the main process first, then in the others, which find what it has prepared."""
+    """Run the ``with`` block in the main process first, then in the others, which can use what it has prepared."""
     is_main = current().is_main
     if not is_main:
         wait()

@@ -46,8 +46,8 @@ def evaluate(
 
     model: a network, which is evaluated in float32, or a frozen twin, which is evaluated as it is. strict: forbid TF32.
     images: uint8 ``(N, C, H, W)`` and labels: int64 ``(N,)``, on the model's device. limits: the largest number of
-    images to use, under "default", and the largest number of those by attack. Several processes share the batches;
-    each of them returns the whole result.
+    images to use, by attack; the limit "default" holds for all attacks. Several processes share the batches; each of
+    them returns the whole result.
     """
     frozen = model if isinstance(model, FrozenTwin) else FrozenTwin(model, fold_bn=True)
     limits = limits or {}
@@ -72,7 +72,7 @@ def evaluate(
 def check(model: nn.Module, images: Tensor, labels: Tensor, eps: float, say: Callable[[str], None]) -> list[Check]:
     """Run the checks of :mod:`ltat_fast.attacks.checks` on 64 of the images and print the failures.
 
-    They look at the network that :func:`evaluate` attacks. Arguments as there.
+    The checks use the network that :func:`evaluate` attacks. The arguments are those of :func:`evaluate`.
     """
     index = torch.from_numpy(spread(labels.cpu().numpy(), 64)).to(images.device)
     with without_cudnn_search(), without_tf32():
@@ -86,7 +86,7 @@ def check(model: nn.Module, images: Tensor, labels: Tensor, eps: float, say: Cal
 
 
 def evaluate_run(config: Config, splits: Splits, hardware: Hardware) -> None:
-    """Evaluate the best and the last checkpoint under the attacks of ``config``. Results in RUN/eval.json are kept."""
+    """Evaluate the best and the last checkpoint under the attacks of ``config``, except those in RUN/eval.json."""
     evaluate_checkpoints(config, splits, hardware, ["best", "last"], parse_attacks(config.eval_attacks))
 
 
@@ -112,7 +112,7 @@ def evaluate_checkpoints(
 def _evaluate_weights(
     config: Config, splits: Splits, hardware: Hardware, scores: Scores, attacks: list[str], again: bool
 ) -> None:
-    """:func:`evaluate_checkpoints` for one set of weights."""
+    """Do the work of :func:`evaluate_checkpoints` for one set of weights."""
 
     @functools.cache
     def model() -> nn.Module:
@@ -121,7 +121,7 @@ def _evaluate_weights(
         return load_model(file, hardware.device, config.arch, splits)
 
     def missing(known: Result | tuple | None) -> bool:
-        """Whether to measure. All processes must decide alike, but the file may change while they read it."""
+        """Return whether to measure. All processes must agree, but the file may change while they read it."""
         return distributed.any_process(again or known is None, hardware.device)
 
     is_main = distributed.current().is_main
@@ -155,7 +155,7 @@ def evaluate_model(
     say: Callable[[str], None] = lambda text: None,
     strict: bool = True,
 ) -> dict[str, Result]:
-    """:func:`evaluate` on ``images`` of ``splits`` with the eps, batch size and limits of ``config``."""
+    """Run :func:`evaluate` on ``images`` of ``splits`` with the eps, batch size and limits of ``config``."""
     return evaluate(
         model,
         images.images,

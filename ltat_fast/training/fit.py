@@ -28,7 +28,7 @@ NOT_PRINTED |= {"share_of_ceiling", "zero_gradients", "sign_disagreement"}
 
 
 def fit(stage: Stage, hardware: Hardware) -> Progress:
-    """Train ``stage`` to its end, from the state in its folder if there is one.
+    """Train ``stage`` to its end. Start from the state in its folder, if there is one.
 
     Raises :class:`Diverged` if a loss or a weight is not finite, and :class:`Interrupted` after a signal.
     """
@@ -84,7 +84,7 @@ class _Fit:
         stop: StopOnSignal,
         seconds_per_image: float,
     ):
-        """seconds_per_image: time of a step per image, at the rate of one device's largest matrix products."""
+        """seconds_per_image: time per image of a step at the rate of a large matrix product on one device."""
         self.stage, self.step, self.progress, self.record, self.stop = stage, step, progress, record, stop
         self.seconds_per_image = seconds_per_image
         self.check_batch = next(stage.loader.batches(0))

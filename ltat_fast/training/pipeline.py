@@ -30,7 +30,7 @@ from ltat_fast.training.tune import choose_for_cpu
 
 
 def train(config: Config, method: Method, hardware: Hardware) -> None:
-    """Train and evaluate into the run folder of ``config``; continue from the state that the folder holds."""
+    """Train and evaluate the run of ``config`` in its run folder; continue from the state in that folder."""
     if config.deterministic:
         make_deterministic()
     elif hardware.device.type == "cuda":
@@ -42,7 +42,7 @@ def train(config: Config, method: Method, hardware: Hardware) -> None:
         teachers.find(config.teacher, config.arch)  # report a wrong --teacher before any long work
     with distributed.main_first():  # the main process decodes the images, the others read its cache
         splits = load_splits(config, hardware.device)
-    # Build both stages before anything is written, so that a refused start leaves no half-made run behind.
+    # Build both stages before anything is written, so that an error until then leaves no incomplete run behind.
     student = student_stage(config, method, splits, hardware)
     teacher = teacher_or_stage(config, method.teacher, splits, hardware) if method.teacher != "none" else None
     hardware = choose_for_cpu(config, hardware, student.model, *next(student.loader.batches(0)))
@@ -72,7 +72,7 @@ def setup_method(method: Method, splits: Splits, teacher: nn.Module | None, hard
 def teacher_or_stage(config: Config, kind: str, splits: Splits, hardware: Hardware) -> nn.Module | Stage:
     """Return the teacher given by ``--teacher``, or the stage that trains one.
 
-    kind: the class attribute ``teacher`` of a :class:`Method`, except "none".
+    kind: a value of the class attribute ``teacher`` of :class:`Method` other than "none".
     """
     if config.teacher is not None:
         log.say(f"teacher: {config.teacher}")

@@ -20,7 +20,7 @@ def gradient_health(step: TrainStep, x: Tensor, y: Tensor) -> dict[str, float]:
     another sign than in the float32 network (only for an attack in reduced precision).
     """
     step.frozen.refresh()
-    # Not at the images: there the gradient of a divergence from the clean prediction is zero.
+    # Do not start at the images: there the gradient of a divergence from the clean prediction is zero.
     start = pgd_init(x, step.attack.eps, step.attack.noise, torch.Generator(x.device).manual_seed(0))
     grad = _input_gradient(step, step.frozen, x, start, y)
     health = {"zero_gradients": 100 * (grad == 0).float().mean().item()}

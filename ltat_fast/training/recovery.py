@@ -1,6 +1,6 @@
 """Return to the last good state: after a process was killed, a disk damaged a file, or a number was not finite.
 
-A healthy run checks its sums only now and then. When a check fails, the run loads the last good state and repeats the
+A run checks its sums only every 50 steps. When a check fails, the run loads the last good state and repeats the
 steps since then, with a check after each. Order, augmentation and noise depend only on the position in the run, so the
 bad step is repeated exactly. Its inputs are written to a file for ``python -m ltat_fast.replay``.
 """
@@ -40,7 +40,7 @@ def load_last_good_state(stage: Stage, optimizer: torch.optim.SGD) -> Progress:
 
 
 def _best_on_disk(stage: Stage) -> dict:
-    """Return epoch and scores of best.safetensors. It may belong to an epoch after the state, which is repeated."""
+    """Return epoch and scores of best.safetensors. Its epoch may be after the loaded state; it is then repeated."""
     try:
         _, card = read_weights(stage.checkpoints / "best.safetensors")
     except UserError as error:
@@ -52,7 +52,7 @@ def _best_on_disk(stage: Stage) -> dict:
 def find_non_finite(step: TrainStep, totals: dict[str, float]) -> str | None:
     """Return "loss" or "weights", whichever is not finite after the steps summed in ``totals``, or None.
 
-    A gradient that is not finite shows in the weights.
+    A gradient that is not finite makes the weights non-finite.
     """
     if totals["first_bad"] >= 0:
         return "loss"

@@ -27,7 +27,8 @@ Watch = Callable[[str, object], None]
 def replay(dump: Path, data_dir: Path | None = None, device: str | None = None) -> list[str]:
     """Repeat the step in ``dump`` and return descriptions of what was not finite, in the order of computation.
 
-    data_dir, device: in place of those of the run. Raises UserError if ``dump`` is not a dump of a training step.
+    data_dir, device: used instead of those of the run, if given. Raises UserError if ``dump`` is not a dump of a
+    training step.
     """
     tensors, card = read_weights(dump)
     if not {"found", "arguments", "stage"} <= card.keys():
@@ -132,7 +133,7 @@ def _watched(step: TrainStep, watch: Watch) -> Iterator[None]:
 def _hooks(network: nn.Module, role: str, watch: Watch) -> list:
     """Register ``watch`` on the output of every leaf module of ``network`` and on its logits. Return the handles.
 
-    role: what the network is, as the beginning of each name.
+    role: first part of each reported name, for example "student".
     """
 
     def hook(what: str) -> Callable:

@@ -12,7 +12,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 class Interrupted(BaseException):
     """A signal stopped the run. Its state is saved.
 
-    Derived from BaseException, like KeyboardInterrupt: ``except Exception`` around an attempt that may fail must not
+    Derived from BaseException, like KeyboardInterrupt: ``except Exception`` around code that may fail must not
     catch it.
     """
 
@@ -33,7 +33,7 @@ def handle_signals(handler: Callable) -> Iterator[None]:
 
 
 def stop_at_once() -> contextlib.AbstractContextManager[None]:
-    """Raise :class:`Interrupted` when a signal arrives inside a ``with`` block, for work that saves its own results."""
+    """Raise :class:`Interrupted` when a signal arrives inside a ``with`` block. For work that saves its own results."""
 
     def stop(number: int, frame) -> None:
         raise Interrupted(f"stopped by {signal.Signals(number).name}; finished work is kept")

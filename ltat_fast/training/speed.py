@@ -56,7 +56,7 @@ def flops_per_image(eager: TrainStep, x: Tensor, y: Tensor) -> float:
 
 @functools.cache  # teacher and student have the same machine
 def matmul_ceiling(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> float:
-    """Return the operations per second of a large square matrix product, the best of ``repeats``.
+    """Return the operations per second of a large square matrix product, the fastest of ``repeats``.
 
     float32 products use TF32 if convolutions do.
     """

@@ -1,4 +1,4 @@
-"""One stage of a run, the training of the teacher or of the student: what its loop and its recovery need."""
+"""One stage of a run, which trains the teacher or the student: the data of its training loop and its recovery."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -18,10 +18,10 @@ from ltat_fast.training import distributed
 
 @dataclass(frozen=True)
 class Selection:
-    """How the best epoch of a stage is found.
+    """How the best epoch of a stage is selected.
 
-    evaluate: returns named numbers, in percent, for the present weights of the stage. after: epoch, from 0, to whether
-    it is evaluated. by: the name of the number whose highest value marks the best epoch.
+    evaluate: returns named numbers, in percent, for the present weights of the stage. after: takes an epoch, from 0,
+    and returns whether to evaluate after it. by: the name of the number whose highest value marks the best epoch.
     """
 
     evaluate: Callable[[], dict[str, float]]
@@ -33,7 +33,7 @@ class Selection:
 class Stage:
     """What one stage trains. Its settings are those of ``config`` for the teacher or for the student.
 
-    card: epoch to the metadata of a weights file.
+    card: takes an epoch and returns the metadata of a weights file.
     """
 
     name: Literal["teacher", "student"]
@@ -62,12 +62,12 @@ class Stage:
 
     @property
     def attack(self) -> AttackConfig:
-        """The training attack: the threat model of the run, the start noise of the method."""
+        """The training attack: the threat model of the run with the start noise of the method."""
         return replace(self.config.attack_config, noise=self.method.noise)
 
     @property
     def attacks_in_fp32(self) -> bool:
-        """Whether the attack runs in float32, whatever the precision of the training step."""
+        """Whether the attack runs in float32, independent of the precision of the training step."""
         wanted = self.config.attack_precision
         return wanted == "fp32" or (wanted == "auto" and self.method.needs_fp32_attack)
 
@@ -78,7 +78,7 @@ class Stage:
     def step_arguments(self, epoch: int, number: int) -> dict[str, float]:
         """Return the arguments of a step that do not depend on batch and weights, only on its place in the run."""
         world = distributed.current()
-        # Each process draws noise for its own share of the batch, so its seed holds its rank.
+        # Each process draws noise for its own share of the batch, so its seed depends on its rank.
         rank = [world.rank] if world.size > 1 else []
         return {
             "lr": self.rate(epoch, number),

@@ -34,10 +34,10 @@ WARM_UP_STEPS = 3  # before a capture: compile, choose convolution algorithms, f
 
 
 def frozen_twin(model: nn.Module, hardware: Hardware, fuse_relu: bool = True, pad_stem: bool = True) -> FrozenTwin:
-    """Return the twin that training attacks and teachers run on: batch norm folded, NHWC, in the training precision.
+    """Return the twin for training attacks and teachers: batch norm folded, NHWC, in the training precision.
 
-    fuse_relu, pad_stem: as for :class:`FrozenTwin`, if the hardware profits from them: only GPUs do. On a CPU, in
-    float32 and in bfloat16, the fused calls took 2 to 25 % more time than separate ones.
+    fuse_relu, pad_stem: as for :class:`FrozenTwin`, but only used on GPUs. On a CPU, in float32 and in bfloat16, the
+    fused calls took 2 to 25 % more time than separate ones.
     """
     dtype = None if hardware.dtype == torch.float32 else hardware.dtype
     on_gpu = hardware.device.type == "cuda"
@@ -70,7 +70,7 @@ def make_optimizer(model: nn.Module, lr: float, momentum: float, weight_decay: f
 class Levers:
     """Optimisations of the compiled backends. Each can be switched off, to measure what it brings.
 
-    compiled: torch.compile the attack step and the student. joint_student: the student at x + d and x - d in one call
+    compiled: torch.compile the attack step and the student. joint_student: call the student once for x + d and x - d
     (:mod:`ltat_fast.models.joint_batch`). compiled_teacher: torch.compile the teacher. combo_kernels: Inductor merges
     independent small kernels into one launch. dependent_launch: a kernel starts while its predecessor finishes
     (programmatic dependent launch, Hopper). The last two are for CUDA.
@@ -83,7 +83,7 @@ class Levers:
     dependent_launch: bool = True
 
     def inductor_options(self, device: torch.device) -> dict[str, bool]:
-        """Return the options of torch.compile on ``device``, as far as this torch has them."""
+        """Return the options of torch.compile on ``device``, without those that this torch does not have."""
         if device.type != "cuda":
             return {}
         hopper = torch.cuda.get_device_capability(device) >= (9, 0)
@@ -107,7 +107,7 @@ class TrainStep:
     optimizer: made by :func:`make_optimizer`.
     attack: threat model and effort of the training attack.
     backend: one of :data:`BACKENDS`.
-    train_model: what the loss calls in place of ``model``, for example its DistributedDataParallel wrapper.
+    train_model: what the loss calls instead of ``model``, for example its DistributedDataParallel wrapper.
     twin: network under attack; :func:`frozen_twin` of ``model`` if None.
     levers: optimisations of a compiled backend; eager uses none of them.
     Raises ValueError if a joint student was not prepared by ``allow_joint_calls``.
@@ -257,7 +257,7 @@ class TrainStep:
         return self.perturb(x, y), loss
 
     def snapshot(self) -> Callable[[], None]:
-        """Copy every tensor that a step changes. Return a function that restores them, each at its own address."""
+        """Copy every tensor that a step changes. Return a function that restores them in place."""
         momenta = [buffer for state in self.optimizer.state.values() for buffer in state.values()]
         tensors = [*self.model.parameters(), *self.model.buffers(), *momenta, *self.method.state().values()]
         tensors = [tensor.detach() for tensor in [*tensors, self.count, self.first_bad, *self.sums.values()]]
@@ -275,7 +275,7 @@ class TrainStep:
 
 @contextlib.contextmanager
 def teacher_replaced(context: MethodContext, teacher: Model | None) -> Iterator[None]:
-    """Let the method of ``context`` call ``teacher``, for example its own teacher compiled, while open."""
+    """Replace the teacher of ``context``, for example by its compiled version, inside a ``with`` block."""
     own, context.teacher = context.teacher, teacher
     try:
         yield
@@ -284,7 +284,7 @@ def teacher_replaced(context: MethodContext, teacher: Model | None) -> Iterator[
 
 
 def with_fallback(compiled: Model, eager: Model) -> Model:
-    """Return ``compiled``, or ``eager`` from the first call on that raises: a given teacher may be any network."""
+    """Return a network that calls ``compiled`` or, after its first error, ``eager``: not every teacher compiles."""
     failed = False
 
     def call(x: Tensor) -> Tensor:

@@ -5,7 +5,7 @@
     timm:NAME[@FILE]            the same for timm, if it is installed
     module:PACKAGE.MODULE:NAME  the return value of NAME() of that module: any network from images in [0, 1] to logits
 
-:func:`find` reports every error that can be seen without the data. The function that it returns builds the network.
+:func:`find` reports every error that can be detected without the data. The function that it returns builds the network.
 """
 
 import importlib
@@ -30,7 +30,7 @@ def find(name: str, arch: str) -> Build:
     """Return the function that builds the teacher ``name``.
 
     arch: network of a weights file that does not name its own. Raises UserError for a teacher that does not exist, if
-    this can be seen without the data.
+    this can be detected without the data.
     """
     kind, colon, rest = name.partition(":")
     if colon and kind in KINDS:
@@ -48,7 +48,7 @@ def load(name: str, arch: str, splits: Splits, hardware: Hardware) -> nn.Module:
     right shape for two images of ``splits``.
     """
     model = _user_error_on_failure(name, lambda: find(name, arch)(splits)).eval()
-    # As in our own networks: IGDM subtracts logits from logits, and bf16 would lose most of the difference.
+    # Float32 head, as in our own networks: IGDM subtracts logits from logits; bf16 would lose most of the difference.
     model = with_float32_head(model, splits.num_classes)
     model = model.to(hardware.device, memory_format=torch.channels_last)
     images = to_unit(splits.train.images[:2])
@@ -65,7 +65,7 @@ def load(name: str, arch: str, splits: Splits, hardware: Hardware) -> nn.Module:
 
 
 def _user_error_on_failure(name: str, action: Callable):
-    """Return ``action()``. Turn any exception, for example of a teacher's own code, into a UserError."""
+    """Return ``action()``. Turn any exception, for example from a teacher's own code, into a UserError."""
     try:
         return action()
     except UserError:

@@ -1,7 +1,8 @@
 """Choose precision and number of threads on a CPU by measuring one attack step of the run itself.
 
-The flags of a CPU do not tell which is faster. On a CPU with AVX512-bf16 but without AMX, a small network trained at
-705 images/s in bf16 and 490 in fp32 on one thread; with two threads beside one busy process it was 269 and 626.
+The feature flags of a CPU do not tell which precision is faster. On a CPU with AVX512-bf16 but without AMX, a small
+network trained at 705 images/s in bf16 and 490 in fp32 on one thread. On two threads, with another process running, it
+trained at 269 in bf16 and 626 in fp32.
 """
 
 import os
@@ -31,8 +32,8 @@ Choice = tuple[torch.dtype, int]
 def choose_for_cpu(config: Config, hardware: Hardware, model: nn.Module, x: Tensor, y: Tensor) -> Hardware:
     """Return ``hardware`` with the fastest precision on its CPU, and set the fastest number of threads.
 
-    Only what the user left open is measured: the precision with ``--precision auto``, the threads without
-    OMP_NUM_THREADS. A resumed run keeps its choice, so that it stays bit-equal. On a GPU and with several processes
+    Only what the user left open is measured: the precision if ``--precision`` is auto, the threads if OMP_NUM_THREADS
+    is not set. A resumed run keeps its choice, so that it stays bit-equal. On a GPU and with several processes
     nothing changes.
 
     model: the network to train. x, y: a batch of the run.
@@ -71,7 +72,7 @@ def _candidates(config: Config, default: Choice) -> list[Choice]:
 
 
 def _earlier_choice(run_dir: Path, candidates: list[Choice]) -> Choice | None:
-    """The choice that env.json of the run holds, if it is one of ``candidates``."""
+    """Return the choice that env.json of the run records, if it is one of ``candidates``."""
     environment = Environment.load_or_empty(run_dir / "env.json")
     earlier = (environment.precision, environment.threads)
     return next((choice for choice in candidates if (_dtype_name(choice[0]), choice[1]) == earlier), None)

@@ -156,6 +156,12 @@ def test_attacks_run_on_a_gpu(name):
     assert (correct_under(name, net, pixels, y, EPS, batch_size=32) ^ whole).sum() <= 1  # other kernels, other rounding
 
 
+def test_correct_under_refuses_an_unknown_name():
+    net, pixels = FrozenTwin(small_net()), uint8_images(4)
+    with pytest.raises(UserError, match=r"unknown attack 'pgd': choose from clean, fgsm"):
+        correct_under("pgd", net, pixels, labels(4), EPS)
+
+
 def test_parse_attacks_returns_each_name_once():
     names = " clean, pgd20,,cw7 ,fgsm,autoattack,pgd20x5,scaled-pgd10,pgd20x1,cw3x12,autoattack-plus,autoattack-rand"
     expected = ["clean", "pgd20", "cw7", "fgsm", "autoattack", "pgd20x5", "scaled-pgd10", "cw3x12"]

@@ -2,7 +2,7 @@
 # All measurements and tests that need a GPU, in three commands of at most nine minutes each, without a network:
 #
 #   bench/gpu.sh prove OUTDIR [cuda|cpu]      does everything work: smoke test, convolutions, step, GPU tests, ops, memory
-#   bench/gpu.sh tune OUTDIR [cuda|cpu]       the captured step with each lever of bench/levers.py, and at 64 pixels
+#   bench/gpu.sh tune OUTDIR [cuda|cpu]       the captured step, at 32 and 64 pixels; each lever in a process of its own
 #   bench/gpu.sh accuracy OUTDIR [cuda|cpu]   a whole LTAT run with evaluation, then AutoAttack on 1,000 images
 #
 # cpu is a dry run of this script on small problems. It tests nothing but this script.
@@ -125,23 +125,24 @@ prove() {
 }
 
 tune() {
-    local problem=() large=(--arch preactresnet18 --image-size 64) row="+ CUDA graph" levers lever
+    local problem=() large=(--arch preactresnet18 --image-size 64) all="+ CUDA graph" rows=() row levers lever
+    mapfile -t rows < <("$python" -c 'from bench.step import COMPILED, LEVER_ROWS
+print(COMPILED, *(name for name, _, _ in LEVER_ROWS), sep="\n")')
     if [[ $device == cpu ]]; then
         problem=(--arch smallresnet --image-size 8 --batch-size 8 --attack-steps 1 --method at-bsl)
         large=("${problem[@]}")
-        row="+ bf16" # not compiled, so that the dry run takes minutes and not an hour
+        all="+ bf16" rows=("+ channels_last") # not compiled, so that the dry run takes minutes and not an hour
     fi
     levers=$("$python" -c 'from bench.levers import LEVERS; print(*(f"--{name}" for name in LEVERS))') || exit
-    local step=("$python" -m bench.step --device "$device" --out "$out/tune.csv" --rows "$row")
-    part "no lever" 90 "${step[@]}" "${problem[@]}"
+    local step=("$python" -m bench.step --device "$device" --out "$out/tune.csv")
+    part "all levers" 90 "${step[@]}" "${problem[@]}" --rows "$all"
     for lever in $levers; do
-        part "$lever" 75 "${step[@]}" "${problem[@]}" "$lever"
+        part "all levers, $lever" 75 "${step[@]}" "${problem[@]}" --rows "$all" "$lever"
     done
-    # shellcheck disable=SC2086  # several flags
-    part "all levers" 75 "${step[@]}" "${problem[@]}" $levers
-    part "no lever, PreActResNet-18 at 64" 90 "${step[@]}" "${large[@]}"
-    # shellcheck disable=SC2086
-    part "all levers, PreActResNet-18 at 64" 90 "${step[@]}" "${large[@]}" $levers
+    part "all levers, PreActResNet-18 at 64" 90 "${step[@]}" "${large[@]}" --rows "$all"
+    for row in "${rows[@]}"; do # each adds one lever to the row before it
+        part "$row" 75 "${step[@]}" "${problem[@]}" --rows "$row"
+    done
 }
 
 accuracy() {

@@ -4,7 +4,7 @@ import csv
 import sys
 
 import pytest
-import torch._inductor.config as inductor
+import torch
 
 from bench import step as bench_step
 from bench.step import GRAPH, ladder, main
@@ -78,14 +78,14 @@ def test_the_row_of_the_graph_process_comes_first(out, monkeypatch, tmp_path, ca
 
 
 def test_a_lever_is_in_force_while_a_row_is_built_and_named_in_it(out, monkeypatch):
-    seen = []
+    seen, before = [], torch.backends.cudnn.benchmark_limit
 
     def compiled():
-        seen.append(inductor.combo_kernels)
+        seen.append(torch.backends.cudnn.benchmark_limit)
         raise RuntimeError("no compiler")
 
     replace_rows(monkeypatch, **{COMPILED: compiled})
-    main([*FLAGS.split(), "--out", str(out), "--rows", COMPILED, "--combo-kernels"])
-    assert seen == [True]
-    assert list(rows(out)) == [f"{COMPILED}, combo-kernels"]
-    assert inductor.combo_kernels is False
+    main([*FLAGS.split(), "--out", str(out), "--rows", COMPILED, "--search-all-convolutions"])
+    assert seen == [0]
+    assert list(rows(out)) == [f"{COMPILED}, search-all-convolutions"]
+    assert torch.backends.cudnn.benchmark_limit == before

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from bench import codegen, levers
-from bench.codegen import BANDWIDTH, CEILING, CONV_SHARE, GAP, HOST, Work, operator_work, predict
+from bench.codegen import BANDWIDTH, CEILING, CONV_SHARE, GAP, HOST, LAST_LEVER, Work, operator_work, predict
 from bench.fake_cuda import built_with_cuda
+from bench.step import COMPILED
 from ltat_fast.training.speed import FlopCounter
 
 aten = torch.ops.aten
@@ -19,12 +20,12 @@ SMALL = "--arch smallresnet --image-size 16 --batch-size 8 --attack-steps 2"
 FLOAT = 4  # bytes
 
 
-def run(out: Path, *flags: str) -> dict[str, dict[str, str]]:
-    """Rows of ``python -m bench.codegen`` by part, in a process of its own that sees no GPU."""
-    command = [sys.executable, "-m", "bench.codegen", *SMALL.split(), "--rows", "+ torch.compile", "--out", str(out)]
+def run(out: Path, variant: str) -> dict[str, dict[str, str]]:
+    """Rows of ``python -m bench.codegen`` for ``variant`` by part, in a process of its own that sees no GPU."""
+    command = [sys.executable, "-m", "bench.codegen", *SMALL.split(), "--rows", variant, "--out", str(out)]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     root = Path(codegen.__file__).parents[1]
-    ran = subprocess.run([*command, *flags], cwd=root, env=environment, capture_output=True, text=True, check=False)
+    ran = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
     with out.open(newline="") as file:
         return {row["part"]: row for row in csv.DictReader(file)}
@@ -44,7 +45,7 @@ BOUNDS = {
 def test_compiled_code_stays_within_bounds(tmp_path):
     if not built_with_cuda():
         pytest.skip("this torch is a CPU build: Inductor's code for a GPU is NOT checked")
-    rows = run(tmp_path / "codegen.csv")
+    rows = run(tmp_path / "codegen.csv", COMPILED)
     for part, (launches, forward, backward, megabytes) in BOUNDS.items():
         row = rows[part]
         found = [int(row[key]) for key in ("triton_launches", "conv_forward", "conv_backward")]
@@ -55,9 +56,13 @@ def test_compiled_code_stays_within_bounds(tmp_path):
     steps = [(int(row["calls"]), int(row["triton_launches"])) for part, row in rows.items() if part != "whole step"]
     assert int(rows["whole step"]["triton_launches"]) == sum(calls * launches for calls, launches in steps) > 100
 
-    combined = run(tmp_path / "combined.csv", "--combo-kernels")
-    assert int(combined["student forward"]["triton_launches"]) < int(rows["student forward"]["triton_launches"])
-    assert combined["whole step"]["levers"] == "combo-kernels"
+    levers = run(tmp_path / "levers.csv", LAST_LEVER)
+    assert levers["student forward"]["calls"] == levers["student backward"]["calls"] == "1"
+    student = ("student forward", "student backward")
+    launches, before = (sum(int(table[part]["triton_launches"]) for part in student) for table in (levers, rows))
+    assert launches < 0.8 * 2 * before
+    attack, before = (float(table["attack step"]["megabytes"]) for table in (levers, rows))
+    assert attack < before
 
 
 def test_a_cpu_build_is_refused_in_one_sentence(monkeypatch, capsys):
@@ -120,8 +125,8 @@ def test_levers_are_set_and_restored(monkeypatch):
     import torch._inductor.config as inductor
 
     before = inductor.combo_kernels, torch.backends.cudnn.benchmark_limit
-    with levers.pulled(["combo-kernels", "search-all-convolutions"]):
-        assert (inductor.combo_kernels, torch.backends.cudnn.benchmark_limit) == (True, 0)
+    with levers.pulled(["search-all-convolutions"]):
+        assert torch.backends.cudnn.benchmark_limit == 0
     assert (inductor.combo_kernels, torch.backends.cudnn.benchmark_limit) == before
     other = levers.Lever("", {"torch._inductor.config.combo_kernels": True, "torch.backends.no_such_setting": 1})
     monkeypatch.setitem(levers.LEVERS, "other", other)

@@ -17,13 +17,12 @@ import tyro
 
 from ltat_fast.attacks import AttackConfig
 from ltat_fast.attacks.by_name import parse_attacks
+from ltat_fast.data import DATASETS
 from ltat_fast.errors import UserError
 from ltat_fast.field_types import check_types
 from ltat_fast.methods import METHODS, Method
 from ltat_fast.models import ARCHS
 from ltat_fast.schedule import parse_schedule
-
-DATASETS = ("digits-lt", "cifar10-lt", "cifar100-lt", "svhn-lt", "tinyimagenet-lt", "imagefolder-lt")
 
 
 def _choices(names: Iterable[str]):

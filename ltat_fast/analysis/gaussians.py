@@ -45,11 +45,6 @@ class Gaussians:
         """R^label of the equal-weight classifier of norm 1 with ``bias`` under an adversary of radius ``eps``."""
         return PHI(-math.sqrt(self.n) * (self.eta - eps) - label * bias)
 
-    def total_error(self, bias: float, eps: float) -> float:
-        """The error over both classes, weighted by their frequency."""
-        r = self.ratio
-        return (r * self.error(bias, eps, +1) + self.error(bias, eps, -1)) / (r + 1)
-
     def sample(self, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Draw x ``(count, n)`` and y ``(count,)`` from the mixture."""
         y = np.where(rng.random(count) < self.ratio / (self.ratio + 1), 1, -1)

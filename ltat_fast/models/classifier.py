@@ -37,6 +37,11 @@ class FullPrecisionLinear(nn.Linear):
             return super().forward(x)
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether code is attached to the forward pass of ``module``, which a module in its place would not run."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
 def with_float32_head(model: nn.Module, num_classes: int) -> nn.Module:
     """Replace each ``nn.Linear`` of ``num_classes`` outputs by a :class:`FullPrecisionLinear` with the same parameters.
 
@@ -49,7 +54,7 @@ def with_float32_head(model: nn.Module, num_classes: int) -> nn.Module:
     for name, layer in list(model.named_modules(remove_duplicate=False)):
         if type(layer) is not nn.Linear or layer.out_features != num_classes:
             continue
-        if layer._forward_hooks or layer._forward_pre_hooks:
+        if has_hooks(layer):
             continue
         head = FullPrecisionLinear(layer.in_features, num_classes, bias=layer.bias is not None, device="meta")
         head.weight, head.bias = layer.weight, layer.bias

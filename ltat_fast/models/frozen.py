@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ltat_fast.models import fused_conv
-from ltat_fast.models.classifier import FullPrecisionLinear
+from ltat_fast.models.classifier import FullPrecisionLinear, has_hooks
 from ltat_fast.models.joint_batch import JointBatchNorm2d, JointSyncBatchNorm
 from ltat_fast.models.sync_batch_norm import CpuSyncBatchNorm
 
@@ -262,10 +262,6 @@ class _PlainNorm(Protocol):
 def is_plain_norm(module: nn.Module) -> bool:
     """Whether ``module`` is a batch norm over (N, C, H, W) that is a fixed affine map in eval mode and has no hooks."""
     return bool(type(module) in NORMS and module.affine and module.running_var is not None and not has_hooks(module))
-
-
-def has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def foldable_pairs(net: nn.Module) -> list[tuple[str, str]]:

@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ltat_fast.models.classifier import has_hooks
+
 ADDITIONS = (operator.add, operator.iadd, torch.add)
 RELUS = (F.relu, torch.relu)
 
@@ -214,7 +216,7 @@ def _is_private_conv(node: object, modules: dict[str, nn.Module]) -> TypeGuard[t
         return False
     module = modules[str(node.target)]
     plain = type(module) is nn.Conv2d and module.padding_mode == "zeros" and not isinstance(module.padding, str)
-    return plain and not (module._forward_hooks or module._forward_pre_hooks)
+    return plain and not has_hooks(module)
 
 
 def _is_relu(node: torch.fx.Node, modules: dict[str, nn.Module]) -> bool:

@@ -26,12 +26,17 @@ def describe_environment(device: torch.device, dtype: torch.dtype, splits: Split
         "gpu": gpu,
         "machine": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
-        "precision": str(dtype).removeprefix("torch."),
+        "precision": dtype_name(dtype),
         "ops": {op: backends[device.type] for op, backends in backend_info().items()},
         "git": git_revision(),
         "index_hash": splits.index_hash,
         "class_counts": splits.counts,
     }
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return "float32" for ``torch.float32``: the name under which env.json records a precision."""
+    return str(dtype).removeprefix("torch.")
 
 
 def _version(package: str) -> str | None:

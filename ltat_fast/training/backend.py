@@ -81,13 +81,19 @@ def _problem(
     try:
         with _marked(capture_marker):
             return disagreement(step.trial(x, y), reference, step)
-    except CaptureError as error:
-        log.say("".join(traceback.format_exception(error)))
-        raise GraphNotUsable(str(error)) from error
     except Exception as error:  # a compiler can raise anything; eager always works
         log.say("".join(traceback.format_exception(error)))
+        if failed := _failed_capture(error):
+            raise GraphNotUsable(str(failed)) from error
         message = str(error).strip().splitlines()
         return f"{type(error).__name__}: {message[0] if message else 'no message'}"
+
+
+def _failed_capture(error: BaseException | None) -> CaptureError | None:
+    """Return the CaptureError in the chain of ``error``: after a capture failed, restoring the weights may fail too."""
+    while error is not None and not isinstance(error, CaptureError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 @contextlib.contextmanager

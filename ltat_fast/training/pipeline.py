@@ -45,7 +45,7 @@ def train(config: Config, method: Method, hardware: Hardware) -> None:
     # Build both stages before anything is written, so that an error until then leaves no incomplete run behind.
     student = student_stage(config, method, splits, hardware)
     teacher = teacher_or_stage(config, method.teacher, splits, hardware) if method.teacher != "none" else None
-    hardware = choose_for_cpu(config, hardware, student.model, *next(student.loader.batches(0)))
+    hardware = choose_for_cpu(student, hardware)
     student.selection = selection_by_pgd20(student, splits, hardware)
     environment = describe_environment(hardware.device, hardware.dtype, splits)
     if distributed.current().is_main:

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 from ltat_fast.attacks import AttackConfig, cross_entropy, pgd
 from ltat_fast.config import Config
+from ltat_fast.runs.environment import dtype_name
 from ltat_fast.runs.finished import Environment
 from ltat_fast.training import distributed
 from ltat_fast.training.device import Hardware, cpu_has_bf16
+from ltat_fast.training.stage import Stage
 from ltat_fast.training.step import frozen_twin
 
 ROUNDS = 5
@@ -29,15 +31,14 @@ CLEARLY_FASTER = 0.9  # another choice than the default must take at most this s
 Choice = tuple[torch.dtype, int]
 
 
-def choose_for_cpu(config: Config, hardware: Hardware, model: nn.Module, x: Tensor, y: Tensor) -> Hardware:
+def choose_for_cpu(stage: Stage, hardware: Hardware) -> Hardware:
     """Return ``hardware`` with the fastest precision on its CPU, and set the fastest number of threads.
 
     Only what the user left open is measured: the precision if ``--precision`` is auto, the threads if OMP_NUM_THREADS
     is not set. A resumed run keeps its choice, so that it stays bit-equal. On a GPU and with several processes
-    nothing changes.
-
-    model: the network to train. x, y: a batch of the run.
+    nothing changes. The measured attack is on the network of ``stage``, on a batch of its images.
     """
+    config = stage.config
     if hardware.device.type != "cpu" or distributed.current().size > 1:
         return hardware
     default = (hardware.dtype, torch.get_num_threads())
@@ -48,7 +49,7 @@ def choose_for_cpu(config: Config, hardware: Hardware, model: nn.Module, x: Tens
         dtype, threads = earlier
         why = f"{_name(earlier)}, as before"
     else:
-        times = _measure(candidates, model, x, y)
+        times = _measure(candidates, stage.model, *next(stage.loader.batches(0)))
         dtype, threads = fastest(times, default)
         told = "; ".join(f"{_name(choice)} {1e3 * seconds:.3g} ms" for choice, seconds in times.items())
         why = f"{_name((dtype, threads))}, measured per attack step: {told}"
@@ -75,7 +76,7 @@ def _earlier_choice(run_dir: Path, candidates: list[Choice]) -> Choice | None:
     """Return the choice that env.json of the run records, if it is one of ``candidates``."""
     environment = Environment.load_or_empty(run_dir / "env.json")
     earlier = (environment.precision, environment.threads)
-    return next((choice for choice in candidates if (_dtype_name(choice[0]), choice[1]) == earlier), None)
+    return next((choice for choice in candidates if (dtype_name(choice[0]), choice[1]) == earlier), None)
 
 
 def _measure(candidates: list[Choice], model: nn.Module, x: Tensor, y: Tensor) -> dict[Choice, float]:
@@ -100,7 +101,3 @@ def _measure(candidates: list[Choice], model: nn.Module, x: Tensor, y: Tensor) -
 def _name(choice: Choice) -> str:
     dtype, threads = choice
     return f"{'bf16' if dtype == torch.bfloat16 else 'fp32'} on {threads} thread{'s' if threads > 1 else ''}"
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from helpers.toy_networks import small_net
+from helpers.train_runs import TIMES
 from ltat_fast.config import Config
 from ltat_fast.data import DeviceLoader
 from ltat_fast.methods import MethodContext
@@ -76,9 +77,6 @@ def stage(folder, method=None, selection=None, **changes) -> Stage:
         card=lambda epoch: {"arch": "toy", "epoch": epoch},
         selection=selection or Selection(evaluate, evaluate_when, "test_pgd20"),
     )
-
-
-TIMES = {"seconds", "images_per_second", "share_of_ceiling"}
 
 
 def outcome(folder):

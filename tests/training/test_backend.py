@@ -221,6 +221,26 @@ def test_a_failed_capture_names_its_whole_reason_and_asks_for_a_new_process(said
     assert_same(setup.state(), before)
 
 
+def test_a_failed_capture_is_seen_behind_the_error_that_follows_it(said, compiled):
+    """The GPU may refuse the copies that restore the weights."""
+
+    class RestoreFails(CaptureFails):
+        def snapshot(self):
+            def restore():
+                raise RuntimeError("CUDA error: operation not permitted")
+
+            return restore
+
+    setup = Setup()
+
+    def build(backend):
+        return setup.build(backend, TrainStep if backend == "eager" else RestoreFails)
+
+    with pytest.raises(GraphNotUsable, match="could not be captured"):
+        choose_backend("graph", build, images(), labels())
+    assert "operation not permitted" in said[0]
+
+
 def test_a_run_that_died_in_a_capture_does_not_capture_again(said, compiled, tmp_path):
     marker = tmp_path / ".capturing"
     marker.touch()

@@ -1,12 +1,13 @@
 """Precision and threads on a CPU: measured where the user left them open, kept on resume."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from helpers.toy_networks import images, labels, small_net
-from ltat_fast.config import Config
+from helpers.toy_stage import stage
 from ltat_fast.training import tune
 from ltat_fast.training.device import Hardware
 
@@ -27,41 +28,41 @@ def machine(monkeypatch):
     return times
 
 
-def choose(config: Config, dtype=BF16) -> tuple[torch.dtype, int]:
-    hardware = tune.choose_for_cpu(config, Hardware(CPU, dtype, "default"), small_net(), images(), labels())
+def choose(folder: Path, **settings) -> tuple[torch.dtype, int]:
+    hardware = tune.choose_for_cpu(stage(folder, **settings), Hardware(CPU, BF16, "default"))
     return hardware.dtype, torch.get_num_threads()
 
 
 def test_the_fastest_choice_wins(machine, tmp_path):
     machine[FP32, 1] = 3.0
-    assert choose(Config(out=tmp_path)) == (FP32, 1)
+    assert choose(tmp_path) == (FP32, 1)
 
 
 def test_the_default_stays_unless_another_is_clearly_faster(machine, tmp_path):
     machine[FP32, 1] = 9.5
-    assert choose(Config(out=tmp_path)) == (BF16, 4)
+    assert choose(tmp_path) == (BF16, 4)
 
 
 def test_what_the_user_sets_is_not_measured(machine, tmp_path, monkeypatch):
     machine.update({(FP32, 1): 1.0, (BF16, 1): 2.0, (FP32, 4): 3.0})
-    assert choose(Config(out=tmp_path, precision="bf16")) == (BF16, 1)
+    assert choose(tmp_path, precision="bf16") == (BF16, 1)
     torch.set_num_threads(4)
     monkeypatch.setenv("OMP_NUM_THREADS", "4")
-    assert choose(Config(out=tmp_path)) == (FP32, 4)
-    assert choose(Config(out=tmp_path, precision="bf16")) == (BF16, 4)
+    assert choose(tmp_path) == (FP32, 4)
+    assert choose(tmp_path, precision="bf16") == (BF16, 4)
 
 
 def test_a_resumed_run_keeps_its_choice(machine, tmp_path):
     machine[FP32, 1] = 1.0
     (tmp_path / "env.json").write_text(json.dumps({"precision": "float32", "threads": 4}))
-    assert choose(Config(out=tmp_path, resume=True)) == (FP32, 4)
-    assert choose(Config(out=tmp_path)) == (FP32, 1)
+    assert choose(tmp_path, resume=True) == (FP32, 4)
+    assert choose(tmp_path) == (FP32, 1)
 
 
 def test_a_choice_that_this_cpu_does_not_have_is_measured_again(machine, tmp_path):
     machine[FP32, 1] = 1.0
     (tmp_path / "env.json").write_text(json.dumps({"precision": "float32", "threads": 64}))
-    assert choose(Config(out=tmp_path, resume=True)) == (FP32, 1)
+    assert choose(tmp_path, resume=True) == (FP32, 1)
 
 
 def test_the_real_measurement_restores_the_threads(monkeypatch):

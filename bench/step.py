@@ -72,6 +72,7 @@ LEVER_ROWS = [
     ("+ joint student call", {"joint_student": True}, False),
     ("+ compiled teacher", {"compiled_teacher": True}, False),
     ("+ combo kernels", {"combo_kernels": True}, True),
+    ("+ compiled refresh", {"compiled_refresh": True}, True),
     ("+ dependent launch", {"dependent_launch": True}, True),
     ("+ fused ReLU", {"fuse_relu": True}, True),
     ("+ padded stem", {"pad_stem": True}, True),

@@ -19,7 +19,8 @@ from ltat_fast.training.step import TrainStep, frozen_twin, make_optimizer
 SHORT = ("--epochs", "1", "--teacher-epochs", "1", "--max-steps", "2", "--attack-steps", "2")
 SHORT += ("--eval-attacks", "clean,pgd20", "--limit-eval", "50")
 VARIANTS = [
-    ("awp", "--awp-base", "trades", "--awp-from", "1"),
+    ("trades", "--awp", "0.005", "--ema", "0.9", "--eps-balance", "0.3", "--eps-warmup", "0.5"),
+    ("ltat", "--awp", "0.005", "--ema", "0.9", "--eps-balance", "0.3", "--modify-teacher"),
     ("mart", "--balanced"),
     ("reat", "--tail-form", "pairwise"),
 ]

@@ -1,4 +1,4 @@
-"""A stage with every modifier: what it saves is the average, and stops, kills and rollbacks do not change its numbers."""
+"""A stage with every modifier saves averaged weights; stops, rollbacks and replays do not change its numbers."""
 
 import signal
 

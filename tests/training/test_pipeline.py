@@ -81,7 +81,6 @@ def test_teacher_and_student_have_different_seeds(data, tmp_path):
     [
         ("trades", {}, "auto", True),
         ("trades", {}, "same", False),
-        ("awp", {"awp_base": "trades"}, "auto", True),
         ("awp", {}, "auto", False),
         ("ltat", {}, "auto", False),
         ("ltat", {}, "fp32", True),

@@ -28,7 +28,10 @@ class WeightAverage:
     """
 
     def __init__(self, model: nn.Module, decay: float):
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        # With the copied tensors in its memo, deepcopy() copies only the module tree: it cannot copy fake tensors.
+        memo = {id(buffer): buffer.clone() for buffer in model.buffers()}
+        memo |= {id(p): nn.Parameter(p.detach().clone(), requires_grad=False) for p in model.parameters()}
+        self.model = copy.deepcopy(model, memo).eval()
         self.decay = decay
         like = next(model.parameters())
         self.weight = torch.tensor(1 - decay, dtype=like.dtype, device=like.device)

@@ -8,10 +8,10 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -95,6 +95,27 @@ class TrainingSettings:
 
 
 @dataclass(frozen=True)
+class ModifierSettings:
+    """Additions to any method."""
+
+    awp: float | None = None
+    """adversarial weight perturbation: its size gamma relative to the weights; 0 switches it off; None: 0.01 for
+    --method awp, else 0"""
+    awp_from: int = 1
+    """first epoch, counted from 1, with a weight perturbation"""
+    ema: float = 0.0
+    """evaluate and save an exponential moving average of the weights with this decay per step, for example 0.995; 0: no
+    average"""
+    eps_balance: float = 0.0
+    """RobustLT: give the training attack a larger eps for rarer classes; a share a of eps depends on the class, and 0
+    gives every class the same eps"""
+    eps_warmup: float = 0.0
+    """RobustLT: share b of the epochs in which the eps of --eps-balance grows linearly from 0"""
+    modify_teacher: bool = False
+    """train the teacher of the run with these additions too"""
+
+
+@dataclass(frozen=True)
 class AttackSettings:
     """Threat model and training attack."""
 
@@ -158,6 +179,7 @@ GROUPS: dict[str, type] = {
     "data": DataSettings,
     "network": NetworkSettings,
     "training": TrainingSettings,
+    "modifiers": ModifierSettings,
     "attack": AttackSettings,
     "evaluation": EvaluationSettings,
     "run": RunSettings,
@@ -166,7 +188,15 @@ GROUPS: dict[str, type] = {
 
 # dataclasses collects the fields of the base classes from the last base to the first.
 @dataclass(frozen=True)
-class Config(RunSettings, EvaluationSettings, AttackSettings, TrainingSettings, NetworkSettings, DataSettings):
+class Config(
+    RunSettings,
+    EvaluationSettings,
+    AttackSettings,
+    ModifierSettings,
+    TrainingSettings,
+    NetworkSettings,
+    DataSettings,
+):
     """All settings of one run, except the options of its method."""
 
     @property
@@ -237,6 +267,7 @@ def validate(config: Config, method: Method) -> None:
     elif not (math.isfinite(config.imbalance_ratio) and config.imbalance_ratio >= 1):
         raise UserError(f"--imbalance-ratio must be 1 (balanced) or more, not {config.imbalance_ratio:g}")
     at_least_one = ("epochs", "teacher_epochs", "batch_size", "teacher_batch_size", "attack_steps", "eval_every")
+    at_least_one += ("awp_from",)
     optional = ("eval_batch_size", "image_size", "limit_eval", "limit_autoattack", "max_steps")
     for name in at_least_one + optional:
         value = getattr(config, name)
@@ -258,7 +289,37 @@ def validate(config: Config, method: Method) -> None:
         raise UserError("--compile graph is a CUDA graph and needs a GPU; use step or none with --device cpu")
     if config.teacher is not None and METHODS[config.method].teacher == "none":
         raise UserError(f"--teacher is not used by --method {config.method}")
+    _validate_modifiers(config, METHODS[config.method])
     method.check()
+
+
+def _validate_modifiers(config: Config, method: type[Method]) -> None:
+    """Raise UserError, in one sentence, for modifiers that cannot work."""
+    if config.awp is not None and not 0 <= config.awp < math.inf:
+        raise UserError(f"--awp must be 0 or more and finite, not {config.awp:g}")
+    for name in ("ema", "eps_balance"):
+        value = getattr(config, name)
+        if not 0 <= value < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 0 and below 1, not {value:g}")
+    if not 0 <= config.eps_warmup <= 1:
+        raise UserError(f"--eps-warmup must be a share of the epochs between 0 and 1, not {config.eps_warmup:g}")
+    if config.awp_from > 1 and not (method.default_awp if config.awp is None else config.awp):
+        raise UserError("--awp-from has no effect without a weight perturbation: add --awp")
+    if config.eps_warmup and not config.eps_balance:
+        raise UserError("--eps-warmup has no effect without --eps-balance")
+    if config.eps_balance and not method.uses_attack:
+        raise UserError(f"--eps-balance is for the training attack, and --method {config.method} has none")
+    if config.modify_teacher:
+        if changed_modifiers(dataclasses.asdict(config)).keys() == {"modify_teacher"}:
+            raise UserError("--modify-teacher has no effect alone: add what to modify, for example --ema 0.995")
+        if method.teacher == "none" or config.teacher is not None:
+            raise UserError("--modify-teacher is for a run that trains a teacher of its own, and this run does not")
+
+
+def changed_modifiers(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of the ``settings`` of a run that belong to :class:`ModifierSettings` and are not defaults."""
+    fields = dataclasses.fields(ModifierSettings)
+    return {f.name: settings[f.name] for f in fields if settings.get(f.name, f.default) != f.default}
 
 
 def to_json(config: Config, method: Method) -> dict:
@@ -279,9 +340,17 @@ def from_json(settings: dict) -> tuple[Config, Method]:
             settings[name] = Path(settings[name])
     config = Config(**settings)
     choose("method", config.method, METHODS)
-    method = METHODS[config.method](**options)
+    method = method_of(config.method, options)
     validate(config, method)
     return config, method
+
+
+def method_of(name: str, options: dict) -> Method:
+    """Return the method ``name`` with the ``options`` in a file. Raise UserError for options that it does not have."""
+    unknown = set(options) - {field.name for field in dataclasses.fields(METHODS[name])}
+    if unknown:
+        raise UserError(f"this version has no options {', '.join(sorted(unknown))} of --method {name}")
+    return METHODS[name](**options)
 
 
 def load(run_dir: Path) -> tuple[Config, Method]:

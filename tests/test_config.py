@@ -109,6 +109,15 @@ def test_method_flags():
     assert method == AtBsl(tau=1.5)
 
 
+def test_modifiers_of_any_method():
+    flags = "--awp 0.005 --awp-from 10 --ema 0.995 --eps-balance 0.3 --eps-warmup 0.8 --modify-teacher"
+    config, _ = parse(*flags.split())
+    modifiers = {"awp": 0.005, "awp_from": 10, "ema": 0.995, "eps_balance": 0.3, "eps_warmup": 0.8}
+    assert configuration.changed_modifiers(dataclasses.asdict(config)) == modifiers | {"modify_teacher": True}
+    assert configuration.changed_modifiers(dataclasses.asdict(parse()[0])) == {}
+    assert parse("--method", "awp", "--awp-from", "10")[0].awp is None
+
+
 def test_run_folder():
     assert str(parse("--method", "at-bsl", "--seed", "3")[0].run_dir) == "runs/digits-lt-at-bsl-smallresnet-seed3"
     assert str(parse("--out", "some where/run")[0].run_dir) == "some where/run"
@@ -165,6 +174,24 @@ def test_help_of_every_method(name, capsys):
         ("--alpha nan", "--alpha must be 0 or more"),
         ("--alpha -1", "--alpha must be 0 or more"),
         ("--temperature 0", "--temperature must be above 0"),
+        ("--awp -0.01", "--awp must be 0 or more and finite, not -0.01"),
+        ("--awp inf", "--awp must be 0 or more and finite, not inf"),
+        ("--awp 0.01 --awp-from 0", "--awp-from must be 1 or more, not 0"),
+        ("--awp-from 10", "--awp-from has no effect without a weight perturbation: add --awp"),
+        ("--method awp --awp 0 --awp-from 10", "--awp-from has no effect without a weight perturbation"),
+        ("--ema 1", "--ema must be at least 0 and below 1, not 1"),
+        ("--ema nan", "--ema must be at least 0 and below 1, not nan"),
+        ("--eps-balance 1", "--eps-balance must be at least 0 and below 1, not 1"),
+        ("--eps-balance -0.1", "--eps-balance must be at least 0 and below 1, not -0.1"),
+        ("--eps-balance 0.3 --eps-warmup 1.1", "--eps-warmup must be a share of the epochs between 0 and 1, not 1.1"),
+        ("--eps-warmup 0.5", "--eps-warmup has no effect without --eps-balance"),
+        ("--method natural --eps-balance 0.3", "--eps-balance is for the training attack, and --method natural has no"),
+        ("--modify-teacher", "--modify-teacher has no effect alone"),
+        (
+            "--modify-teacher --ema 0.9 --method pgd-at",
+            "--modify-teacher is for a run that trains a teacher of its own",
+        ),
+        ("--modify-teacher --ema 0.9 --teacher x", "--modify-teacher is for a run that trains a teacher of its own"),
     ],
 )
 def test_refused(flags, words):
@@ -240,6 +267,10 @@ def test_a_damaged_config_is_one_sentence(tmp_path, content):
         ('{"colour": 1}', "this version does not know its settings colour"),
         ('{"method": "mart2"}', "unknown method 'mart2'"),
         ('{"epochs": 0}', "--epochs must be 1 or more"),
+        (
+            '{"method": "awp", "method_options": {"awp_base": "trades", "awp_gamma": null}}',
+            "this version has no options awp_base, awp_gamma of --method awp",
+        ),
     ],
 )
 def test_a_config_of_another_version_is_told(tmp_path, content, words):
@@ -293,6 +324,7 @@ def test_the_same_flags_again_differ_in_nothing(tmp_path):
         (["--lr", "0.2"], ["lr (0.1 -> 0.2)"]),
         (["--epochs", "9", "--seed", "1"], ["epochs (40 -> 9)", "seed (0 -> 1)"]),
         (["--tau", "7"], ["tau (1.0 -> 7.0)"]),
+        (["--ema", "0.9"], ["ema (0.0 -> 0.9)"]),
         (["--method", "pgd-at"], ["method (ltat -> pgd-at)"]),
         (["--dataset", "cifar10-lt"], ["dataset (digits-lt -> cifar10-lt)"]),
         (["--teacher", "x"], ["teacher (None -> x)"]),
@@ -302,6 +334,16 @@ def test_the_same_flags_again_differ_in_nothing(tmp_path):
 def test_differences_name_the_settings(tmp_path, flags, changed):
     run = stored(tmp_path / "a", *parse("--out", str(tmp_path / "a")))
     assert differences(*configuration.load(run), *parse("--out", str(run), "--resume", *flags)) == changed
+
+
+def test_a_run_of_a_version_without_modifiers_can_be_resumed(tmp_path):
+    config, method = parse("--out", str(tmp_path / "a"))
+    run = stored(tmp_path / "a", config, method)
+    content = json.loads((run / "config.json").read_text())
+    for field in dataclasses.fields(configuration.ModifierSettings):
+        del content[field.name]
+    (run / "config.json").write_text(json.dumps(content))
+    assert configuration.load(run) == (config, method)
 
 
 def test_no_setting_is_both_checked_and_free():

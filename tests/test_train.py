@@ -7,7 +7,7 @@ import signal
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from helpers import train_runs
 from helpers.train_runs import assert_same
@@ -116,6 +116,39 @@ def test_a_run_stopped_by_sigterm_saves_exits_with_75_and_resumes(tmp_path, digi
     assert train_runs.train("--out", str(out), "--resume", "--save-minutes", "1e-9") == 0
     assert not (out / "interrupted").exists()
     assert_same(out, digits_run)
+
+
+def test_a_run_with_all_modifiers_resumes_and_says_what_they_are(tmp_path, image_tree, monkeypatch):
+    """Teacher and student save their averaged weights. The signal comes after the second epoch of the student."""
+    modified = "--awp 0.01 --awp-from 2 --ema 0.5 --eps-balance 0.3 --eps-warmup 0.5 --modify-teacher --epochs 3"
+    flags = (*train_runs.FOLDER, *modified.split(), "--data-dir", str(image_tree), "--max-steps", "12")
+    flags += ("--teacher-epochs", "2", "--lr", "0.03")
+    assert train_runs.train(*flags, "--out", str(tmp_path / "whole")) == 0
+    write = log.StageLog.epoch
+
+    def signalled(self, entry):
+        write(self, entry)
+        if entry["epoch"] == 2 and "bsl" in entry:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(log.StageLog, "epoch", signalled)
+        assert train_runs.train(*flags, "--out", str(tmp_path / "parts")) == 75
+    assert train_runs.train("--out", str(tmp_path / "parts"), "--resume") == 0
+    assert_same(tmp_path / "parts", tmp_path / "whole")
+
+    for folder in (tmp_path / "whole", tmp_path / "whole" / "teacher"):
+        last, card = read_weights(folder / "checkpoints" / "last.safetensors")
+        state, _ = read_weights(folder / "checkpoints" / "resume.safetensors")
+        averages = {name: t for name, t in state.items() if name.startswith("average.")}
+        assert all(torch.equal(last[name.removeprefix("average.")], t) for name, t in averages.items())
+        assert not torch.equal(last["fc.weight"], state["model.fc.weight"])
+        assert card["modifiers"].items() >= {"awp": 0.01, "ema": 0.5, "modify_teacher": True}.items()
+    export = tmp_path / "export"
+    assert train_runs.status_of("export", str(tmp_path / "whole"), "--out", str(export)) == 0
+    last, _ = read_weights(tmp_path / "whole" / "checkpoints" / "last.safetensors")
+    assert torch.equal(load_file(export / "model.safetensors")["fc.weight"], last["fc.weight"])
+    assert json.loads((export / "card.json").read_text())["training"]["modifiers"]["ema"] == 0.5
 
 
 def test_sigterm_while_evaluating_stops_at_once(tmp_path, digits_run, monkeypatch):

@@ -17,8 +17,9 @@ from ltat_fast.models.frozen import FrozenTwin
 from ltat_fast.ops import pgd_init, pgd_step
 
 Logits = Callable[[Tensor], Tensor]
+Size = float | Tensor
 Ascend = Callable[..., Tensor]
-"""``(x, x_adv, *context)`` to the next ``x_adv``: one step of an attack. It may write into ``x_adv``."""
+"""``(x, x_adv, *context, ball=...)`` to the next ``x_adv``: one step of an attack. It may write into ``x_adv``."""
 
 
 @dataclass(frozen=True)
@@ -42,19 +43,22 @@ def attack_loop(
     generator: torch.Generator | None = None,
     start: Tensor | None = None,
     context: tuple = (),
+    scale: Tensor | None = None,
 ) -> Tensor:
     """Run ``config.steps`` steps of ``ascend`` from a random start; return the adversarial examples, shaped like ``x``.
 
     x: float images ``(B, C, H, W)`` in [0, 1]. generator: source of the start noise; the default generator of the
     device if None. start: start point in place of the noise, shaped like ``x``, in the ball and in [0, 1].
-    context: further arguments of ``ascend``, for example the labels.
+    context: further arguments of ``ascend``, for example the labels. scale: ``(B,)`` in the dtype of ``x``, factor of
+    eps and step size of each image; the start noise has the plain eps, and the first step projects it.
     """
     if start is not None or config.noise == "none":
         x_adv = (x if start is None else start).clone()
     else:
         x_adv = pgd_init(x, config.eps, config.noise, generator=generator)
+    ball = None if scale is None else (config.step_size * scale, config.eps * scale)
     for _ in range(config.steps):
-        x_adv = ascend(x, x_adv, *context)
+        x_adv = ascend(x, x_adv, *context, ball=ball)
     return x_adv
 
 
@@ -82,20 +86,22 @@ def pgd(
 def make_ascend(
     model: Logits, objective: Callable[..., Tensor], config: AttackConfig, compile_: Callable | None = None
 ) -> Ascend:
-    """Return the attack step ``(x, x_adv, *context) -> x_adv`` against ``model``.
+    """Return the attack step ``(x, x_adv, *context, ball=None) -> x_adv`` against ``model``.
 
     objective: function of ``(x_adv, logits, *context)`` to maximise. compile_: compiles the step, for example
-    ``torch.compile``; None runs it in eager mode.
+    ``torch.compile``; None runs it in eager mode. ball: step size and radius of each image, two tensors ``(B,)``, in
+    place of those of ``config``.
     """
     step = traceable_ascent_step if compile_ else ascent_step
 
-    def ascend(x: Tensor, x_adv: Tensor, *context) -> Tensor:
-        return step(model, x, x_adv, lambda point, logits: objective(point, logits, *context), config)
+    def ascend(x: Tensor, x_adv: Tensor, *context, ball: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        step_size, eps = (config.step_size, config.eps) if ball is None else ball
+        return step(model, x, x_adv, lambda point, logits: objective(point, logits, *context), step_size, eps)
 
     return compile_(ascend, fullgraph=True) if compile_ else ascend
 
 
-def ascent_step(model: Logits, x: Tensor, x_adv: Tensor, objective: Objective, config: AttackConfig) -> Tensor:
+def ascent_step(model: Logits, x: Tensor, x_adv: Tensor, objective: Objective, step_size: Size, eps: Size) -> Tensor:
     """Take one attack step in place: gradient of the objective at ``x_adv``, sign ascent, projection.
 
     It works in place because a new tensor per step costs more than the arithmetic of the step (page faults on a CPU).
@@ -103,15 +109,15 @@ def ascent_step(model: Logits, x: Tensor, x_adv: Tensor, objective: Objective, c
     point = x_adv.detach().requires_grad_()
     with torch.enable_grad():
         (grad,) = torch.autograd.grad(objective(point, model(point)), point)
-    return pgd_step(x_adv, grad, x, config.step_size, config.eps, out=x_adv)
+    return pgd_step(x_adv, grad, x, step_size, eps, out=x_adv)
 
 
 def traceable_ascent_step(
-    model: Logits, x: Tensor, x_adv: Tensor, objective: Objective, config: AttackConfig
+    model: Logits, x: Tensor, x_adv: Tensor, objective: Objective, step_size: Size, eps: Size
 ) -> Tensor:
     """:func:`ascent_step` for torch.compile: func.grad is traced together with the forward pass into one graph.
 
     autograd.grad would break the graph. The result is a new tensor.
     """
     grad = torch.func.grad(lambda point: objective(point, model(point)))(x_adv)
-    return pgd_step(x_adv, grad, x, config.step_size, config.eps)
+    return pgd_step(x_adv, grad, x, step_size, eps)

@@ -10,16 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
-import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ltat_fast.errors import UserError
 from ltat_fast.models.classifier import ImageClassifier
 
 Model = Callable[[Tensor], Tensor]
 Parts = dict[str, Tensor]
-LossClosure = Callable[[], tuple[Tensor, Parts]]
 Noise = Literal["uniform", "gaussian"]
 TeacherKind = Literal["none", "balanced", "robust", "natural"]
 
@@ -60,6 +58,9 @@ class Method:
     needs_double_backward: ClassVar[bool] = False
     """True if the loss contains an input gradient of the student. torch.compile and synchronised batch norm cannot
     differentiate that, so the student is not compiled, and the run needs a single process."""
+
+    default_awp: ClassVar[float] = 0.0
+    """Size gamma of the weight perturbation (AWP) if ``--awp`` is not given."""
 
     def check(self) -> None:
         """Raise UserError if a hyper-parameter is invalid. The base class refuses negative and non-finite numbers."""
@@ -124,18 +125,6 @@ class Method:
         The parts are detached 0-dim tensors. The trainer averages them over the epoch and logs them.
         """
         raise NotImplementedError
-
-    def update(self, model: nn.Module, optimizer: torch.optim.Optimizer, loss: LossClosure) -> tuple[Tensor, Parts]:
-        """Update the weights of ``model`` once and return the result of ``loss()``.
-
-        loss: evaluates :meth:`loss` on the current batch, in the precision of the run.
-        An override must not wait for the device.
-        """
-        optimizer.zero_grad(set_to_none=True)
-        value, parts = loss()
-        value.backward()
-        optimizer.step()
-        return value.detach(), parts
 
 
 def _flag(name: str) -> str:

@@ -152,8 +152,8 @@ def pgd_step(
     x_adv: Tensor,
     grad: Tensor,
     x: Tensor,
-    step_size: float,
-    eps: float,
+    step_size: float | Tensor,
+    eps: float | Tensor,
     lower: float = 0.0,
     upper: float = 1.0,
     out: Tensor | None = None,
@@ -174,6 +174,11 @@ def pgd_step(
     Raises ValueError for different shapes or devices, a negative eps, an empty range or an ``out`` that partly overlaps
     an input. Raises TypeError for another dtype or mixed dtypes.
     """
+    if isinstance(eps, Tensor):  # TEMPORARY, until the kernels take tensors (ops14)
+        assert isinstance(step_size, Tensor)
+        step_size, eps = (size.view(-1, *[1] * (x.ndim - 1)) for size in (step_size, eps))
+        result = pgd_step_ref(x_adv, grad, x, step_size, eps, lower, upper)  # pyright: ignore[reportArgumentType]
+        return result if out is None else out.copy_(result)
     check_float("x_adv", x_adv)
     check_like("grad", grad, "x_adv", x_adv)
     check_like("x", x, "x_adv", x_adv)
@@ -202,7 +207,7 @@ def pgd_step(
     return out
 
 
-def _check_ball(eps: float, lower: float, upper: float) -> None:
+def _check_ball(eps: float | Tensor, lower: float, upper: float) -> None:
     if isinstance(eps, Tensor) or not eps >= 0:
         raise ValueError(f"eps must be a number >= 0, got {eps}")
     if isinstance(lower, Tensor) or isinstance(upper, Tensor) or not lower <= upper:

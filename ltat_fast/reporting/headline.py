@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from math import hypot
 from statistics import mean, stdev
 
-from ltat_fast.reporting.study import Study, attack_name, method_name
+from ltat_fast.reporting.study import Study, attack_name, method_name, options
 from ltat_fast.runs.experiments import Experiment
 
 ENOUGH_SEEDS = 3  # the standard deviation of two values says almost nothing
@@ -89,5 +89,5 @@ def _seeds(ranking: list[Rank]) -> str:
 def names(experiments: tuple[Experiment, ...]) -> list[str]:
     """The names of the methods, with their options if a method occurs twice."""
     plain = [method_name(e) for e in experiments]
-    options = [" ".join(e.label.split(" ")[1:]) or "defaults" for e in experiments]
-    return [f"{n} ({o})" if plain.count(n) > 1 else n for n, o in zip(plain, options, strict=True)]
+    own = [options(e) or "defaults" for e in experiments]
+    return [f"{n} ({o})" if plain.count(n) > 1 else n for n, o in zip(plain, own, strict=True)]

@@ -15,7 +15,7 @@ from ltat_fast.reporting import charts, findings, protocol
 from ltat_fast.reporting.figure import Style, styles
 from ltat_fast.reporting.headline import headline, names
 from ltat_fast.reporting.pictures import Gallery, gallery
-from ltat_fast.reporting.study import Study, attack_name, studies, summary
+from ltat_fast.reporting.study import Study, attack_name, options, studies, summary
 from ltat_fast.runs import tables
 from ltat_fast.runs.experiments import Experiment
 from ltat_fast.runs.results import CHECKPOINTS
@@ -71,7 +71,7 @@ def _whole(text: str) -> Markup:
 def _view(study: Study, shown: Gallery) -> dict:
     look = styles(study.experiments)
     methods = [
-        PlottedMethod(name, " ".join(e.label.split(" ")[1:]), style, charts.key(style), e)
+        PlottedMethod(name, options(e), style, charts.key(style), e)
         for e, name, style in zip(study.experiments, names(study.experiments), look, strict=True)
     ]
     pictured = [methods[place] for place in shown.methods]

@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 
 from ltat_fast.data.longtail import class_groups
 from ltat_fast.errors import UserError
-from ltat_fast.runs.experiments import Experiment, comparable_worst
+from ltat_fast.runs.experiments import Experiment, comparable_worst, modifiers
 from ltat_fast.runs.finished import FinishedRun, RunConfig
 from ltat_fast.runs.json_object import JsonObject, is_text, list_of
 
@@ -33,8 +33,14 @@ def attack_name(attack: str) -> str:
 
 
 def method_name(experiment: Experiment) -> str:
+    """The name of the method and its modifiers: "LTAT + awp 0.005"."""
     method = experiment.config.method
-    return NAMES.get(method, method.upper())
+    return NAMES.get(method, method.upper()) + modifiers(experiment.config)
+
+
+def options(experiment: Experiment) -> str:
+    """The part of the label that :func:`method_name` does not tell: "alpha=10.0"."""
+    return " ".join(experiment.label.replace(modifiers(experiment.config), "", 1).split(" ")[1:])
 
 
 @dataclass(frozen=True)

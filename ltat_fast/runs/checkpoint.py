@@ -45,10 +45,12 @@ def has_state(path: Path) -> bool:
     return path.exists() or previous_state_file(path).exists()
 
 
-def training_tensors(model: nn.Module, optimizer: torch.optim.SGD, method: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return all tensors that a step changes, by name. method: result of :meth:`Method.state`."""
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    tensors |= {f"method.{name}": tensor for name, tensor in method.items()}
+def training_tensors(model: nn.Module, optimizer: torch.optim.SGD, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return all tensors that a step changes, by name.
+
+    state: those besides model and momentum, with names that start with neither "model." nor "momentum.".
+    """
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()} | state
     for name, parameter in model.named_parameters():
         buffer = optimizer.state[parameter].get("momentum_buffer")
         if buffer is not None:
@@ -62,7 +64,7 @@ def restore(
     model: nn.Module,
     optimizer: torch.optim.SGD,
     arch: str,
-    method: dict[str, Tensor],
+    state: dict[str, Tensor],
 ) -> None:
     """Load ``tensors``, made by :func:`training_tensors` and read from ``source``, into the other arguments.
 
@@ -70,26 +72,26 @@ def restore(
     """
     weights = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
     load_weights(model, weights, source, arch)
-    for name, tensor in method.items():
-        tensor.copy_(tensors[f"method.{name}"])
+    for name, tensor in state.items():
+        tensor.copy_(tensors[name])
     for name, parameter in model.named_parameters():
         if (buffer := tensors.get(f"momentum.{name}")) is not None:
             optimizer.state[parameter]["momentum_buffer"].copy_(buffer)
 
 
 def save_state(
-    path: Path, model: nn.Module, optimizer: torch.optim.SGD, progress: Progress, method: dict[str, Tensor]
+    path: Path, model: nn.Module, optimizer: torch.optim.SGD, progress: Progress, state: dict[str, Tensor]
 ) -> None:
     """Write everything that a bit-equal resumption needs.
 
     Random streams need no storage, because they depend only on the position in the run.
     """
-    tensors = training_tensors(model, optimizer, method)
+    tensors = training_tensors(model, optimizer, state)
     write_weights(path, tensors, vars(progress), previous=previous_state_file(path))
 
 
 def load_state(
-    path: Path, model: nn.Module, optimizer: torch.optim.SGD, arch: str, method: dict[str, Tensor]
+    path: Path, model: nn.Module, optimizer: torch.optim.SGD, arch: str, state: dict[str, Tensor]
 ) -> Progress:
     """Load the state in ``path``, or the previous state if that file is damaged, in place. Return its progress.
 
@@ -97,7 +99,7 @@ def load_state(
     if no undamaged state is left.
     """
     tensors, metadata, source = _read_newest(path)
-    restore(tensors, source, model, optimizer, arch, method)
+    restore(tensors, source, model, optimizer, arch, state)
     try:
         return Progress(**metadata)
     except TypeError:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ltat_fast.attacks.by_name import AUTOATTACK
+from ltat_fast.config import changed_modifiers
 from ltat_fast.errors import UserError
 from ltat_fast.methods import METHODS
 from ltat_fast.runs.finished import FinishedRun, RunConfig, load_runs
@@ -82,11 +83,18 @@ def experiments(run_dirs: Sequence[Path]) -> list[Experiment]:
 
 
 def label(config: RunConfig) -> str:
-    """The method and those of its options that are not defaults: "ard igdm_alpha=20.0"."""
+    """The method, those of its options that are not defaults, and its modifiers: "ard igdm_alpha=20.0 + awp 0.005"."""
     known = METHODS.get(config.method)
     defaults = dataclasses.asdict(known()) if known else {}
     changed = [f"{name}={value}" for name, value in config.method_options.items() if defaults.get(name) != value]
-    return " ".join([config.method, *changed])
+    return " ".join([config.method, *changed]) + modifiers(config)
+
+
+def modifiers(config: RunConfig) -> str:
+    """The modifiers that are not defaults: " + awp 0.005 + ema 0.995"; empty if there are none."""
+    changed = changed_modifiers(config.settings)
+    words = ((name.replace("_", "-"), "" if value is True else f" {value}") for name, value in changed.items())
+    return "".join(f" + {name}{value}" for name, value in words)
 
 
 def _told_apart(found: list[Experiment]) -> list[Experiment]:

@@ -114,7 +114,7 @@ def card(run_dir: Path, which: str, model: nn.Module, origin: dict) -> dict:
     config, _ = configuration.load(run_dir)
     results = EvalFile.load_or_empty(run_dir / "eval.json").of(which).results
     height, width = origin["image_size"]
-    training = ("dataset", "imbalance_ratio", "class_counts", "method", "method_options", "epoch")
+    training = ("dataset", "imbalance_ratio", "class_counts", "method", "method_options", "modifiers", "epoch")
     return {
         "name": f"{run_dir.resolve().name}-{which}",
         "architecture": architecture(model, origin),
@@ -122,7 +122,8 @@ def card(run_dir: Path, which: str, model: nn.Module, origin: dict) -> dict:
         "output": f"logits (N, {origin['num_classes']})",
         "class_names": origin["class_names"],
         "threat_model": {"norm": "Linf", "eps": config.eps},
-        "training": {name: origin[name] for name in training} | {"seed": config.seed, "extra_data": False},
+        "training": {name: origin[name] for name in training if name in origin}
+        | {"seed": config.seed, "extra_data": False},
         "best_selected_on": config.select_on,
         "accuracy": {attack: accuracy(result) for attack, result in results.items()},
         "ltat_fast": __version__,

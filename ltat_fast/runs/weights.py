@@ -16,7 +16,7 @@ from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
 from ltat_fast import __version__, files
-from ltat_fast.config import Config
+from ltat_fast.config import Config, changed_modifiers
 from ltat_fast.errors import UserError
 from ltat_fast.methods import METHODS, Method
 from ltat_fast.models import build_model
@@ -109,7 +109,8 @@ def new_model(arch: str, splits: Splits, device: torch.device, seed: int, method
 
 
 def weights_card(config: Config, splits: Splits, method: Method, epoch: int) -> dict:
-    """Return the card of a weights file: its network, data, method and epoch."""
+    """Return the card of a weights file: its network, data, method, epoch and, if there are any, modifiers."""
+    changed = changed_modifiers(dataclasses.asdict(config))
     return {
         "arch": config.arch,
         "num_classes": splits.num_classes,
@@ -124,7 +125,7 @@ def weights_card(config: Config, splits: Splits, method: Method, epoch: int) -> 
         "eps": config.eps,
         "epoch": epoch,
         "version": __version__,
-    }
+    } | ({"modifiers": changed} if changed else {})
 
 
 def load_model(path: Path, device: torch.device, arch: str, splits: Splits, foreign: bool = False) -> nn.Module:
@@ -152,7 +153,8 @@ def build_from_card(path: Path, tensors: dict[str, Tensor], card: dict) -> nn.Mo
         try:
             method = METHODS[card["method"]](**card["method_options"])
         except (KeyError, TypeError):
-            raise UserError(f"{path} is of the method {card['method']!r}, which this version does not know") from None
+            unknown = f"{path} is of the method {card['method']!r}, which this version does not know"
+            raise UserError(f"{unknown}, or not with the same options") from None
         model = method.wrap_model(model, torch.tensor(card["class_counts"]))
     load_weights(model, tensors, path, card["arch"])
     return model

@@ -69,7 +69,17 @@ def train_step(
     """Return the training step of ``stage``. The other arguments are those of :class:`TrainStep`."""
     attack_hardware = replace(hardware, dtype=torch.float32) if stage.attacks_in_fp32 else hardware
     twin = frozen_twin(stage.model, attack_hardware)
-    return TrainStep(stage.model, stage.method, optimizer, stage.attack, hardware, backend, train_model, twin)
+    return TrainStep(
+        stage.model,
+        stage.method,
+        optimizer,
+        stage.attack,
+        hardware,
+        backend,
+        train_model,
+        twin,
+        modifiers=stage.modifiers,
+    )
 
 
 class _Fit:
@@ -145,6 +155,8 @@ class _Fit:
         entry["images_per_second"] = round(images_per_second, 1)
         entry["share_of_ceiling"] = round(images_per_second * self.seconds_per_image / self.world.size, 4)
 
+        if stage.modifiers.ema:
+            stage.modifiers.ema.copy_buffers(stage.model)
         finished = epoch == stage.epochs or self._out_of_steps(done)
         scores = {}
         if (selection := stage.selection) and (selection.after(epoch - 1) or finished):
@@ -177,16 +189,14 @@ class _Fit:
 
     def _save(self) -> None:
         if self.world.is_main:
-            method_state = self.stage.method.state()
-            checkpoint.save_state(
-                self.stage.state_file, self.stage.model, self.step.optimizer, self.progress, method_state
-            )
+            stage = self.stage
+            checkpoint.save_state(stage.state_file, stage.model, self.step.optimizer, self.progress, stage.state)
         self.last_save = time.monotonic()
 
     def _save_weights(self, which: str, epoch: int, scores: dict[str, float]) -> None:
         if self.world.is_main:
             card = self.stage.card(epoch) | {"scores": scores}
-            write_weights(self.stage.checkpoints / f"{which}.safetensors", self.stage.model.state_dict(), card)
+            write_weights(self.stage.checkpoints / f"{which}.safetensors", self.stage.trained.state_dict(), card)
 
     def _stop_if_signalled(self, where: str) -> None:
         if distributed.any_process(self.stop.signal_name is not None, self.step.device):

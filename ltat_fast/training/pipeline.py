@@ -1,5 +1,6 @@
 """The whole run in order: data, teacher, student, evaluation, table."""
 
+import dataclasses
 import functools
 
 import numpy as np
@@ -12,7 +13,8 @@ from ltat_fast.config import Config
 from ltat_fast.data import DeviceLoader
 from ltat_fast.errors import UserError
 from ltat_fast.files import write_json
-from ltat_fast.methods import METHODS, Method, MethodContext
+from ltat_fast.methods import METHODS, Method, MethodContext, modifiers
+from ltat_fast.methods.modifiers import OFF
 from ltat_fast.models.frozen import FrozenTwin
 from ltat_fast.runs import log, tables
 from ltat_fast.runs.environment import describe_environment
@@ -52,6 +54,8 @@ def train(config: Config, method: Method, hardware: Hardware) -> None:
         write_json(run_dir / "config.json", configuration.to_json(config, method))
         write_json(run_dir / "env.json", environment)
     log.say(f"{hardware.device.type}, {environment['precision']} ({hardware.why}); seed {config.seed}; run {run_dir}")
+    if changed := configuration.changed_modifiers(dataclasses.asdict(config)):
+        log.say("modifiers: " + ", ".join(f"{name} {value}" for name, value in changed.items()))
     log.say("ops: " + ", ".join(f"{op}: {backend}" for op, backend in environment["ops"].items()))
 
     if isinstance(teacher, Stage):
@@ -90,11 +94,11 @@ def train_teacher(stage: Stage, splits: Splits, hardware: Hardware) -> nn.Module
     scores = stage.folder / "eval.json"
     if not scores.exists():
         log.say("teacher on the test set:")
-        result = evaluate_model(stage.config, splits, splits.test, stage.model, ["clean", "pgd20"], log.say)
+        result = evaluate_model(stage.config, splits, splits.test, stage.trained, ["clean", "pgd20"], log.say)
         if distributed.current().is_main:
             EvalFile({"last": CheckpointResults(result)}).save(scores)
     distributed.wait()
-    return stage.model
+    return stage.trained
 
 
 def student_stage(config: Config, method: Method, splits: Splits, hardware: Hardware) -> Stage:
@@ -109,7 +113,7 @@ def selection_by_pgd20(stage: Stage, splits: Splits, hardware: Hardware) -> Sele
 
     @functools.cache  # built at the first evaluation, when the batch norms of the model are final
     def twin() -> FrozenTwin:
-        return selection_twin(stage.model, config, hardware)
+        return selection_twin(stage.trained, config, hardware)
 
     def scores() -> dict[str, float]:
         twin().refresh()
@@ -148,4 +152,17 @@ def _stage(
     seed = seeding.stream_seed(config.seed, name, "weights")
     model = new_model(config.arch, splits, hardware.device, seed, method)
     card = functools.partial(weights_card, config, splits, method)
-    return Stage(name, config, model, method, loader, card)
+    own = OFF
+    if name == "student" or config.modify_teacher:
+        counts = torch.bincount(splits.train.labels.cpu()[loader.indices], minlength=splits.num_classes)
+        own = modifiers.build(
+            method,
+            model,
+            counts.to(hardware.device),
+            awp=config.awp,
+            awp_from=config.awp_from,
+            ema=config.ema,
+            eps_balance=config.eps_balance,
+            eps_warmup=config.eps_warmup,
+        )
+    return Stage(name, config, model, method, loader, card, modifiers=own)

@@ -31,9 +31,9 @@ class Diverged(Exception):
 def load_last_good_state(stage: Stage, optimizer: torch.optim.SGD) -> Progress:
     """Load the newest undamaged state into ``stage`` and ``optimizer``, in place, and return its progress."""
     with distributed.main_first():  # the main process renames a damaged file
-        progress = checkpoint.load_state(
-            stage.state_file, stage.model, optimizer, stage.config.arch, stage.method.state()
-        )
+        progress = checkpoint.load_state(stage.state_file, stage.model, optimizer, stage.config.arch, stage.state)
+    if stage.modifiers.ema:
+        stage.modifiers.ema.copy_buffers(stage.model)
     if progress.best and not progress.finished:
         progress.best = _best_on_disk(stage)
     return progress
@@ -116,7 +116,7 @@ def _dump(stage: Stage, step: TrainStep, epoch: int, number: int, x: Tensor, y: 
     world = distributed.current()
     process = f"-process-{world.rank}" if world.size > 1 else ""
     path = stage.folder / "nan" / f"epoch-{epoch + 1}-step-{number + 1}{process}.safetensors"
-    tensors = checkpoint.training_tensors(stage.model, step.optimizer, stage.method.state())
+    tensors = checkpoint.training_tensors(stage.model, step.optimizer, stage.state)
     card = {"stage": stage.name, "found": what, "epoch": epoch, "step": number, "backend": step.backend}
     card |= {"processes": world.size, "arguments": stage.step_arguments(epoch, number)}
     write_weights(path, tensors | {"images": x, "labels": y}, card)

@@ -19,7 +19,7 @@ from ltat_fast.training import device as devices
 from ltat_fast.training import fit, pipeline
 from ltat_fast.training.device import Hardware
 from ltat_fast.training.stage import Stage
-from ltat_fast.training.step import TrainStep, make_optimizer
+from ltat_fast.training.step import TrainStep, make_optimizer, trained_state
 
 Watch = Callable[[str, object], None]
 
@@ -41,7 +41,7 @@ def replay(dump: Path, data_dir: Path | None = None, device: str | None = None) 
     hardware = devices.choose(config.device, config.precision)
     stage = _stage(config, method, hardware, card["stage"])
     optimizer = make_optimizer(stage.model, config.lr, config.momentum, config.weight_decay)
-    checkpoint.restore(tensors, dump, stage.model, optimizer, config.arch, stage.method.state())
+    checkpoint.restore(tensors, dump, stage.model, optimizer, config.arch, stage.state)
     step = fit.train_step(stage, optimizer, hardware)
     x = tensors["images"].to(hardware.device, memory_format=torch.channels_last)
 
@@ -85,7 +85,8 @@ def examine(step: TrainStep, x: Tensor, y: Tensor, arguments: dict[str, float]) 
             findings.append(f"{what} ({bad} of {value.numel()} values)")
 
     model, method = step.model, step.method
-    for name, tensor in checkpoint.training_tensors(model, step.optimizer, method.state()).items():
+    state = trained_state(method, step.modifiers)
+    for name, tensor in checkpoint.training_tensors(model, step.optimizer, state).items():
         watch(f"{name}, before the step", tensor)
     watch("the images", x)
     with _watched(step, watch):

@@ -5,15 +5,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from ltat_fast import seeding
 from ltat_fast.attacks import AttackConfig
 from ltat_fast.config import Config
 from ltat_fast.data import DeviceLoader
 from ltat_fast.methods import Method
+from ltat_fast.methods.modifiers import OFF, Modifiers
 from ltat_fast.schedule import learning_rate
 from ltat_fast.training import distributed
+from ltat_fast.training.step import trained_state
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,17 @@ class Stage:
     loader: DeviceLoader
     card: Callable[[int], dict]
     selection: Selection | None = None
+    modifiers: Modifiers = OFF
+
+    @property
+    def trained(self) -> nn.Module:
+        """The network that the stage evaluates, saves and passes on: with ``--ema`` the average, else ``model``."""
+        return self.modifiers.ema.model if self.modifiers.ema else self.model
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """The tensors that a step changes besides ``model`` and the optimizer, by name."""
+        return trained_state(self.method, self.modifiers)
 
     @property
     def epochs(self) -> int:
@@ -84,6 +97,7 @@ class Stage:
             "lr": self.rate(epoch, number),
             "progress": (epoch + 1) / self.epochs,
             "seed": seeding.stream_seed(self.config.seed, self.name, "attack", *rank, epoch, number),
+            **self.modifiers.strengths(epoch, number, self.epochs, len(self.loader)),
         }
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ltat_fast.attacks.pgd import AttackConfig, attack_loop, make_ascend
 from ltat_fast.methods import Method, MethodContext
 from ltat_fast.methods.base import Model
+from ltat_fast.methods.modifiers import OFF, Modifiers
 from ltat_fast.models.frozen import FrozenTwin
 from ltat_fast.models.fused_conv import is_supported
 from ltat_fast.models.joint_batch import check_joint_calls, joint_calls
@@ -64,6 +65,12 @@ def make_optimizer(model: nn.Module, lr: float, momentum: float, weight_decay: f
         for parameter in model.parameters():
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
+
+
+def trained_state(method: Method, modifiers: Modifiers) -> dict[str, Tensor]:
+    """Return the tensors that a step changes besides the network, the momentum and the sums, by name."""
+    state = {f"method.{name}": tensor for name, tensor in method.state().items()}
+    return state | {f"average.{name}": tensor for name, tensor in modifiers.state().items()}
 
 
 @dataclass(frozen=True)
@@ -112,6 +119,7 @@ class TrainStep:
     train_model: what the loss calls instead of ``model``, for example its DistributedDataParallel wrapper.
     twin: network under attack; :func:`frozen_twin` of ``model`` if None.
     levers: optimisations of a compiled backend; eager uses none of them.
+    modifiers: additions to the step.
     Raises ValueError if a joint student was not prepared by ``allow_joint_calls``.
     """
 
@@ -126,8 +134,10 @@ class TrainStep:
         train_model: nn.Module | None = None,
         twin: FrozenTwin | None = None,
         levers: Levers = ALL_LEVERS,
+        modifiers: Modifiers = OFF,
     ):
         self.model, self.method, self.optimizer, self.attack = model, method, optimizer, attack
+        self.modifiers = modifiers
         self.device, self.dtype, self.backend = hardware.device, hardware.dtype, backend
         self.frozen = twin or frozen_twin(model, hardware)
         self.generator = torch.Generator(device=self.device)
@@ -161,14 +171,15 @@ class TrainStep:
             self._refresh = compile_(self._refresh)
         self._graph: torch.cuda.CUDAGraph | None = None
 
-    def __call__(self, x: Tensor, y: Tensor, *, lr: float, progress: float, seed: int) -> None:
+    def __call__(self, x: Tensor, y: Tensor, *, lr: float, progress: float, seed: int, **strengths: float) -> None:
         """Train on one batch.
 
         x: float32 images ``(B, C, H, W)`` in [0, 1]. y: int64 labels ``(B,)``. progress: epoch / epochs, the epoch
-        counted from 1. seed: seed of the start noise of the attack.
+        counted from 1. seed: seed of the start noise of the attack. strengths: arguments of :meth:`Modifiers.fill`.
         """
         self.lr.fill_(lr)
         self.progress.fill_(progress)
+        self.modifiers.fill(**strengths)
         self.generator.manual_seed(seed)
         if self.backend != "graph":
             self._run(x, y)
@@ -184,8 +195,21 @@ class TrainStep:
         self._refresh()
         x_adv = self.perturb(x, y)
         self.model.train()
-        loss, parts = self.method.update(self.model, self.optimizer, lambda: self.loss(x, x_adv, y))
-        self._record({"loss": loss, **parts})
+        with self._perturbed_weights(x, x_adv, y):
+            self.optimizer.zero_grad(set_to_none=True)
+            loss, parts = self.loss(x, x_adv, y)
+            loss.backward()
+            self.optimizer.step()
+        if self.modifiers.ema:
+            self.modifiers.ema.update(self.model)
+        self._record({"loss": loss.detach(), **parts})
+
+    def _perturbed_weights(self, x: Tensor, x_adv: Tensor, y: Tensor) -> contextlib.AbstractContextManager[None]:
+        """Return the context in which the weights are updated: that of AWP, or an empty one."""
+        if not self.modifiers.awp:
+            return contextlib.nullcontext()
+        state = self.method.state().values()
+        return self.modifiers.awp.perturbed(self.model, lambda: self.loss(x, x_adv, y)[0], state)
 
     def perturb(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the adversarial examples of a step, for the weights of the last :meth:`FrozenTwin.refresh`."""
@@ -193,7 +217,9 @@ class TrainStep:
             return x
         with torch.no_grad():
             target = self.method.target(self.frozen, x, y)
-        return attack_loop(x, self._ascend, self.attack, self.generator, context=(target,))
+        budget = self.modifiers.budget
+        scale = budget.scale(y, x.dtype) if budget else None
+        return attack_loop(x, self._ascend, self.attack, self.generator, context=(target,), scale=scale)
 
     def loss(self, x: Tensor, x_adv: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the method's loss in the training precision. The backward pass must run outside of autocast."""
@@ -264,7 +290,8 @@ class TrainStep:
     def snapshot(self) -> Callable[[], None]:
         """Copy every tensor that a step changes. Return a function that restores them in place."""
         momenta = [buffer for state in self.optimizer.state.values() for buffer in state.values()]
-        tensors = [*self.model.parameters(), *self.model.buffers(), *momenta, *self.method.state().values()]
+        kept = trained_state(self.method, self.modifiers).values()
+        tensors = [*self.model.parameters(), *self.model.buffers(), *momenta, *kept]
         tensors = [tensor.detach() for tensor in [*tensors, self.count, self.first_bad, *self.sums.values()]]
         saved = [(tensor, tensor.clone()) for tensor in tensors]
         sums, known_sums = self.sums, set(self.sums)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from helpers.float64_attacks import ce64, cw64, pgd_float64, scaled64
 from helpers.toy_networks import Linear, images, labels, small_net
 from ltat_fast.attacks import AttackConfig, cross_entropy, cw_margin, pgd, scaled_cross_entropy
+from ltat_fast.attacks.pgd import attack_loop, make_ascend
 from ltat_fast.models.frozen import FrozenTwin
 from ltat_fast.ops import pgd_init
 
@@ -44,6 +45,21 @@ def test_stays_in_the_ball_and_in_the_range(noise, step_size):
     assert x_adv.min() >= 0
     assert x_adv.max() <= 1
     assert not x_adv.requires_grad
+
+
+def test_a_scale_per_image_is_a_ball_and_a_step_per_image():
+    net, x, y = small_net(), images(4), labels(4)
+    config, scale = AttackConfig(EPS, 0.03, steps=3), torch.tensor([0.0, 0.5, 1.0, 2.0])
+    ascend = make_ascend(FrozenTwin(net), lambda point, logits: cross_entropy(y)(point, logits), config)
+    together = attack_loop(x, ascend, config, generator(3), scale=scale)
+    start = pgd_init(x, EPS, generator=generator(3))
+    for i, factor in enumerate(scale.tolist()):
+        # The start noise has the plain eps, and the first step projects it.
+        one = AttackConfig(EPS * factor, 0.03 * factor, 3)
+        expected = pgd(net, x[i : i + 1], cross_entropy(y[i : i + 1]), one, start=start[i : i + 1])
+        torch.testing.assert_close(together[i : i + 1], expected, atol=1e-6, rtol=0)
+    assert torch.equal(together[0], x[0])
+    assert (together[3] - x[3]).abs().max() > EPS
 
 
 def test_leaves_everything_else_as_it_was():

@@ -54,6 +54,10 @@ VALID = {
     ),
     "save_minutes": positive,
     "resume": st.just(False),
+    "awp_from": st.just(1),  # the other values need --awp
+    "eps_balance": st.just(0.0),  # not with a method without an attack
+    "eps_warmup": st.just(0.0),
+    "modify_teacher": st.just(False),
 }
 
 

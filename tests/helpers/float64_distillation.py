@@ -4,11 +4,9 @@ import copy
 
 import torch
 
-from helpers.three_steps import Float64Method, assert_three_steps_equal, kl, toy_classifier
+from helpers.three_steps import EPOCHS, Float64Method, assert_three_steps_equal, kl, toy_classifier
 from ltat_fast.methods import Method
 from ltat_fast.methods.pgd_at import PgdAt
-
-EPOCHS = 4  # the three steps are in the first three of these epochs
 
 
 def teacher_classifier(seed: int = 7):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from helpers.toy_networks import images, labels
 from ltat_fast.attacks import AttackConfig
-from ltat_fast.methods import Method, MethodContext
+from ltat_fast.methods import Method, MethodContext, modifiers
 from ltat_fast.models.classifier import ImageClassifier
 from ltat_fast.ops import pgd_init
 from ltat_fast.training.device import Hardware
@@ -21,6 +21,7 @@ CLASSES = 7
 COUNTS = [40, 31, 22, 15, 9, 5, 2]
 N = torch.tensor(COUNTS, dtype=torch.float64)  # n_c in the formulas
 EPS, STEP_SIZE, ATTACK_STEPS = 0.1, 0.03, 4
+EPOCHS = 4  # the three steps are the first steps of epochs 1 to 3, each of one step
 LR, MOMENTUM, WEIGHT_DECAY = [0.125, 0.0625, 0.03125], 0.9, 5e-4  # rates that float32 represents exactly
 
 
@@ -53,11 +54,16 @@ def toy_classifier(method: Method, seed: int = 0) -> nn.Module:
     return net.double()
 
 
-def train_step(method: Method, net: nn.Module, lr: float = 1.0, teacher: nn.Module | None = None) -> TrainStep:
+def train_step(
+    method: Method, net: nn.Module, lr: float = 1.0, teacher: nn.Module | None = None, **settings
+) -> TrainStep:
+    """Return the eager step of ``method`` on ``net``. settings: those of :func:`modifiers.build`."""
     frozen_teacher = None if teacher is None else frozen_twin(teacher, HARDWARE)
     method.setup(MethodContext(torch.tensor(COUNTS), frozen_teacher))
     attack = AttackConfig(EPS, STEP_SIZE, ATTACK_STEPS, method.noise)
-    return TrainStep(net, method, make_optimizer(net, lr, MOMENTUM, WEIGHT_DECAY), attack, HARDWARE)
+    optimizer = make_optimizer(net, lr, MOMENTUM, WEIGHT_DECAY)
+    own = modifiers.build(method, net, torch.tensor(COUNTS), **settings)
+    return TrainStep(net, method, optimizer, attack, HARDWARE, modifiers=own)
 
 
 def batch(seed: int = 0, n: int = 16) -> tuple[Tensor, Tensor]:
@@ -87,6 +93,7 @@ class Float64Method:
     def __init__(self, net: nn.Module):
         self.net = copy.deepcopy(net)
         self.velocity = {name: torch.zeros_like(p) for name, p in self.net.named_parameters()}
+        self.step = 1  # number of the step, which is also that of its epoch
 
     def logits(self, x: Tensor) -> Tensor:
         return self.net.features(x) @ self.net.fc.weight.T + self.net.fc.bias
@@ -125,30 +132,38 @@ def assert_three_steps_equal(
     reference_of: Callable[[nn.Module], Float64Method],
     tolerance: float = 1e-8,
     teacher: nn.Module | None = None,
+    **settings,
 ) -> None:
     """Assert equal adversarial examples, losses, weights and batch norm statistics in three steps.
 
-    Each step is the first step of a new epoch. tolerance: use a larger one if the method computes a part in float32
-    even for a float64 network.
+    Each step is the only step of its epoch. tolerance: use a larger one if the method computes a part in float32 even
+    for a float64 network. settings: those of :func:`modifiers.build`. With ``ema`` the reference has the averaged
+    weights in ``average``.
     """
     net = toy_classifier(method, seed=1)
     reference = reference_of(net)
-    step = train_step(method, net, teacher=teacher)
+    step = train_step(method, net, teacher=teacher, **settings)
     for epoch in range(3):
         x, y = batch(epoch)
         start = pgd_init(x, EPS, method.noise, generator=torch.Generator().manual_seed(50 + epoch))
         method.on_epoch_start(epoch)
+        strengths = step.modifiers.strengths(epoch, 0, EPOCHS, 1)
+        step.modifiers.fill(**strengths)
         step.frozen.refresh()
         step.generator.manual_seed(50 + epoch)
         x_adv = step.perturb(x, y)
         step.restart()
-        step(x, y, lr=LR[epoch], progress=(epoch + 1) / 4, seed=50 + epoch)
+        step(x, y, lr=LR[epoch], progress=(epoch + 1) / EPOCHS, seed=50 + epoch, **strengths)
 
         expected_x_adv = reference.attack(x, y, start)
         expected_loss = reference.descend(x, expected_x_adv, y, LR[epoch], epoch)
+        reference.step += 1
         torch.testing.assert_close(x_adv, expected_x_adv, atol=1e-9, rtol=0)
         assert step.totals()["loss"] == pytest.approx(expected_loss.item(), rel=tolerance)
         ours, expected = net.state_dict(), reference.net.state_dict()
+        if step.modifiers.ema:
+            ours |= {f"average.{name}": tensor for name, tensor in step.modifiers.state().items()}
+            expected |= {f"average.{name}": tensor for name, tensor in reference.average.items()}
         for name in expected:
             torch.testing.assert_close(
                 ours[name], expected[name], atol=tolerance, rtol=0, msg=lambda m, n=name: f"{n} {m}"

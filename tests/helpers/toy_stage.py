@@ -9,7 +9,7 @@ from helpers.toy_networks import small_net
 from helpers.train_runs import TIMES
 from ltat_fast.config import Config
 from ltat_fast.data import DeviceLoader
-from ltat_fast.methods import MethodContext
+from ltat_fast.methods import MethodContext, modifiers
 from ltat_fast.methods.pgd_at import PgdAt
 from ltat_fast.runs import log
 from ltat_fast.runs.weights import read_weights
@@ -36,8 +36,11 @@ class Method(PgdAt):
         return (loss if replacement is None else replacement(model, loss)), parts
 
 
-def stage(folder, method=None, selection=None, **changes) -> Stage:
-    """Return a stage that writes into ``folder``. changes: settings of the Config."""
+def stage(folder, method=None, selection=None, modified=None, **changes) -> Stage:
+    """Return a stage that writes into ``folder``.
+
+    modified: arguments of :func:`modifiers.build`. changes: settings of the Config.
+    """
     rng = np.random.RandomState(0)
     loader = DeviceLoader(
         rng.randint(0, 256, (42, 3, 6, 6)).astype(np.uint8),
@@ -68,14 +71,16 @@ def stage(folder, method=None, selection=None, **changes) -> Stage:
         "seed": 3,
         "compile": "none",
     }
+    method, model = method or Method(), small_net(seed=5).to(memory_format=torch.channels_last)
     return Stage(
         "student",
         Config(**(settings | changes)),
-        small_net(seed=5).to(memory_format=torch.channels_last),
-        method or Method(),
+        model,
+        method,
         loader,
         card=lambda epoch: {"arch": "toy", "epoch": epoch},
         selection=selection or Selection(evaluate, evaluate_when, "test_pgd20"),
+        modifiers=modifiers.build(method, model, torch.tensor([24, 12, 6]), **(modified or {})),
     )
 
 

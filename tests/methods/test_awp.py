@@ -1,4 +1,4 @@
-"""AWP against its formula; which tensors it perturbs; it restores weights and batch norm statistics."""
+"""AWP against its formula; which tensors it perturbs; it restores weights, batch norm statistics and method state."""
 
 import copy
 
@@ -6,84 +6,52 @@ import pytest
 import torch
 from test_trades import Float64BalancedTrades, Float64Trades
 
-from helpers.three_steps import (
-    Float64Method,
-    N,
-    assert_three_steps_equal,
-    batch,
-    cross_entropy,
-    toy_classifier,
-    train_step,
-)
+from helpers.float64_modifiers import Float64AtBsl, Float64PgdAt, with_awp
+from helpers.three_steps import assert_three_steps_equal, batch, toy_classifier, train_step
+from ltat_fast.methods.at_bsl import AtBsl
 from ltat_fast.methods.awp import Awp
 from ltat_fast.methods.pgd_at import PgdAt
-
-
-class Float64PgdAt(Float64Method):
-    def loss(self, x, x_adv, y):
-        return cross_entropy(self.logits(x_adv), y)
-
-
-class Float64AtBsl(Float64Method):
-    def loss(self, x, x_adv, y):
-        return cross_entropy(self.logits(x_adv) + N.log(), y)
-
-
-def with_awp(base: type[Float64Method], gamma: float, first: int) -> type[Float64Method]:
-    """AWP as in the authors' code: an ascent step of SGD on a proxy network gives the direction."""
-
-    class Float64Awp(base):
-        def descend(self, x, x_adv, y, lr, epoch):
-            if epoch + 1 < first:
-                return super().descend(x, x_adv, y, lr, epoch)
-            proxy = copy.copy(self)
-            proxy.net = copy.deepcopy(self.net)
-            names = [name for name, p in self.net.named_parameters() if p.ndim > 1]
-            assert names == ["fc.weight", "conv1.weight", "conv2.weight"]
-            weights, moved = dict(self.net.named_parameters()), dict(proxy.net.named_parameters())
-            grads = torch.autograd.grad(-proxy.loss(x, x_adv, y), [moved[name] for name in names])
-            shifts = {}
-            with torch.no_grad():
-                for name, grad in zip(names, grads, strict=True):
-                    difference = (moved[name] - 0.01 * grad) - weights[name]
-                    shifts[name] = gamma * weights[name].norm() / (difference.norm() + 1e-20) * difference
-                    weights[name] += shifts[name]
-            loss = super().descend(x, x_adv, y, lr, epoch)
-            with torch.no_grad():
-                for name in names:
-                    weights[name] -= shifts[name]
-            return loss
-
-    return Float64Awp
+from ltat_fast.methods.reat import Reat
+from ltat_fast.methods.trades import Trades
 
 
 @pytest.mark.parametrize(
-    ("options", "base", "gamma", "first"),
+    ("method", "base", "settings"),
     [
-        ({}, Float64PgdAt, 0.01, 1),
-        ({"awp_gamma": 0.2, "awp_from": 2}, Float64PgdAt, 0.2, 2),
-        ({"balanced": True}, Float64AtBsl, 0.01, 1),
-        ({"awp_base": "trades"}, Float64Trades, 0.005, 10),
-        ({"awp_base": "trades", "awp_from": 1}, Float64Trades, 0.005, 1),
-        ({"awp_base": "trades", "awp_from": 0, "beta": 1.5, "balanced": True}, Float64BalancedTrades, 0.005, 0),
+        (Awp(), Float64PgdAt, {}),
+        (PgdAt(), Float64PgdAt, {"awp": 0.2, "awp_from": 2}),
+        (AtBsl(), Float64AtBsl, {"awp": 0.01}),
+        (Trades(), Float64Trades, {"awp": 0.005, "awp_from": 10}),
+        (Trades(), Float64Trades, {"awp": 0.005}),
+        (Trades(beta=1.5, balanced=True), Float64BalancedTrades, {"awp": 0.005}),
     ],
-    ids=lambda value: str(value) if isinstance(value, dict) else "",
+    ids=str,
 )
-def test_three_steps_equal_the_formula(options, base, gamma, first):
-    assert_three_steps_equal(Awp(**options), with_awp(base, gamma, first), tolerance=1e-6)
+def test_three_steps_equal_the_formula(method, base, settings):
+    reference = with_awp(base, settings.get("awp", 0.01), settings.get("awp_from", 1))
+    assert_three_steps_equal(method, reference, tolerance=1e-6, **settings)
 
 
-def test_the_start_noise_is_that_of_the_base_method():
-    assert (Awp().noise, Awp(awp_base="trades").noise, Awp(balanced=True).noise) == ("uniform", "gaussian", "gaussian")
+def test_the_method_awp_is_pgd_at_with_a_perturbation():
+    """``--awp 0`` switches it off."""
+    steps = [
+        train_step(method, toy_classifier(method), **settings)
+        for method, settings in ((Awp(), {}), (PgdAt(), {"awp": 0.01}), (Awp(), {"awp": 0.0}), (PgdAt(), {}))
+    ]
+    for step in steps:
+        step(*batch(), lr=0.125, progress=1.0, seed=0)
+    on, also_on, off, also_off = (step.model.conv1.weight for step in steps)
+    assert torch.equal(on, also_on)
+    assert torch.equal(off, also_off)
+    assert not torch.equal(on, off)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("base", ["pgd-at", "trades"])
-def test_weights_are_restored_bit_for_bit(base, dtype):
-    method = Awp(awp_base=base, awp_from=1, awp_gamma=0.03)
+@pytest.mark.parametrize("method", [PgdAt(), Trades()], ids=["pgd-at", "trades"])
+def test_weights_are_restored_bit_for_bit(method, dtype):
     net = toy_classifier(method).to(dtype)
     before = copy.deepcopy(net.state_dict())
-    step = train_step(method, net)
+    step = train_step(method, net, awp=0.03)
     x, y = batch()
     for seed in range(3):
         step(x.to(dtype), y, lr=0.0, progress=1.0, seed=seed)
@@ -95,19 +63,19 @@ def test_weights_are_restored_bit_for_bit(base, dtype):
 
 def test_each_weight_tensor_is_perturbed_uphill_by_gamma_of_its_norm():
     """The second call of the loss is at the perturbed weights. Biases and batch norm parameters do not change."""
-    method, seen = Awp(awp_gamma=0.05), []
+    method, seen, losses = PgdAt(), [], []
     net = toy_classifier(method)
-    step = train_step(method, net)
+    step = train_step(method, net, awp=0.05)
     before = {name: p.detach().clone() for name, p in net.named_parameters()}
     net.register_forward_pre_hook(lambda *_: seen.append({n: p.detach().clone() for n, p in net.named_parameters()}))
-    base_loss, losses = method.base.loss, []
+    base_loss = method.loss
 
     def loss(*args):
         value, parts = base_loss(*args)
         losses.append(value.item())
         return value, parts
 
-    method.base.loss = loss
+    method.loss = loss
     step(*batch(), lr=0.125, progress=1.0, seed=0)
     at_weights, perturbed = seen
     assert all(torch.equal(at_weights[name], before[name]) for name in before)
@@ -119,24 +87,27 @@ def test_each_weight_tensor_is_perturbed_uphill_by_gamma_of_its_norm():
 
 
 def test_batch_norm_counts_only_the_forward_at_the_perturbed_weights():
-    """With gamma 0 the perturbed weights are the weights, so the statistics are those of plain PGD-AT."""
+    """With strength 0 the perturbed weights are the weights, so the statistics are those of the method alone."""
     statistics = []
-    for method in (Awp(awp_gamma=0.0), PgdAt()):
-        net = toy_classifier(method)
-        train_step(method, net)(*batch(), lr=0.125, progress=1.0, seed=0)
+    for settings, strengths in (({"awp": 0.1}, {"awp": 0.0}), ({}, {})):
+        net = toy_classifier(PgdAt())
+        train_step(PgdAt(), net, **settings)(*batch(), lr=0.125, progress=1.0, seed=0, **strengths)
         statistics.append(dict(net.named_buffers()))
     assert statistics[0]["bn.num_batches_tracked"] == 1
     for name, buffer in statistics[0].items():
         assert torch.equal(buffer, statistics[1][name]), name
 
 
-def test_a_resumed_epoch_keeps_its_strength():
-    """The trainer does not call ``on_epoch_start`` when it resumes in the middle of an epoch."""
-    method, resumed = Awp(awp_base="trades"), Awp(awp_base="trades")
-    for m in (method, resumed):
-        train_step(m, toy_classifier(m))
-    method.on_epoch_start(9)
-    assert (method.state()["strength"], resumed.state()["strength"]) == (torch.tensor(0.005), 0)
-    for name, tensor in resumed.state().items():
-        tensor.copy_(method.state()[name])
-    assert resumed.strength == torch.tensor(0.005)
+def test_the_state_of_a_method_counts_a_batch_once():
+    """REAT counts its predictions in the loss, which AWP evaluates twice."""
+    method = Reat()
+    step = train_step(method, toy_classifier(method), awp=0.01)
+    x, y = batch()
+    step(x, y, lr=0.125, progress=1.0, seed=0)
+    assert method.predicted.sum() == len(y)
+
+
+def test_the_perturbation_starts_in_its_first_epoch():
+    """Its strength depends on the epoch alone, so that a resumed epoch has it too."""
+    awp = train_step(Trades(), toy_classifier(Trades()), awp=0.005, awp_from=10).modifiers.awp
+    assert [awp.strength_in(epoch) for epoch in (0, 8, 9, 99)] == [0.0, 0.0, 0.005, 0.005]

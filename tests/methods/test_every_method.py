@@ -8,7 +8,7 @@ import torch
 
 from helpers import train_runs
 from ltat_fast.attacks import AttackConfig
-from ltat_fast.methods import METHODS, MethodContext
+from ltat_fast.methods import METHODS, MethodContext, modifiers
 from ltat_fast.models import build_model
 from ltat_fast.models.joint_batch import allow_joint_calls
 from ltat_fast.runs import log
@@ -19,7 +19,8 @@ from ltat_fast.training.step import TrainStep, frozen_twin, make_optimizer
 SHORT = ("--epochs", "1", "--teacher-epochs", "1", "--max-steps", "2", "--attack-steps", "2")
 SHORT += ("--eval-attacks", "clean,pgd20", "--limit-eval", "50")
 VARIANTS = [
-    ("awp", "--awp-base", "trades", "--awp-from", "1"),
+    ("trades", "--awp", "0.005", "--ema", "0.9", "--eps-balance", "0.3", "--eps-warmup", "0.5"),
+    ("ltat", "--awp", "0.005", "--ema", "0.9", "--eps-balance", "0.3", "--modify-teacher"),
     ("mart", "--balanced"),
     ("reat", "--tail-form", "pairwise"),
 ]
@@ -40,8 +41,13 @@ def test_a_short_run_has_finite_metrics_and_scores(flags, tmp_path):
 COUNTS = torch.arange(100, 0, -10)
 
 
-def trial(name: str, hardware: Hardware, backend: str = "eager") -> tuple[TrainStep, tuple[torch.Tensor, float]]:
-    """Return a training step of ``name`` on noise, and its adversarial examples and loss."""
+def trial(
+    name: str, hardware: Hardware, backend: str = "eager", **settings
+) -> tuple[TrainStep, tuple[torch.Tensor, float]]:
+    """Return a training step of ``name`` on noise, and its adversarial examples and loss.
+
+    settings: those of :func:`modifiers.build`.
+    """
     torch.compiler.reset()  # each method recompiles the same functions, and Dynamo allows eight recompilations
 
     def network(method, seed):
@@ -53,7 +59,8 @@ def trial(name: str, hardware: Hardware, backend: str = "eager") -> tuple[TrainS
     model, teacher = network(method, 0), network(METHODS["pgd-at"](), 1)
     method.setup(MethodContext(COUNTS.to(hardware.device), frozen_twin(teacher, hardware)))
     attack = AttackConfig(0.1, 0.025, 3, method.noise)
-    step = TrainStep(model, method, make_optimizer(model, 0.1, 0.9, 5e-4), attack, hardware, backend)
+    own = modifiers.build(method, model, COUNTS.to(hardware.device), **settings)
+    step = TrainStep(model, method, make_optimizer(model, 0.1, 0.9, 5e-4), attack, hardware, backend, modifiers=own)
     generator = torch.Generator().manual_seed(0)
     x, y = torch.rand(32, 1, 8, 8, generator=generator), torch.randint(10, (32,), generator=generator)
     x = x.to(hardware.device).contiguous(memory_format=torch.channels_last)
@@ -76,3 +83,19 @@ def test_a_captured_step_equals_the_eager_step(name):
     _, eager = trial(name, hardware)
     step, captured = trial(name, hardware, "graph")
     assert disagreement(captured, eager, step) == ""
+
+
+@pytest.mark.gpu
+def test_a_captured_step_with_all_modifiers_equals_the_eager_step():
+    """Also in the averaged weights after a step with other strengths than those of the capture."""
+    hardware, averages = Hardware(torch.device("cuda"), torch.float32, ""), []
+    on = {"awp": 0.005, "ema": 0.9, "eps_balance": 0.3}
+    (eager_step, eager), (step, captured) = trial("ltat", hardware, **on), trial("ltat", hardware, "graph", **on)
+    assert disagreement(captured, eager, step) == ""
+    x, y = torch.rand(32, 1, 8, 8, device="cuda"), torch.randint(10, (32,), device="cuda")
+    for each in (eager_step, step):
+        each(x, y, lr=0.01, progress=0.5, seed=1, awp=0.0, ema=0.5, budget=0.0)
+        assert torch.equal(each.perturb(x, y), x)
+        averages.append(each.modifiers.ema.model)
+    for ours, theirs in zip(*(average.parameters() for average in averages), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-4)

@@ -12,19 +12,21 @@ from torch.utils._pytree import tree_leaves
 
 from bench.fake_cuda import built_with_cuda, fake_device
 from ltat_fast.attacks import AttackConfig
-from ltat_fast.methods import METHODS, Method, MethodContext
-from ltat_fast.methods.awp import Awp
+from ltat_fast.methods import METHODS, Method, MethodContext, modifiers
 from ltat_fast.methods.pgd_at import PgdAt
 from ltat_fast.models import build_model
 from ltat_fast.training.device import Hardware
 from ltat_fast.training.step import TrainStep, frozen_twin, make_optimizer
 
 BATCH, CLASSES = 32, 10
-CASES = {**METHODS, "awp with trades": lambda: Awp(awp_base="trades")}
+ALL = {"awp": 0.005, "ema": 0.995, "eps_balance": 0.3, "eps_warmup": 0.5}
 
 
-def operators_of_a_step(method: Method) -> list[tuple]:
-    """(operator, arguments, result) of each operator of one step on fake tensors, in order."""
+def operators_of_a_step(method: Method, **settings) -> list[tuple]:
+    """(operator, arguments, result) of each operator of one step on fake tensors, in order.
+
+    settings: those of :func:`modifiers.build`.
+    """
     with fake_device() as fake:
         hardware = Hardware(fake.device, torch.bfloat16, "test")
         counts = torch.arange(CLASSES, 0, -1)
@@ -34,14 +36,16 @@ def operators_of_a_step(method: Method) -> list[tuple]:
             return model.to(fake.device, memory_format=torch.channels_last)
 
         model, teacher = network(method), network(PgdAt())
-        method.setup(MethodContext(counts.to(fake.device), frozen_twin(teacher, hardware)))
+        counts = counts.to(fake.device)
+        method.setup(MethodContext(counts, frozen_twin(teacher, hardware)))
         attack = AttackConfig(0.1, 0.025, 2, method.noise)
-        step = TrainStep(model, method, make_optimizer(model, 0.1, 0.9, 5e-4), attack, hardware)
+        own = modifiers.build(method, model, counts, **settings)
+        step = TrainStep(model, method, make_optimizer(model, 0.1, 0.9, 5e-4), attack, hardware, modifiers=own)
         x = torch.rand(BATCH, 1, 8, 8).to(fake.device, memory_format=torch.channels_last)
         y = torch.randint(CLASSES, (BATCH,)).to(fake.device)
         seen = []
         with fake.observing(lambda *operator: seen.append(operator)):
-            step(x, y, lr=0.1, progress=0.5, seed=0)
+            step(x, y, lr=0.1, progress=0.5, seed=0, **own.strengths(3, 2, 10, 20))
     return seen
 
 
@@ -58,9 +62,10 @@ def departures(operators: list[tuple]) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_a_step_never_reads_the_device_and_never_leaves_it(name):
-    operators = operators_of_a_step(CASES[name]())
+@pytest.mark.parametrize("settings", [{}, ALL], ids=["alone", "modified"])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_step_never_reads_the_device_and_never_leaves_it(name, settings):
+    operators = operators_of_a_step(METHODS[name](), **settings)
     assert sum(len(tensors(arguments)) > 0 for _, arguments, _ in operators) > 100, "the step did not run"
     assert departures(operators) == []
 

@@ -1,4 +1,4 @@
-"""AWP and REAT in two processes: the perturbation and the counts are those of all images."""
+"""AWP, REAT and all modifiers in two processes: perturbation, counts and average are those of all images."""
 
 import pytest
 import torch
@@ -15,11 +15,11 @@ def two(tmp_path_factory) -> dict[str, dict]:
     return torch.load(out, weights_only=True)
 
 
-@pytest.mark.parametrize("name", two_processes.OPTIONS)
+@pytest.mark.parametrize("name", two_processes.CASES)
 def test_two_processes_train_like_one(two, name):
     one = two_processes.outcome(name)
     assert two[name].keys() == one.keys()
     for key, tensor in one.items():
         torch.testing.assert_close(two[name][key], tensor, atol=1e-5, rtol=1e-4, msg=lambda m, k=key: f"{k} {m}")
     if name == "reat":
-        assert one["predicted"].sum() == 32
+        assert one["method.predicted"].sum() == 32

@@ -84,6 +84,14 @@ def test_a_method_that_occurs_twice_is_named_with_its_settings(tmp_path):
     assert [rank.name for rank in headline_of(*runs).ranking] == ["LTAT (lr=0.25)", "LTAT (lr=0.5)"]
 
 
+def test_modifiers_are_part_of_the_name(tmp_path):
+    runs = [write_run(tmp_path / f"ema{ema}", 60.0 - ema, ema=ema) for ema in (0.0, 0.5)]
+    assert [rank.name for rank in headline_of(*runs).ranking] == ["LTAT", "LTAT + ema 0.5"]
+    longer = [write_run(tmp_path / str(lr), 50.0 - lr, ema=0.5, lr=lr) for lr in (0.25, 0.5)]
+    names = [rank.name for rank in headline_of(runs[0], *longer).ranking]
+    assert names == ["LTAT", "LTAT + ema 0.5 (lr=0.25)", "LTAT + ema 0.5 (lr=0.5)"]
+
+
 def test_the_headline_uses_the_strongest_attack_on_most_images(tmp_path):
     on_all = write_run(tmp_path / "a", 40.0, images={"clean": 600, "pgd20": 600, "autoattack": 600})
     assert "under AutoAttack" in headline_of(on_all).sentence

@@ -47,6 +47,16 @@ def test_equal_labels_get_the_settings_that_differ(tmp_path):
     assert labels(four, older) == ["ltat augment=none tau=1.0", "ltat"]
 
 
+def test_modifiers_are_part_of_the_label(tmp_path):
+    plain = write_known_run(tmp_path / "plain")
+    modified = write_known_run(tmp_path / "modified", awp=0.005, ema=0.995, modify_teacher=True)
+    assert labels(plain, modified) == ["ltat", "ltat + awp 0.005 + ema 0.995 + modify-teacher"]
+    assert "ltat + awp 0.005 + ema 0.995 + modify-teacher" in tables.render([plain, modified])
+    longer = write_known_run(tmp_path / "longer", ema=0.995, epochs=9)
+    shorter = write_known_run(tmp_path / "shorter", ema=0.995, epochs=8)
+    assert labels(longer, shorter) == ["ltat + ema 0.995 epochs=9", "ltat + ema 0.995 epochs=8"]
+
+
 def test_where_and_how_a_run_was_executed_makes_no_difference(tmp_path):
     runs = [
         write_known_run(tmp_path / "a", data_dir="x", device="cpu", save_minutes=1.0, teacher="runs/t0"),

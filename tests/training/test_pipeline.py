@@ -7,6 +7,7 @@ import torch
 from ltat_fast.attacks import AttackConfig
 from ltat_fast.config import Config
 from ltat_fast.methods import METHODS
+from ltat_fast.methods.modifiers import OFF
 from ltat_fast.methods.natural import Natural
 from ltat_fast.methods.pgd_at import PgdAt
 from ltat_fast.runs.splits import load_splits
@@ -81,7 +82,6 @@ def test_teacher_and_student_have_different_seeds(data, tmp_path):
     [
         ("trades", {}, "auto", True),
         ("trades", {}, "same", False),
-        ("awp", {"awp_base": "trades"}, "auto", True),
         ("awp", {}, "auto", False),
         ("ltat", {}, "auto", False),
         ("ltat", {}, "fp32", True),
@@ -90,6 +90,60 @@ def test_teacher_and_student_have_different_seeds(data, tmp_path):
 def test_the_precision_of_the_training_attack(method, options, given, fp32, data, tmp_path):
     config = config_of(method, tmp_path, attack_precision=given)
     assert pipeline.student_stage(config, METHODS[method](**options), data, HARDWARE).attacks_in_fp32 is fp32
+
+
+MODIFIERS = {"awp": 0.005, "awp_from": 3, "ema": 0.9, "eps_balance": 0.3, "eps_warmup": 0.5}
+
+
+def test_modifiers_are_built_as_configured(data, tmp_path):
+    student = pipeline.student_stage(config_of("ltat", tmp_path, **MODIFIERS), METHODS["ltat"](), data, HARDWARE)
+    awp, ema, budget = student.modifiers.awp, student.modifiers.ema, student.modifiers.budget
+    assert (awp.gamma, awp.first_epoch, ema.decay, budget.warm_up_share) == (0.005, 3, 0.9, 0.5)
+    counts = torch.tensor(data.counts, dtype=torch.float64)
+    assert (counts * budget.share).sum() / counts.sum() == pytest.approx(1)
+    assert budget.share[0] == pytest.approx(0.7)
+    strengths = [student.step_arguments(epoch, 0) for epoch in (0, 1, 2, 6)]
+    assert [s["awp"] for s in strengths] == [0, 0, 0.005, 0.005]
+    assert [s["budget"] for s in strengths] == pytest.approx([0, 1 / 3.5, 2 / 3.5, 1])
+    per_epoch = len(student.loader)
+    since = per_epoch - -(-7 * per_epoch // 40)  # 2.5 % of the steps
+    assert [s["ema"] for s in strengths[:2]] == [0, min(0.9, (1 + since) / (10 + since))]
+
+
+def test_the_teacher_is_modified_if_wanted(data, tmp_path):
+    plain = pipeline.teacher_or_stage(config_of("ltat", tmp_path, **MODIFIERS), "balanced", data, HARDWARE)
+    assert plain.modifiers == OFF
+    assert plain.trained is plain.model
+    config = config_of("ltat", tmp_path, modify_teacher=True, **MODIFIERS)
+    modified = pipeline.teacher_or_stage(config, "balanced", data, HARDWARE).modifiers
+    assert (modified.awp.gamma, modified.ema.decay) == (0.005, 0.9)
+    assert modified.budget.share.tolist() == [1.0] * 10, "its images are balanced"
+    robust = pipeline.teacher_or_stage(config, "robust", data, HARDWARE).modifiers
+    assert robust.budget.share[0] == pytest.approx(0.7)
+
+
+def test_the_best_epoch_is_selected_by_the_average(data, tmp_path):
+    student = pipeline.student_stage(config_of("pgd-at", tmp_path, ema=0.9), METHODS["pgd-at"](), data, HARDWARE)
+    with torch.no_grad():
+        student.trained.fc.weight.zero_()
+        student.trained.fc.bias.copy_(torch.arange(10.0))  # predicts the last class
+    scores = pipeline.selection_by_pgd20(student, data, HARDWARE).evaluate()
+    share = 100 * (data.test.labels == 9).double().mean().item()
+    assert scores["test_clean"] == scores["test_pgd20"] == pytest.approx(share, abs=0.01)
+    assert scores["test_tail_clean"] == 100
+
+
+def test_the_student_learns_from_the_averaged_teacher(monkeypatch, tmp_path, data):
+    monkeypatch.setattr(pipeline, "fit", lambda stage, hardware: stage.trained.fc.bias.data.fill_(3.0))
+    monkeypatch.setattr(pipeline, "evaluate_model", lambda config, splits, images, model, *_: models.append(model))
+    monkeypatch.setattr(pipeline.EvalFile, "save", lambda *args: None)
+    models = []
+    config = config_of("ltat", tmp_path, ema=0.9, modify_teacher=True)
+    stage = pipeline.teacher_or_stage(config, "balanced", data, HARDWARE)
+    teacher = pipeline.train_teacher(stage, data, HARDWARE)
+    assert teacher is models[0] is stage.modifiers.ema.model
+    assert teacher.fc.bias.tolist() == [3.0] * 10
+    assert stage.model.fc.bias.tolist() != [3.0] * 10
 
 
 def test_the_method_gets_the_class_counts_and_the_teacher(monkeypatch, tmp_path, data):

@@ -14,8 +14,8 @@ from ltat_fast.training.step import TrainStep, frozen_twin, make_optimizer
 NAN = float("nan")
 
 
-def step_of(method) -> TrainStep:
-    of = stage(None, method)
+def step_of(method, **modified) -> TrainStep:
+    of = stage(None, method, modified=modified)
     return train_step(of, make_optimizer(of.model, 0.1, 0.9, 5e-4), HARDWARE)
 
 
@@ -96,10 +96,7 @@ def test_a_loss_or_gradient_that_is_not_finite_is_found(replacement, first):
 
 def test_the_inner_step_of_awp_is_replayed():
     """AWP computes a gradient of the weights before the training gradient."""
-    method = METHODS["awp"](awp_gamma=3e38)
-    method.setup(MethodContext(torch.ones(3, dtype=torch.int64)))
-    method.on_epoch_start(100)
-    assert examine(step_of(method))[0].startswith("student: output of ")
+    assert examine(step_of(Method(), awp=3e38))[0].startswith("student: output of ")
 
 
 def test_a_checkpoint_is_refused_as_a_dump(tmp_path, digits_run, capsys):

@@ -8,7 +8,7 @@ from typing import Literal
 from torch import nn
 
 from ltat_fast import seeding
-from ltat_fast.attacks import AttackConfig
+from ltat_fast.attacks import AttackConfig, n_fgsm
 from ltat_fast.config import Config
 from ltat_fast.data import DeviceLoader
 from ltat_fast.methods import Method
@@ -62,7 +62,9 @@ class Stage:
 
     @property
     def attack(self) -> AttackConfig:
-        """The training attack: the threat model of the run with the start noise of the method."""
+        """The training attack: PGD with the start noise of the method or, for a student, N-FGSM if it is chosen."""
+        if self.name == "student" and self.config.attack == "n-fgsm":
+            return n_fgsm(self.config.attack_config.eps)
         return replace(self.config.attack_config, noise=self.method.noise)
 
     @property

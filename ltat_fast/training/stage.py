@@ -62,10 +62,9 @@ class Stage:
 
     @property
     def attack(self) -> AttackConfig:
-        """The training attack: PGD with the start noise of the method or, for a student, N-FGSM if it is chosen."""
-        if self.name == "student" and self.config.attack == "n-fgsm":
-            return n_fgsm(self.config.attack_config.eps)
-        return replace(self.config.attack_config, noise=self.method.noise)
+        """The training attack. The self-teacher is always attacked by PGD."""
+        pgd = replace(self.config, attack="pgd")
+        return training_attack(pgd if self.name == "teacher" else self.config, self.method)
 
     @property
     def attacks_in_fp32(self) -> bool:
@@ -87,6 +86,13 @@ class Stage:
             "progress": (epoch + 1) / self.epochs,
             "seed": seeding.stream_seed(self.config.seed, self.name, "attack", *rank, epoch, number),
         }
+
+
+def training_attack(config: Config, method: Method) -> AttackConfig:
+    """Return the attack that ``--attack`` names: PGD with the start noise of ``method``, or N-FGSM."""
+    if config.attack == "n-fgsm":
+        return n_fgsm(config.attack_config.eps)
+    return replace(config.attack_config, noise=method.noise)
 
 
 def stage_folder(config: Config, name: str) -> Path:

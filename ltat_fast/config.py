@@ -121,6 +121,9 @@ class AttackSettings:
 
     eps: str = "8/255"
     """radius of the L_inf ball, a fraction or a decimal number, for pixels in [0, 1]"""
+    attack: Literal["pgd", "n-fgsm"] = "pgd"
+    """training attack of the student; pgd: several steps; n-fgsm: one step from noise of twice the radius, which is
+    much cheaper. The self-teacher is always trained with pgd"""
     step_size: str = "2/255"
     """step size of the training attack, in the units of eps"""
     attack_steps: int = 10
@@ -173,6 +176,9 @@ class RunSettings:
     on_nan: Literal["stop", "rollback"] = "stop"
     """what to do if a loss or a weight is not finite; stop: end the run; rollback: continue once from the last good
     state and skip the batch that caused it"""
+    on_collapse: Literal["warn", "stop"] = "warn"
+    """what to do if a one-step training attack collapses: at the end of an epoch the network resists this attack, but
+    not PGD-10; warn: say so and continue; stop: end the run"""
 
 
 GROUPS: dict[str, type] = {
@@ -230,7 +236,8 @@ METHOD_PRESETS: dict[tuple[str, str], dict] = {
 }
 # Settings that --resume may change: they say where and how a run computes, not what it trains. Another device, backend
 # or evaluation batch size changes rounding errors. The batch size also changes the random parts of AutoAttack.
-FREE_ON_RESUME = {"resume", "out", "data_dir", "device", "compile", "save_minutes", "eval_batch_size", "on_nan"}
+FREE_ON_RESUME = {"resume", "out", "data_dir", "device", "compile", "save_minutes", "eval_batch_size"}
+FREE_ON_RESUME |= {"on_nan", "on_collapse"}
 
 
 def parse_fraction(text: str, name: str = "value") -> float:
@@ -285,6 +292,8 @@ def validate(config: Config, method: Method) -> None:
         raise UserError(f"--heldout must be a share between 0 and 1, not {config.heldout:g}")
     if config.image_size and config.dataset != "imagefolder-lt":
         raise UserError(f"--image-size is for imagefolder-lt; all images of {config.dataset} have the same size")
+    if config.attack == "n-fgsm" and not method.uses_attack:
+        raise UserError(f"--attack is not used by --method {config.method}, which trains without an attack")
     if config.compile == "graph" and config.device == "cpu":
         raise UserError("--compile graph is a CUDA graph and needs a GPU; use step or none with --device cpu")
     if config.teacher is not None and METHODS[config.method].teacher == "none":

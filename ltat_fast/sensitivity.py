@@ -30,8 +30,9 @@ class Arguments:
 
     values: tuple[float, ...]
     """values of the option; gamma is in units of the smallest class, and the paper's default is IR / 2"""
-    option: Literal["alpha", "gamma", "kl_weight"] = "alpha"
-    """alpha: weight of gradient matching; gamma: size of the teacher's balanced set; kl_weight: plain distillation"""
+    option: Literal["alpha", "gamma", "kl_weight", "awp", "ema", "eps_balance", "label_smoothing"] = "alpha"
+    """alpha: weight of gradient matching; gamma: size of the teacher's balanced set; kl_weight: plain distillation; the
+    others are the modifiers of that name"""
     images: Literal["test", "heldout"] = "test"
     """test: measure on test images, as in the paper; heldout: on held-out training images, the correct way to choose"""
     dataset: str = "digits-lt"

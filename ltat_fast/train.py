@@ -5,9 +5,9 @@
     python -m ltat_fast.train --out RUN --resume                               # resume after an interruption
     torchrun --nproc-per-node=8 -m ltat_fast.train ...                         # the same on eight GPUs
 
-Exit status: 0 done; 2 wrong flag, path or data, or a full disk; 3 a loss or a weight was not finite; 4 another process
-of the run died; 75 interrupted, state saved; 76 the CUDA graph could not be captured (the command then continues by
-itself in a new process with --compile step). See docs/reliability.md.
+Exit status: 0 done; 2 wrong flag, path or data, or a full disk; 3 a loss or a weight was not finite, or a one-step
+attack collapsed; 4 another process of the run died; 75 interrupted, state saved; 76 the CUDA graph could not be
+captured (the command then continues by itself in a new process with --compile step). See docs/reliability.md.
 """
 
 import ltat_fast.entry_point  # noqa: F401  (before torch)
@@ -39,6 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     from ltat_fast.runs import log
     from ltat_fast.training import device, distributed, pipeline
     from ltat_fast.training.backend import GraphNotUsable
+    from ltat_fast.training.collapse import Collapsed
     from ltat_fast.training.recovery import Diverged
     from ltat_fast.training.signals import Interrupted, stop_at_once
 
@@ -54,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
             distributed.start(hardware.device.type == "cuda")
             pipeline.train(config, method, hardware)
             distributed.wait()  # a process that exits early aborts the collectives of the others
-    except Diverged as error:
+    except (Diverged, Collapsed) as error:
         print(f"ltat_fast: {error}", file=sys.stderr)
         return EXIT_DIVERGED
     except GraphNotUsable as error:

@@ -8,7 +8,9 @@ from shutil import copytree
 import pytest
 
 from helpers.train_runs import status_of
+from ltat_fast.flags import parse_args
 from ltat_fast.reporting.paper_table import load_tables, plan, render
+from ltat_fast.reporting.recipes import recipes
 
 TABLES = load_tables()
 QUICK = ("--epochs", "1", "--teacher-epochs", "1", "--max-steps", "1", "--attack-steps", "1", "--precision", "fp32")
@@ -51,6 +53,30 @@ def test_a_table_over_ratios_keeps_them():
     assert "--imbalance-ratio" in rows[0].jobs[0].flags
     folders = [job.run_dir for row in rows for job in row.jobs]
     assert len(set(folders)) == 32
+
+
+def test_recipes_are_ltat_with_each_modifier_and_with_all():
+    rows = list(plan(recipes("digits-lt"), Path("out"), "digits-lt", (0,)))
+    assert [row.title for row in rows][:3] == ["AT-BSL", "LTAT", "LTAT + AWP"]
+    flags = {row.title: row.jobs[0].flags for row in rows}
+    single = [title for title in flags if title.startswith("LTAT + ") and title != "LTAT + all"]
+    assert len(single) == 4
+    own = len(flags["LTAT"])
+    assert len(flags["LTAT + all"]) - own == sum(len(flags[title]) - own for title in single)
+    for row in rows:
+        parse_args(["--out", "unused", *row.jobs[0].flags])  # train takes them
+
+
+def test_recipes_are_measured_on_held_out_images(tmp_path):
+    rows = list(plan(recipes("digits-lt"), tmp_path, "digits-lt", (0,), images="heldout"))
+    (job,) = rows[1].jobs
+    assert ("--select-on", "heldout") == job.flags[-6:-4]
+    job.run_dir.mkdir()
+    (job.run_dir / "eval.json").write_text(json.dumps({"last": {"clean": {"all": 99.0}}}))
+    record = {"epoch": 1, "heldout_clean": 80.0, "heldout_pgd20": 40.0, "heldout_tail_pgd20": 12.5}
+    (job.run_dir / "metrics.jsonl").write_text(json.dumps(record))
+    lines = render(rows, []).splitlines()
+    assert "| LTAT | best | 1 | 80.00 | 40.00 | - | - | 12.50 |" in lines
 
 
 def test_run_skip_and_render(tmp_path, capsys):

@@ -28,12 +28,28 @@ class AttackConfig:
 
     eps: radius of the ball. step_size: step of the attack. Both in units of pixels in [0, 1].
     steps: number of steps. noise: start point, "uniform" in the ball, "gaussian" (0.001 N(0, 1)) or "none".
+    start_eps: radius of the start noise; ``eps`` if None.
     """
 
     eps: float = 8 / 255
     step_size: float = 2 / 255
     steps: int = 10
     noise: Literal["uniform", "gaussian", "none"] = "uniform"
+    start_eps: float | None = None
+
+    @property
+    def start_radius(self) -> float:
+        return self.eps if self.start_eps is None else self.start_eps
+
+
+def n_fgsm(eps: float) -> AttackConfig:
+    """Return N-FGSM for training at radius ``eps``: uniform noise of twice the radius, then one step of size ``eps``.
+
+    There is no projection on the ball of radius ``eps``. The projection of the loop never acts, because the attack
+    cannot leave the ball of radius 3 eps. Source: de Jorge et al., "Make Some Noise: Reliable and Efficient
+    Single-Step Adversarial Training", NeurIPS 2022. Departure: images are clipped to [0, 1] after the noise too.
+    """
+    return AttackConfig(eps=3 * eps, step_size=eps, steps=1, noise="uniform", start_eps=2 * eps)
 
 
 def attack_loop(
@@ -55,7 +71,7 @@ def attack_loop(
     if start is not None or config.noise == "none":
         x_adv = (x if start is None else start).clone()
     else:
-        x_adv = pgd_init(x, config.eps, config.noise, generator=generator)
+        x_adv = pgd_init(x, config.start_radius, config.noise, generator=generator)
     ball = None if scale is None else (config.step_size * scale, config.eps * scale)
     for _ in range(config.steps):
         x_adv = ascend(x, x_adv, *context, ball=ball)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 
+from ltat_fast.analysis.sensitivity import on_heldout_images
 from ltat_fast.config import PRESETS, Config
 from ltat_fast.runs import tables
 from ltat_fast.runs.jobs import Job, repetitions
@@ -27,9 +28,13 @@ class Row:
     """whether the runs use the paper's dataset"""
     eval_file: str = "eval.json"
     """the file in the run folder that has the numbers; some rows of table 6 have the numbers of the self-teacher"""
+    images: str = "test"
+    """"test" or "heldout": the images on which the runs are measured"""
 
     def results(self) -> list[EvalFile]:
         """The results of the runs that have results."""
+        if self.images == "heldout":
+            return [on_heldout_images(job.run_dir) for job in self.jobs if (job.run_dir / self.eval_file).exists()]
         return [EvalFile.load(path) for job in self.jobs if (path := job.run_dir / self.eval_file).exists()]
 
     def without(self, refused: Sequence[Job]) -> "Row":
@@ -43,12 +48,18 @@ def load_tables() -> dict[str, dict]:
 
 
 def plan(
-    table: dict, folder: Path, dataset: str | None = None, seeds: Sequence[int] = (), extra: Sequence[str] = ()
+    table: dict,
+    folder: Path,
+    dataset: str | None = None,
+    seeds: Sequence[int] = (),
+    extra: Sequence[str] = (),
+    images: str = "test",
 ) -> Iterator[Row]:
     """The rows of ``table`` with the runs that reproduce them.
 
     folder: where the runs go. dataset: train on this one with its preset; None for the table's own. seeds: one run per
-    seed and row; if empty, the seeds that the table lists, or 0. extra: flags that every run gets.
+    seed and row; if empty, the seeds that the table lists, or 0. extra: flags that every run gets. images: "test", or
+    "heldout" to measure on held-out training images, on which the best epoch is then selected too.
     """
     several = len(table["experiments"]) > 1
     for experiment in table["experiments"]:
@@ -65,8 +76,10 @@ def plan(
             own_flags = (*flags, *row["flags"], *(longer(chosen) if row.get("longer") else ()))
             eval_file = f"{row['stage']}/eval.json" if "stage" in row else "eval.json"
             stem = folder / title.lower().replace(" ", "-")
+            if images == "heldout":
+                own_flags += ("--select-on", "heldout", "--eval-attacks", "clean")
             jobs = repetitions(stem, own_flags, seeds or table.get("seeds", [0]), extra)
-            yield Row(title, row["paper"], jobs, own, eval_file)
+            yield Row(title, row["paper"], jobs, own and images == "test", eval_file, images)
 
 
 def longer(dataset: str) -> tuple[str, str]:

@@ -13,6 +13,7 @@ from ltat_fast.runs.checkpoint import Progress
 from ltat_fast.runs.weights import write_weights
 from ltat_fast.training import distributed, recovery, speed
 from ltat_fast.training.backend import choose_backend
+from ltat_fast.training.collapse import Collapsed, collapse, one_step_health
 from ltat_fast.training.device import Hardware
 from ltat_fast.training.precision import gradient_health
 from ltat_fast.training.recovery import Diverged
@@ -30,7 +31,8 @@ NOT_PRINTED |= {"share_of_ceiling", "zero_gradients", "sign_disagreement"}
 def fit(stage: Stage, hardware: Hardware) -> Progress:
     """Train ``stage`` to its end. Start from the state in its folder, if there is one.
 
-    Raises :class:`Diverged` if a loss or a weight is not finite, and :class:`Interrupted` after a signal.
+    Raises :class:`Diverged` if a loss or a weight is not finite, :class:`Collapsed` if a one-step attack collapses and
+    ``--on-collapse`` says stop, and :class:`Interrupted` after a signal.
     """
     allow_joint_calls(synchronise_batch_norm(stage.model))
     optimizer = make_optimizer(stage.model, stage.config.lr, stage.config.momentum, stage.config.weight_decay)
@@ -167,6 +169,11 @@ class _Fit:
             if scores[selection.by] > progress.best.get(selection.by, -1.0):
                 progress.best = {"epoch": epoch, **scores}
                 self._save_weights("best", epoch, scores)
+        collapsed = ""
+        if stage.method.uses_attack and stage.attack.steps == 1:
+            health = one_step_health(self.step, *self.check_batch, stage.config.attack_config.eps)
+            entry |= health
+            collapsed = collapse(health)
         self.record.epoch(entry)
         if finished:
             self._save_weights("last", epoch, scores)
@@ -174,7 +181,17 @@ class _Fit:
         progress.epoch, progress.finished, progress.step, progress.sums, progress.seconds = epoch, finished, 0, {}, 0.0
         self._save()
         log.say(f"{stage.name} {_line(entry, stage.epochs)}")
+        if collapsed:
+            self._warn_or_stop(collapsed, epoch)
         self._stop_if_signalled(f"after epoch {epoch}")
+
+    def _warn_or_stop(self, collapsed: str, epoch: int) -> None:
+        message = f"{self.stage.name}: after epoch {epoch} {collapsed}"
+        if self.stage.config.on_collapse == "stop":
+            best = self.progress.best.get("epoch")
+            advice = f"the best epoch is {best}" if best else "use a smaller --eps or --attack pgd"
+            raise Collapsed(f"{message}; the state is saved; {advice}")
+        log.say(f"WARNING: {message}")
 
     def _out_of_steps(self, done: int) -> bool:
         max_steps = self.stage.config.max_steps

@@ -21,7 +21,7 @@ def gradient_health(step: TrainStep, x: Tensor, y: Tensor) -> dict[str, float]:
     """
     step.frozen.refresh()
     # Do not start at the images: there the gradient of a divergence from the clean prediction is zero.
-    start = pgd_init(x, step.attack.eps, step.attack.noise, torch.Generator(x.device).manual_seed(0))
+    start = pgd_init(x, step.attack.start_radius, step.attack.noise, torch.Generator(x.device).manual_seed(0))
     grad = _input_gradient(step, step.frozen, x, start, y)
     health = {"zero_gradients": 100 * (grad == 0).float().mean().item()}
     if step.frozen.dtype not in (None, torch.float32):

@@ -8,7 +8,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from ltat_fast import seeding
-from ltat_fast.attacks import AttackConfig
+from ltat_fast.attacks import AttackConfig, n_fgsm
 from ltat_fast.config import Config
 from ltat_fast.data import DeviceLoader
 from ltat_fast.methods import Method
@@ -75,8 +75,9 @@ class Stage:
 
     @property
     def attack(self) -> AttackConfig:
-        """The training attack: the threat model of the run with the start noise of the method."""
-        return replace(self.config.attack_config, noise=self.method.noise)
+        """The training attack. The self-teacher is always attacked by PGD."""
+        pgd = replace(self.config, attack="pgd")
+        return training_attack(pgd if self.name == "teacher" else self.config, self.method)
 
     @property
     def attacks_in_fp32(self) -> bool:
@@ -99,6 +100,13 @@ class Stage:
             "seed": seeding.stream_seed(self.config.seed, self.name, "attack", *rank, epoch, number),
             **self.modifiers.strengths(epoch, number, self.epochs, len(self.loader)),
         }
+
+
+def training_attack(config: Config, method: Method) -> AttackConfig:
+    """Return the attack that ``--attack`` names: PGD with the start noise of ``method``, or N-FGSM."""
+    if config.attack == "n-fgsm":
+        return n_fgsm(config.attack_config.eps)
+    return replace(config.attack_config, noise=method.noise)
 
 
 def stage_folder(config: Config, name: str) -> Path:

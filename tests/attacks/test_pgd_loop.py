@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from helpers.float64_attacks import ce64, cw64, pgd_float64, scaled64
 from helpers.toy_networks import Linear, images, labels, small_net
-from ltat_fast.attacks import AttackConfig, cross_entropy, cw_margin, pgd, scaled_cross_entropy
+from ltat_fast.attacks import AttackConfig, cross_entropy, cw_margin, n_fgsm, pgd, scaled_cross_entropy
 from ltat_fast.attacks.pgd import attack_loop, make_ascend
 from ltat_fast.models.frozen import FrozenTwin
 from ltat_fast.ops import pgd_init
@@ -60,6 +60,16 @@ def test_a_scale_per_image_is_a_ball_and_a_step_per_image():
         torch.testing.assert_close(together[i : i + 1], expected, atol=1e-6, rtol=0)
     assert torch.equal(together[0], x[0])
     assert (together[3] - x[3]).abs().max() > EPS
+
+
+def test_n_fgsm_is_noise_of_twice_the_radius_and_one_step_without_projection():
+    net, x, y = small_net(), images(), labels()
+    ours = pgd(net, x, cross_entropy(y), n_fgsm(EPS), generator(3))
+    start = pgd_init(x, 2 * EPS, "uniform", generator=generator(3)).double().requires_grad_()
+    (grad,) = torch.autograd.grad(F.cross_entropy(copy.deepcopy(net).double().eval()(start), y), start)
+    torch.testing.assert_close(ours.double(), (start + EPS * grad.sign()).clamp(0, 1), atol=1e-6, rtol=0)
+    assert 1.9 * EPS < (start - x).abs().max() <= 2 * EPS + 1e-6
+    assert 2 * EPS < (ours - x).abs().max() <= 3 * EPS + 1e-6
 
 
 def test_leaves_everything_else_as_it_was():

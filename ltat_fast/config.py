@@ -21,6 +21,7 @@ from ltat_fast.data import DATASETS
 from ltat_fast.errors import UserError
 from ltat_fast.field_types import check_types
 from ltat_fast.methods import METHODS, Method
+from ltat_fast.methods.igdm import WithIgdm
 from ltat_fast.models import ARCHS
 from ltat_fast.schedule import parse_schedule
 
@@ -256,8 +257,9 @@ def validate(config: Config, method: Method) -> None:
         raise UserError(f"--image-size is for imagefolder-lt; all images of {config.dataset} have the same size")
     if config.compile == "graph" and config.device == "cpu":
         raise UserError("--compile graph is a CUDA graph and needs a GPU; use step or none with --device cpu")
-    if config.teacher is not None and METHODS[config.method].teacher == "none":
-        raise UserError(f"--teacher is not used by --method {config.method}")
+    if config.teacher is not None and method.teacher == "none":
+        unless = " without --igdm-alpha" if isinstance(method, WithIgdm) else ""
+        raise UserError(f"--teacher is not used by --method {config.method}{unless}")
     method.check()
 
 

@@ -14,13 +14,21 @@ from bench.fake_cuda import built_with_cuda, fake_device
 from ltat_fast.attacks import AttackConfig
 from ltat_fast.methods import METHODS, Method, MethodContext
 from ltat_fast.methods.awp import Awp
+from ltat_fast.methods.ltat import Ltat
 from ltat_fast.methods.pgd_at import PgdAt
+from ltat_fast.methods.trades import Trades
 from ltat_fast.models import build_model
 from ltat_fast.training.device import Hardware
 from ltat_fast.training.step import TrainStep, frozen_twin, make_optimizer
 
 BATCH, CLASSES = 32, 10
-CASES = {**METHODS, "awp with trades": lambda: Awp(awp_base="trades")}
+CASES = {
+    **METHODS,
+    "awp with trades": lambda: Awp(awp_base="trades"),
+    "ltat with the class prior in its KL": lambda: Ltat(kl_weight=1.0, kl_prior=True),
+    "pgd-at with igdm": lambda: PgdAt(igdm_alpha=5.0),
+    "trades with igdm": lambda: Trades(igdm_alpha=5.0),
+}
 
 
 def operators_of_a_step(method: Method) -> list[tuple]:

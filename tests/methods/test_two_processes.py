@@ -1,4 +1,4 @@
-"""AWP and REAT in two processes: the perturbation and the counts are those of all images."""
+"""AWP, REAT and TAET in two processes: the perturbation, the counts and the class losses are those of all images."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""The program of each process of test_two_processes.py: steps of AWP and of REAT on its share of a batch."""
+"""The program of each process of test_two_processes.py: steps of AWP, REAT and TAET on its share of a batch."""
 
 import sys
 from pathlib import Path
@@ -13,7 +13,7 @@ from ltat_fast.training import distributed
 from ltat_fast.training.step import TrainStep, make_optimizer
 
 # No tail term of REAT: it forms its pairs within a process.
-OPTIONS = {"awp": {"awp_gamma": 0.3}, "reat": {"tail_weight": 0.0}}
+OPTIONS = {"awp": {"awp_gamma": 0.3}, "reat": {"tail_weight": 0.0}, "taet": {}}
 
 
 def outcome(name: str) -> dict[str, torch.Tensor]:

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from helpers import train_runs
 from helpers.three_steps import (
     CLASSES,
     COUNTS,
@@ -19,6 +20,7 @@ from helpers.three_steps import (
 from ltat_fast.errors import UserError
 from ltat_fast.methods import MethodContext
 from ltat_fast.methods.taet import Taet, class_losses
+from ltat_fast.runs import log
 
 
 def hierarchical(of_class: list[torch.Tensor], a: float, b: float, g: float) -> torch.Tensor:
@@ -127,3 +129,14 @@ def test_the_logged_cross_entropy_is_that_of_the_images_trained_on():
 def test_a_share_above_1_is_refused():
     with pytest.raises(UserError, match="--attack-begin must be between 0 and 1, not 40"):
         Taet(attack_begin=40.0).check()
+
+
+def test_a_run_trains_both_stages(tmp_path):
+    run = tmp_path / "run"
+    flags = ("--epochs", "4", "--attack-steps", "2", "--attack-begin", "0.5", "--limit-eval", "50")
+    assert train_runs.train("--method", "taet", *flags, "--eval-attacks", "clean", "--out", str(run)) == 0
+    records = log.read_metrics(run / "metrics.jsonl")
+    assert [record["loss"] == record["ce"] for record in records] == [True, True, False, False]
+    assert all(math.isfinite(value) for record in records for value in record.values())
+    # The operations per image were counted for a step with the attack.
+    assert ["share_of_ceiling" in record for record in records] == [False, False, True, True]

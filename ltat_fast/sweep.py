@@ -14,6 +14,7 @@ import ltat_fast.entry_point  # noqa: F401  (before torch)
 # isort: split
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from ltat_fast import cli, files
 from ltat_fast.config import PRESETS, choose
@@ -34,6 +35,9 @@ class Arguments:
     """train on this dataset, with its preset, instead of the table's own"""
     seeds: tuple[int, ...] = ()
     """train one run per row with each of these seeds; empty: the number of seeds of the paper, five for table 10"""
+    settings: Literal["paper", "authors"] = "paper"
+    """authors: train a method with the settings of its authors where they are known (docs/ltat.md), in a folder of its
+    own, and say so in the table"""
     out: Path | None = None
     """folder for the runs and table.md; default: runs/table<number>-<dataset>"""
     slurm_partition: str | None = None
@@ -53,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
         choose("dataset", arguments.dataset, PRESETS)
     table, number = tables[arguments.table], arguments.table
     out = arguments.out or Path("runs") / f"table{number}-{arguments.dataset or 'paper'}"
-    rows = list(plan(table, out, arguments.dataset, arguments.seeds, forwarded))
+    rows = list(plan(table, out, arguments.dataset, arguments.seeds, forwarded, arguments.settings == "authors"))
     jobs = [job for row in rows for job in row.jobs]
     todo, refused = outstanding(jobs)
     log.say(f"table {number}: {len(rows)} rows, {len(jobs)} runs, {len(todo)} to do")

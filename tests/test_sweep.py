@@ -8,6 +8,8 @@ from shutil import copytree
 import pytest
 
 from helpers.train_runs import status_of
+from ltat_fast.config import to_json
+from ltat_fast.flags import parse_args
 from ltat_fast.reporting.paper_table import load_tables, plan, render
 
 TABLES = load_tables()
@@ -82,6 +84,24 @@ def test_a_failed_row_does_not_stop_the_others(tmp_path, capsys):
     assert (tmp_path / "ours-seed1" / "eval.json").exists()
     said = capsys.readouterr().out
     assert f"ours-seed0 ltat_fast: error: --out {tmp_path / 'ours-seed0'} is a file, not a folder" in said
+
+
+def test_the_table_says_which_rows_have_the_settings_of_the_authors(tmp_path):
+    rows = list(plan(TABLES["1"], tmp_path, authors=True))
+    with_authors = [row.title for row in rows if "--settings" in row.jobs[0].flags]
+    assert with_authors == ["RoBal", "REAT"]
+    for row in rows:
+        (job,) = row.jobs
+        config, method = parse_args(["--out", str(job.run_dir), *job.flags])
+        assert config.settings == ("authors" if row.title in with_authors else "paper")
+        assert job.run_dir.name == row.title.lower() + ("-authors" if row.title in with_authors else "") + "-seed0"
+        job.run_dir.mkdir()
+        (job.run_dir / "config.json").write_text(json.dumps(to_json(config, method)))
+        (job.run_dir / "eval.json").write_text("{}")
+    text = render(rows, [])
+    assert "| RoBal, authors' settings | last | 1 |" in text
+    assert text.count("authors") == 4
+    assert not any("--settings" in row.jobs[0].flags for row in plan(TABLES["1"], tmp_path, "digits-lt", authors=True))
 
 
 def test_the_papers_numbers_are_shown_beside_ours():

@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 
-from ltat_fast.config import PRESETS, Config
+from ltat_fast.config import AUTHORS_PRESETS, PRESETS, Config
 from ltat_fast.runs import tables
+from ltat_fast.runs.finished import RunConfig
 from ltat_fast.runs.jobs import Job, repetitions
 from ltat_fast.runs.results import CHECKPOINTS, EvalFile, percentages
 
@@ -32,6 +33,13 @@ class Row:
         """The results of the runs that have results."""
         return [EvalFile.load(path) for job in self.jobs if (path := job.run_dir / self.eval_file).exists()]
 
+    @property
+    def name(self) -> str:
+        """The title, and whether its runs used the settings of the method's authors."""
+        configs = [path for job in self.jobs if (path := job.run_dir / "config.json").exists()]
+        authors = any(RunConfig.load(path).has_authors_settings for path in configs)
+        return f"{self.title}, authors' settings" if authors else self.title
+
     def without(self, refused: Sequence[Job]) -> "Row":
         """This row without the runs in ``refused``."""
         return replace(self, jobs=tuple(job for job in self.jobs if job not in refused))
@@ -43,12 +51,18 @@ def load_tables() -> dict[str, dict]:
 
 
 def plan(
-    table: dict, folder: Path, dataset: str | None = None, seeds: Sequence[int] = (), extra: Sequence[str] = ()
+    table: dict,
+    folder: Path,
+    dataset: str | None = None,
+    seeds: Sequence[int] = (),
+    extra: Sequence[str] = (),
+    authors: bool = False,
 ) -> Iterator[Row]:
     """The rows of ``table`` with the runs that reproduce them.
 
     folder: where the runs go. dataset: train on this one with its preset; None for the table's own. seeds: one run per
-    seed and row; if empty, the seeds that the table lists, or 0. extra: flags that every run gets.
+    seed and row; if empty, the seeds that the table lists, or 0. extra: flags that every run gets. authors: train with
+    the settings of the method's authors where they are known, in folders of their own.
     """
     several = len(table["experiments"]) > 1
     for experiment in table["experiments"]:
@@ -65,6 +79,8 @@ def plan(
             own_flags = (*flags, *row["flags"], *(longer(chosen) if row.get("longer") else ()))
             eval_file = f"{row['stage']}/eval.json" if "stage" in row else "eval.json"
             stem = folder / title.lower().replace(" ", "-")
+            if authors and (chosen, row["flags"][1]) in AUTHORS_PRESETS:
+                own_flags, stem = (*own_flags, "--settings", "authors"), stem.with_name(f"{stem.name}-authors")
             jobs = repetitions(stem, own_flags, seeds or table.get("seeds", [0]), extra)
             yield Row(title, row["paper"], jobs, own, eval_file)
 
@@ -90,7 +106,7 @@ def render(rows: Sequence[Row], notes: Sequence[str]) -> str:
                 ours = tables.cell(percentages(results, which, attack, group), len(results))
                 theirs = row.paper.get(which, {}).get(heading)
                 cells.append(f"{ours} ({theirs:g})" if row.comparable and theirs is not None else ours)
-            lines.append(f"| {row.title} | {which} | {len(results)} | " + " | ".join(cells) + " |")
+            lines.append(f"| {row.name} | {which} | {len(results)} | " + " | ".join(cells) + " |")
     if any(row.comparable for row in rows):
         known = any(row.paper for row in rows)
         lines += ["", *["In brackets: the paper's numbers."] * known, *(f"Note: {note}." for note in notes)]

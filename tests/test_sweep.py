@@ -110,6 +110,16 @@ def test_the_papers_numbers_are_shown_beside_ours():
     assert "| Ours | last | 0 | - (71.74) | - (37.8) | - (33.74) | - (74.7) | - (36.2) |" in text
 
 
+def test_the_balanced_accuracy_is_a_column_of_a_test_set_that_is_not_balanced(tmp_path):
+    rows = list(plan(TABLES["10"], tmp_path, "svhn-lt", seeds=(0, 1)))
+    for i, job in enumerate(rows[0].jobs):
+        job.run_dir.mkdir(parents=True)
+        (job.run_dir / "eval.json").write_text(json.dumps({"last": {"clean": {"all": 80.0, "balanced": 70.0 + i}}}))
+    head, _, _, last, *_ = render(rows, []).splitlines()
+    assert head.endswith("| T-Clean | T-PGD | B-Clean | B-PGD |")
+    assert last == "| Ours | last | 2 | 80.00 ± 0.00 | - | - | - | - | 70.50 ± 0.71 | - |"
+
+
 def test_longer_baselines_have_the_epochs_of_teacher_and_student():
     for dataset, epochs in ((None, "130"), ("digits-lt", "60")):
         *longer, ours = plan(TABLES["9"], Path("out"), dataset)

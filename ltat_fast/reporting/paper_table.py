@@ -93,7 +93,8 @@ def longer(dataset: str) -> tuple[str, str]:
 
 def render(rows: Sequence[Row], notes: Sequence[str]) -> str:
     """The table in Markdown, one line per row and checkpoint. The paper's numbers are in brackets if comparable."""
-    headings = [heading for heading, _, _ in tables.COLUMNS]
+    columns = tables.with_balanced((file for row in rows for file in row.results()), tables.COLUMNS)
+    headings = [heading for heading, _, _ in columns]
     lines = [
         "| method | checkpoint | seeds | " + " | ".join(headings) + " |",
         "|---|---|---|" + "---:|" * len(headings),
@@ -102,7 +103,7 @@ def render(rows: Sequence[Row], notes: Sequence[str]) -> str:
         results = row.results()
         for which in CHECKPOINTS if row.eval_file == "eval.json" else ("last",):
             cells = []
-            for heading, attack, group in tables.COLUMNS:
+            for heading, attack, group in columns:
                 ours = tables.cell(percentages(results, which, attack, group), len(results))
                 theirs = row.paper.get(which, {}).get(heading)
                 cells.append(f"{ours} ({theirs:g})" if row.comparable and theirs is not None else ours)

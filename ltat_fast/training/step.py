@@ -6,7 +6,8 @@ A step never waits for the device. The learning rate, the progress of the run an
 - eager: operator by operator;
 - step: the attack step (forward, input gradient, projection) and the student's forward and backward pass are compiled
   by ``torch.compile``;
-- graph: the whole compiled step is captured once as a CUDA graph and replayed.
+- graph: the whole compiled step is captured once as a CUDA graph and replayed. A method that begins without attack has
+  a second graph for those steps.
 """
 
 import contextlib

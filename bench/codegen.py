@@ -55,7 +55,7 @@ GAP = 1e-6  # seconds between two nodes of a CUDA graph
 HOST = 12e-6  # seconds that the host needs per node
 LAST_LEVER = LEVER_ROWS[-1][0]
 # The rows whose parts are counted. The last one has all levers.
-COUNTED_ROWS = [COMPILED, "+ joint student call", "+ combo kernels", LAST_LEVER]
+COUNTED_ROWS = [COMPILED, "+ joint student call", "+ combo kernels", "+ compiled refresh", LAST_LEVER]
 PREDICTED_ROWS = ["reference", "+ bf16", COMPILED, *(name for name, _, _ in LEVER_ROWS), GRAPH]
 
 
@@ -180,6 +180,8 @@ def _name_of(graph, source: str) -> str:
         return "student backward"
     if "ltat.pgd_step" in source:
         return "attack step"
+    if not graph.graph_outputs:
+        return "refresh of the twin"
     return "teacher forward" if graph.is_inference else "student forward"
 
 

@@ -31,7 +31,7 @@ Predictions made before the first run, as reference time / time:
         The 38 forward-equivalents explain 0.74. channels_last helps only with bf16: the bf16 row without
         it takes 1.4 times as long.
     one H200, resnet18 at 32x32, batch 128, from what the step compiles to (bench.codegen): reference 37 ms in TF32,
-        bf16 22, torch.compile 18.9, joint student call 16.1, combo kernels 15.8, padded stem and CUDA graph 14.8; so
+        bf16 22, torch.compile 18.9, joint student call 16.1, combo kernels 15.8, padded stem and CUDA graph 14.7; so
         2.5 times. A first guess of 8 times was wrong: the reference already runs at 10 to 14 % of the matrix rate.
 """
 
@@ -72,6 +72,7 @@ LEVER_ROWS = [
     ("+ joint student call", {"joint_student": True}, False),
     ("+ compiled teacher", {"compiled_teacher": True}, False),
     ("+ combo kernels", {"combo_kernels": True}, True),
+    ("+ compiled refresh", {"compiled_refresh": True}, True),
     ("+ dependent launch", {"dependent_launch": True}, True),
     ("+ fused ReLU", {"fuse_relu": True}, True),
     ("+ padded stem", {"pad_stem": True}, True),

@@ -15,7 +15,7 @@ def synchronise_batch_norm(model: nn.Module) -> nn.Module:
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     for name, module in list(model.named_modules()):
         if type(module) is nn.BatchNorm2d:
-            synced = CpuSyncBatchNorm(module.num_features, module.eps, module.momentum)
+            synced = CpuSyncBatchNorm(module.num_features, module.eps, module.momentum, dtype=module.weight.dtype)
             synced.load_state_dict(module.state_dict())
             synced.train(module.training)
             model.set_submodule(name, synced)
@@ -34,7 +34,8 @@ class CpuSyncBatchNorm(nn.BatchNorm2d):
         if not self.training:
             return super().forward(x)
         number = batches_in_this_call()
-        batches = x.float().view(number, -1, *x.shape[1:])
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        batches = wide.view(number, -1, *x.shape[1:])
         moments = torch.stack([batches.mean((1, 3, 4)), batches.square().mean((1, 3, 4))])
         mean, square = _MeanOverProcesses.apply(moments)  # (number, C) each
         variance = (square - mean.square()).clamp_min(0)  # rounding can make it negative

@@ -73,14 +73,16 @@ class Levers:
 
     compiled: torch.compile the attack step and the student. joint_student: call the student once for x + d and x - d
     (:mod:`ltat_fast.models.joint_batch`). compiled_teacher: torch.compile the teacher. combo_kernels: Inductor merges
-    independent small kernels into one launch. dependent_launch: a kernel starts while its predecessor finishes
-    (programmatic dependent launch, Hopper). The last two are for CUDA.
+    independent small kernels into one launch. compiled_refresh: torch.compile the update of the twin's weights.
+    dependent_launch: a kernel starts while its predecessor finishes (programmatic dependent launch, Hopper). The last
+    three are for CUDA.
     """
 
     compiled: bool = True
     joint_student: bool = True
     compiled_teacher: bool = True
     combo_kernels: bool = True
+    compiled_refresh: bool = True
     dependent_launch: bool = True
 
     def inductor_options(self, device: torch.device) -> dict[str, bool]:
@@ -155,6 +157,9 @@ class TrainStep:
         self._teacher = method.context.teacher
         if levers.compiled_teacher and self._teacher is not None:
             self._teacher = with_fallback(compile_(self._teacher), self._teacher)
+        self._refresh = self.frozen.refresh
+        if levers.compiled_refresh and self.device.type == "cuda":
+            self._refresh = compile_(self._refresh)
         self._attacks = method.uses_attack
         # One graph for steps with the attack and, if the method has steps without it, one for those.
         self._graphs: dict[bool, torch.cuda.CUDAGraph] = {}
@@ -184,7 +189,7 @@ class TrainStep:
         return self.method.uses_attack and progress > self.method.attack_begin
 
     def _run(self, x: Tensor, y: Tensor) -> None:
-        self.frozen.refresh()
+        self._refresh()
         x_adv = self.perturb(x, y) if self._attacks else x
         self.model.train()
         loss, parts = self.method.update(self.model, self.optimizer, lambda: self.loss(x, x_adv, y))

@@ -1,8 +1,10 @@
-"""One small LTAT run that the tests of faults kill, stop and starve, in one or two processes."""
+"""Start the processes of tests: a program in two processes, or one small LTAT run to kill, to stop and to starve."""
 
 import contextlib
+import os
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +14,17 @@ from helpers import train_runs
 FLAGS = ("--dataset", "digits-lt", "--epochs", "3", "--teacher-epochs", "2", "--batch-size", "128")
 FLAGS += ("--teacher-batch-size", "128", "--attack-steps", "1", "--eval-every", "2", "--limit-eval", "40")
 FLAGS += ("--eval-attacks", "clean,pgd2", "--save-minutes", "1e-9")
+
+
+def in_two_processes(*command: str) -> subprocess.CompletedProcess:
+    """Run the Python program ``command``, a file or ``-m`` and a module, in two processes that talk through gloo."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *command]
+    tests = str(Path(__file__).parents[1])
+    path = os.pathsep.join(filter(None, [tests, os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    return subprocess.run(
+        launch, capture_output=True, text=True, env=environment, timeout=train_runs.SAFETY_NET, check=False
+    )
 
 
 def command_line(out: Path, *flags: str) -> list[str]:

@@ -1,24 +1,16 @@
 """AWP, REAT and TAET in two processes: the perturbation, the counts and the class losses are those of all images."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import two_processes
+
+from helpers.launching import in_two_processes
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> dict[str, dict]:
     out = tmp_path_factory.mktemp("two") / "outcomes.pt"
-    tests = Path(__file__).parent
-    path = os.pathsep.join(filter(None, [str(tests), str(tests.parent), os.environ.get("PYTHONPATH")]))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    command = [*launch, two_processes.__file__, str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    done = in_two_processes(two_processes.__file__, str(out))
     assert done.returncode == 0, done.stderr
     return torch.load(out, weights_only=True)
 

@@ -251,6 +251,25 @@ def test_refresh_and_gradient_in_one_compiled_graph():
     assert backend.frame_count == 1
 
 
+@pytest.mark.parametrize("dtype", [None, BF16])
+def test_a_refresh_compiled_by_inductor_writes_the_same_weights(dtype):
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model = build_model("smallresnet", 10)
+    options = {"dtype": dtype, "channels_last": True, "pad_stem": True}
+    ours, eager = FrozenTwin(model, **options), FrozenTwin(model, **options)
+    addresses = [t.data_ptr() for t in ours.net.state_dict().values()]
+    refresh = torch.compile(ours.refresh, dynamic=False, fullgraph=True)
+    for _ in range(2):
+        train(model, torch.rand(4, 3, 8, 8), torch.arange(4), steps=1)
+        refresh()
+        eager.refresh()
+        for (name, mine), expected in zip(ours.net.state_dict().items(), eager.net.state_dict().values(), strict=True):
+            tolerance = 1e-2 if mine.dtype == BF16 else 1e-6
+            torch.testing.assert_close(mine, expected, rtol=tolerance, atol=1e-7, msg=name)
+    assert [t.data_ptr() for t in ours.net.state_dict().values()] == addresses
+
+
 # --- networks that do not fold everywhere ----------------------------------------------------------------------------
 
 

@@ -2,10 +2,12 @@
 
 import copy
 
+import joint_program
 import pytest
 import torch
 from torch import nn
 
+from helpers.launching import in_two_processes
 from ltat_fast.models import ARCHS, build_model
 from ltat_fast.models.frozen import FrozenTwin
 from ltat_fast.models.joint_batch import (
@@ -91,6 +93,23 @@ def test_the_one_pass_form_in_bfloat16_channels_last(monkeypatch):
     assert ours.is_contiguous(memory_format=torch.channels_last)
     theirs = torch.cat([nn.functional.batch_norm(half.float(), None, None, training=True) for half in x.chunk(2)])
     torch.testing.assert_close(ours.float(), theirs, rtol=1e-2, atol=1e-2)
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory) -> dict[str, dict[str, torch.Tensor]]:
+    out = tmp_path_factory.mktemp("joint") / "outcomes.pt"
+    done = in_two_processes(joint_program.__file__, str(out))
+    assert done.returncode == 0, done.stderr
+    return torch.load(out, weights_only=True)
+
+
+@pytest.mark.parametrize("calls", ["joint", "separate"])
+def test_two_processes_with_synchronised_batch_norm(two_processes, calls):
+    """In float64, gradients and running statistics are those of one process that calls the network separately."""
+    one = joint_program.outcome(joint=False)
+    assert two_processes[calls].keys() == one.keys()
+    for name, expected in one.items():
+        torch.testing.assert_close(two_processes[calls][name], expected, rtol=1e-10, atol=1e-12, msg=name)
 
 
 def test_names_parameters_and_eval_mode_stay():

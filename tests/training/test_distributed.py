@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,7 @@ import torch
 from distributed_worker import main as train_and_evaluate
 
 from helpers import train_runs
+from helpers.launching import in_two_processes
 from ltat_fast.runs import log
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
@@ -19,21 +18,12 @@ TRAIN = ("--epochs", "1", "--teacher-epochs", "1", "--max-steps", "4", "--batch-
 TRAIN += ("--eval-attacks", "clean,pgd20", "--limit-eval", "60")
 
 
-def torchrun(*command: str) -> subprocess.CompletedProcess:
-    """Run ``command`` in two processes."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *command]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        launch, capture_output=True, text=True, env=environment, timeout=train_runs.SAFETY_NET, check=False
-    )
-
-
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory) -> dict[int, dict]:
     """What one process (this one) and two processes end with."""
     folder = tmp_path_factory.mktemp("distributed")
     train_and_evaluate(folder / "1.pt")
-    done = torchrun(str(WORKER), str(folder / "2.pt"))
+    done = in_two_processes(str(WORKER), str(folder / "2.pt"))
     assert done.returncode == 0, done.stderr
     return {processes: torch.load(folder / f"{processes}.pt", weights_only=True) for processes in (1, 2)}
 
@@ -75,7 +65,7 @@ def test_two_processes_resume_a_run_train_and_evaluate_it(tmp_path, monkeypatch)
     with monkeypatch.context() as patched:
         patched.setattr(log.StageLog, "epoch", record_and_signal)
         assert train_runs.train("--out", str(run), *TRAIN) == 75
-    done = torchrun("-m", "ltat_fast.train", "--out", str(run), "--resume")
+    done = in_two_processes("-m", "ltat_fast.train", "--out", str(run), "--resume")
     assert done.returncode == 0, done.stderr
     assert "teacher: already trained" in done.stdout
     assert done.stdout.count("training images in 10 classes") == 1, "only the main process prints"
@@ -90,6 +80,6 @@ def test_two_processes_resume_a_run_train_and_evaluate_it(tmp_path, monkeypatch)
 
 
 def test_a_refused_start_ends_all_processes(tmp_path):
-    done = torchrun("-m", "ltat_fast.train", "--out", str(tmp_path), "--eps", "8/0")
+    done = in_two_processes("-m", "ltat_fast.train", "--out", str(tmp_path), "--eps", "8/0")
     assert done.returncode != 0
     assert "takes a fraction such as 8/255" in done.stderr

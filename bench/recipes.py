@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from bench import common
 from bench.step import LR, Problem

@@ -103,7 +103,7 @@ class Problem:
 
     @property
     def has_teacher(self) -> bool:
-        return METHODS[self.method].teacher != "none"
+        return METHODS[self.method]().teacher != "none"
 
     @property
     def units(self) -> int:

@@ -21,6 +21,7 @@ from ltat_fast.data import DATASETS
 from ltat_fast.errors import UserError
 from ltat_fast.field_types import check_types
 from ltat_fast.methods import METHODS, Method
+from ltat_fast.methods.igdm import WithIgdm
 from ltat_fast.models import ARCHS
 from ltat_fast.schedule import parse_schedule
 
@@ -65,6 +66,9 @@ class TrainingSettings:
 
     method: Annotated[str, _choices(METHODS)] = "ltat"
     """training method of the student"""
+    settings: Literal["paper", "authors"] = "paper"
+    """origin of the preset of epochs, batch size, learning rate and weight decay; paper: the LTAT paper; authors: the
+    authors of the method, in their own code (known for some methods and datasets, docs/ltat.md)"""
     epochs: int = 40
     """number of epochs of the student"""
     teacher_epochs: int = 20
@@ -227,6 +231,14 @@ PRESETS: dict[str, dict] = {
     "tinyimagenet-lt": {**_PAPER, "imbalance_ratio": 10.0, "arch": "preactresnet18"},
     "imagefolder-lt": {**_PAPER, "imbalance_ratio": None},
 }
+# What the authors of a method trained with in their own code, where that differs from the LTAT paper, by (dataset,
+# method). Network and threat model stay those of the dataset.
+_CIFAR = ("cifar10-lt", "cifar100-lt")
+_STEPS_80 = {"epochs": 80, "lr": 0.1, "lr_schedule": "0.75,0.9375"}  # drops after 60 and 75 epochs
+AUTHORS_PRESETS: dict[tuple[str, str], dict] = {
+    **{(dataset, "robal"): {**_STEPS_80, "batch_size": 64, "weight_decay": 2e-4} for dataset in _CIFAR},
+    **{(dataset, "reat"): {**_STEPS_80, "batch_size": 128, "weight_decay": 5e-4} for dataset in _CIFAR},
+}
 # Options of a method, by (dataset, method) and by (network, method). The preset of the network wins.
 METHOD_PRESETS: dict[tuple[str, str], dict] = {
     ("digits-lt", "ltat"): {"alpha": 5.0},  # chosen among 1, 3, 5, 10, 30: README, "Demo"
@@ -258,6 +270,19 @@ def choose(kind: str, value: str, options: Iterable[str]) -> None:
         raise UserError(f"unknown {kind} {value!r}: choose one of {', '.join(sorted(options))}")
 
 
+def preset(settings: str, dataset: str, method: str) -> dict:
+    """Return the settings that the preset of ``dataset`` sets, by name.
+
+    settings: "paper", or "authors" for those of the authors of ``method``. Raises UserError if these are not known.
+    """
+    if settings != "authors":
+        return PRESETS[dataset]
+    if (dataset, method) not in AUTHORS_PRESETS:
+        known = ", ".join(f"{m} on {d}" for d, m in sorted(AUTHORS_PRESETS))
+        raise UserError(f"--settings authors: those for {method} on {dataset} are not known, only those for {known}")
+    return PRESETS[dataset] | AUTHORS_PRESETS[dataset, method]
+
+
 def validate(config: Config, method: Method) -> None:
     """Raise UserError, in one sentence, for settings that cannot work. Nothing is loaded."""
     check_types(config)
@@ -265,6 +290,7 @@ def validate(config: Config, method: Method) -> None:
     choose("dataset", config.dataset, PRESETS)
     choose("method", config.method, METHODS)
     choose("arch", config.arch, ARCHS)
+    preset(config.settings, config.dataset, config.method)
     _ = config.attack_config
     parse_attacks(config.eval_attacks)
     parse_schedule(config.lr_schedule)
@@ -296,13 +322,14 @@ def validate(config: Config, method: Method) -> None:
         raise UserError(f"--attack is not used by --method {config.method}, which trains without an attack")
     if config.compile == "graph" and config.device == "cpu":
         raise UserError("--compile graph is a CUDA graph and needs a GPU; use step or none with --device cpu")
-    if config.teacher is not None and METHODS[config.method].teacher == "none":
-        raise UserError(f"--teacher is not used by --method {config.method}")
-    _validate_modifiers(config, METHODS[config.method])
+    if config.teacher is not None and method.teacher == "none":
+        unless = " without --igdm-alpha" if isinstance(method, WithIgdm) else ""
+        raise UserError(f"--teacher is not used by --method {config.method}{unless}")
+    _validate_modifiers(config, method)
     method.check()
 
 
-def _validate_modifiers(config: Config, method: type[Method]) -> None:
+def _validate_modifiers(config: Config, method: Method) -> None:
     """Raise UserError, in one sentence, for modifiers that cannot work."""
     if config.awp is not None and not 0 <= config.awp < math.inf:
         raise UserError(f"--awp must be 0 or more and finite, not {config.awp:g}")
@@ -374,7 +401,11 @@ def load(run_dir: Path) -> tuple[Config, Method]:
 
 
 def differences(old: Config, old_method: Method, new: Config, new_method: Method) -> list[str]:
-    """List the settings in which a resumed run would differ from the run on disk, as "lr (0.1 -> 0.2)"."""
-    a = dataclasses.asdict(old) | dataclasses.asdict(old_method)
-    b = dataclasses.asdict(new) | dataclasses.asdict(new_method)
+    """List the settings in which a resumed run would differ from the run on disk, as "lr (0.1 -> 0.2)".
+
+    The options of two different methods are not compared.
+    """
+    a, b = dataclasses.asdict(old), dataclasses.asdict(new)
+    if old.method == new.method:
+        a, b = a | dataclasses.asdict(old_method), b | dataclasses.asdict(new_method)
     return [f"{k} ({a.get(k)} -> {b.get(k)})" for k in b if k not in FREE_ON_RESUME and a.get(k) != b[k]]

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from ltat_fast import cli
-from ltat_fast.config import GROUPS, METHOD_PRESETS, PRESETS, Config, choose, load, validate
+from ltat_fast.config import GROUPS, METHOD_PRESETS, PRESETS, Config, choose, load, preset, validate
 from ltat_fast.methods import METHODS, Method
 
 
@@ -50,7 +50,7 @@ def _defaults(argv: list[str]) -> tuple[Config, Method]:
     choose("dataset", seen.dataset, PRESETS)
     name = seen.method or Config.method
     choose("method", name, METHODS)
-    config = Config(dataset=seen.dataset, **PRESETS[seen.dataset])
+    config = Config(dataset=seen.dataset, **preset(seen.settings, seen.dataset, name))
     presets = (METHOD_PRESETS.get((key, name), {}) for key in (seen.dataset, seen.arch or config.arch))
     return config, METHODS[name](**{option: value for preset in presets for option, value in preset.items()})
 
@@ -61,6 +61,7 @@ def _first_look(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--dataset", default=Config.dataset)
     parser.add_argument("--method")
     parser.add_argument("--arch")
+    parser.add_argument("--settings", default=Config.settings)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--resume", action="store_true")
     try:

@@ -39,8 +39,12 @@ class Arguments:
     """train one run per row with each of these seeds; empty: the number of seeds of the paper, five for table 10"""
     images: Literal["test", "heldout"] = "test"
     """test: measure on test images; heldout: on held-out training images, the correct way to choose among recipes"""
+    settings: Literal["paper", "authors"] = "paper"
+    """authors: train a method with the settings of its authors where they are known (docs/ltat.md), in a folder of its
+    own, and say so in the table"""
     out: Path | None = None
-    """folder for the runs and table.md; default: runs/table<number>-<dataset>[-heldout]"""
+    """folder for the runs and table.md; default: runs/table<number>-<dataset>[-heldout], for recipes
+    runs/recipes-<dataset>[-heldout]"""
     slurm_partition: str | None = None
     """submit the runs as Slurm jobs to this partition"""
     slurm_minutes: int = 720
@@ -57,9 +61,11 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.dataset is not None:
         choose("dataset", arguments.dataset, PRESETS)
     table, number = tables[arguments.table], arguments.table
+    name = f"table{number}" if number.isdigit() else number
     suffix = "-heldout" if arguments.images == "heldout" else ""
-    out = arguments.out or Path("runs") / f"table{number}-{arguments.dataset or 'paper'}{suffix}"
-    rows = list(plan(table, out, arguments.dataset, arguments.seeds, forwarded, arguments.images))
+    out = arguments.out or Path("runs") / f"{name}-{arguments.dataset or 'paper'}{suffix}"
+    authors = arguments.settings == "authors"
+    rows = list(plan(table, out, arguments.dataset, arguments.seeds, forwarded, arguments.images, authors))
     jobs = [job for row in rows for job in row.jobs]
     todo, refused = outstanding(jobs)
     log.say(f"table {number}: {len(rows)} rows, {len(jobs)} runs, {len(todo)} to do")

@@ -16,6 +16,7 @@ from ltat_fast.flags import parse_args
 from ltat_fast.methods import METHODS
 from ltat_fast.methods.at_bsl import AtBsl
 from ltat_fast.methods.ltat import Ltat
+from ltat_fast.schedule import learning_rate
 
 
 def parse(*flags: str):
@@ -102,6 +103,36 @@ def test_flags_win_over_the_preset():
     assert same == config
 
 
+@pytest.mark.parametrize(
+    ("method", "dataset", "expected"),
+    [
+        ("robal", "cifar10-lt", (80, 64, 2e-4)),
+        ("robal", "cifar100-lt", (80, 64, 2e-4)),
+        ("reat", "cifar10-lt", (80, 128, 5e-4)),
+        ("reat", "cifar100-lt", (80, 128, 5e-4)),
+    ],
+)
+def test_the_settings_of_the_authors(method, dataset, expected):
+    paper, _ = parse("--dataset", dataset, "--method", method)
+    authors, options = parse("--dataset", dataset, "--method", method, "--settings", "authors")
+    assert (authors.epochs, authors.batch_size, authors.weight_decay) == expected
+    rates = [learning_rate(authors.lr_schedule, authors.lr, epoch, 0, 80, 1) for epoch in range(80)]
+    assert rates == pytest.approx([0.1] * 60 + [0.01] * 15 + [0.001] * 5)
+    changed = {"settings", "epochs", "batch_size", "weight_decay", "lr", "lr_schedule"}
+    same = {name: value for name, value in dataclasses.asdict(paper).items() if name not in changed}
+    assert dataclasses.asdict(authors).items() >= same.items(), "network, threat model and data are those of the paper"
+    assert options == parse("--dataset", dataset, "--method", method)[1]
+
+
+def test_a_flag_wins_over_the_settings_of_the_authors(tmp_path):
+    flags = ("--settings", "authors", "--method", "robal", "--dataset", "cifar10-lt", "--epochs", "7", "--lr", "0.2")
+    config, method = parse(*flags, "--out", str(tmp_path / "run"))
+    assert (config.settings, config.epochs, config.lr, config.batch_size) == ("authors", 7, 0.2, 64)
+    run = stored(tmp_path / "run", config, method)
+    assert configuration.load(run) == (config, method)
+    assert parse("--out", str(run), "--resume")[0] == dataclasses.replace(config, resume=True)
+
+
 def test_method_flags():
     _, method = parse("--method", "ltat", "--alpha", "40", "--ramp", "constant", "--kl-weight", "0.5")
     assert method == Ltat(alpha=40.0, ramp="constant", kl_weight=0.5)
@@ -168,6 +199,14 @@ def test_help_of_every_method(name, capsys):
         ("--select-on heldout --heldout 1", "--heldout must be a share between 0 and 1"),
         ("--image-size 32", "--image-size is for imagefolder-lt"),
         ("--method pgd-at --teacher x", "--teacher is not used by --method pgd-at"),
+        (
+            "--settings authors",
+            "--settings authors: those for ltat on digits-lt are not known, only those for reat on c",
+        ),
+        (
+            "--settings authors --method robal --dataset tinyimagenet-lt",
+            "for robal on tinyimagenet-lt are not known, only those for .*robal on cifar100-lt",
+        ),
         ("--compile graph --device cpu", "--compile graph .* needs a GPU"),
         ("--eval-attacks pgd,clean", "unknown attack 'pgd': choose from"),
         ("--eval-attacks ,", "no attack named: choose from"),
@@ -201,7 +240,16 @@ def test_refused(flags, words):
 
 
 @pytest.mark.parametrize(
-    "flags", ["--bogus", "--epochs x", "--method pgd-at --alpha 3", "--augment cutmix", "--dataset", "stray"]
+    "flags",
+    [
+        "--bogus",
+        "--settings author",
+        "--epochs x",
+        "--method pgd-at --alpha 3",
+        "--augment cutmix",
+        "--dataset",
+        "stray",
+    ],
 )
 def test_unknown_flags_and_values_exit_2_with_nothing_but_their_own_complaint(flags, capsys):
     with pytest.raises(SystemExit) as stopped:

@@ -8,6 +8,7 @@ from shutil import copytree
 import pytest
 
 from helpers.train_runs import status_of
+from ltat_fast.config import to_json
 from ltat_fast.flags import parse_args
 from ltat_fast.reporting.paper_table import load_tables, plan, render
 from ltat_fast.reporting.recipes import recipes
@@ -70,7 +71,7 @@ def test_recipes_are_ltat_with_each_modifier_and_with_all():
 def test_recipes_are_measured_on_held_out_images(tmp_path):
     rows = list(plan(recipes("digits-lt"), tmp_path, "digits-lt", (0,), images="heldout"))
     (job,) = rows[1].jobs
-    assert ("--select-on", "heldout") == job.flags[-6:-4]
+    assert job.flags[-6:-4] == ("--select-on", "heldout")
     job.run_dir.mkdir()
     (job.run_dir / "eval.json").write_text(json.dumps({"last": {"clean": {"all": 99.0}}}))
     record = {"epoch": 1, "heldout_clean": 80.0, "heldout_pgd20": 40.0, "heldout_tail_pgd20": 12.5}
@@ -110,10 +111,38 @@ def test_a_failed_row_does_not_stop_the_others(tmp_path, capsys):
     assert f"ours-seed0 ltat_fast: error: --out {tmp_path / 'ours-seed0'} is a file, not a folder" in said
 
 
+def test_the_table_says_which_rows_have_the_settings_of_the_authors(tmp_path):
+    rows = list(plan(TABLES["1"], tmp_path, authors=True))
+    with_authors = [row.title for row in rows if "--settings" in row.jobs[0].flags]
+    assert with_authors == ["RoBal", "REAT"]
+    for row in rows:
+        (job,) = row.jobs
+        config, method = parse_args(["--out", str(job.run_dir), *job.flags])
+        assert config.settings == ("authors" if row.title in with_authors else "paper")
+        assert job.run_dir.name == row.title.lower() + ("-authors" if row.title in with_authors else "") + "-seed0"
+        job.run_dir.mkdir()
+        (job.run_dir / "config.json").write_text(json.dumps(to_json(config, method)))
+        (job.run_dir / "eval.json").write_text("{}")
+    text = render(rows, [])
+    assert "| RoBal, authors' settings | last | 1 |" in text
+    assert text.count("authors") == 4
+    assert not any("--settings" in row.jobs[0].flags for row in plan(TABLES["1"], tmp_path, "digits-lt", authors=True))
+
+
 def test_the_papers_numbers_are_shown_beside_ours():
     rows = list(plan(TABLES["1"], Path("nowhere")))
     text = render(rows, TABLES["1"]["notes"])
     assert "| Ours | last | 0 | - (71.74) | - (37.8) | - (33.74) | - (74.7) | - (36.2) |" in text
+
+
+def test_the_balanced_accuracy_is_a_column_of_a_test_set_that_is_not_balanced(tmp_path):
+    rows = list(plan(TABLES["10"], tmp_path, "svhn-lt", seeds=(0, 1)))
+    for i, job in enumerate(rows[0].jobs):
+        job.run_dir.mkdir(parents=True)
+        (job.run_dir / "eval.json").write_text(json.dumps({"last": {"clean": {"all": 80.0, "balanced": 70.0 + i}}}))
+    head, _, _, last, *_ = render(rows, []).splitlines()
+    assert head.endswith("| T-Clean | T-PGD | B-Clean | B-PGD |")
+    assert last == "| Ours | last | 2 | 80.00 ± 0.00 | - | - | - | - | 70.50 ± 0.71 | - |"
 
 
 def test_longer_baselines_have_the_epochs_of_teacher_and_student():

@@ -16,9 +16,10 @@ from ltat_fast.methods.pgd_at import PgdAt
 from ltat_fast.methods.reat import Reat
 from ltat_fast.methods.robal import Robal
 from ltat_fast.methods.rslad import Rslad
+from ltat_fast.methods.taet import Taet
 from ltat_fast.methods.trades import Trades
 
-_ALL = (Natural, PgdAt, Trades, Mart, Awp, Robal, Reat, AtBsl, Ltat, Ard, Iad, Akd, Rslad, AdaAd, AdaIad, Igd)
+_ALL = (Natural, PgdAt, Trades, Mart, Awp, Robal, Reat, AtBsl, Taet, Ltat, Ard, Iad, Akd, Rslad, AdaAd, AdaIad, Igd)
 METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}
 
 __all__ = ["METHODS", "Method", "MethodContext"]

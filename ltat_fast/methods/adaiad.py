@@ -16,8 +16,8 @@ from typing import ClassVar
 
 from ltat_fast.methods.adaad import AdaAd
 from ltat_fast.methods.base import Noise
-from ltat_fast.methods.distillation import Point
 from ltat_fast.methods.iad import Iad
+from ltat_fast.methods.igdm import Point
 
 
 @dataclass

@@ -55,6 +55,8 @@ class Method:
     wrong, so ``--attack-precision auto`` runs the attack in float32."""
     uses_attack: ClassVar[bool] = True
     """False: the run skips the attack, and ``x_adv`` is ``x``."""
+    attack_begin: ClassVar[float] = 0.0
+    """Share of the epochs that skip the attack: while progress <= attack_begin, ``x_adv`` is ``x``."""
     needs_double_backward: ClassVar[bool] = False
     """True if the loss contains an input gradient of the student. torch.compile and synchronised batch norm cannot
     differentiate that, so the student is not compiled, and the run needs a single process."""

@@ -23,7 +23,8 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from ltat_fast.methods.distillation import Distillation, Point, kl, widen
+from ltat_fast.methods.distillation import Distillation, kl, widen
+from ltat_fast.methods.igdm import Point
 
 
 @dataclass

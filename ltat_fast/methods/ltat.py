@@ -5,6 +5,7 @@ student f on all of the long-tailed data:
 
     L  = BSL(f(x'), y) + kl_weight KL(f_T(x') || f(x')) + alpha_e KL(softmax dT || softmax dS),   x' = PGD on CE
     alpha_e = alpha * epoch / epochs, or alpha with --ramp constant
+    with --kl-prior the KL is KL(f_T(x') || f(x') + tau log n),   n: training images per class
     dS = f(x + d) - f(x - d),   dT = f_T(x + d) - f_T(x - d),   d = x' - x
 
 Sources: Cho, Lee, Kim, "Long-tailed Adversarial Training with Self-Distillation", ICLR 2025. Last term: Lee, Cho, Kim,
@@ -44,6 +45,8 @@ class Ltat(Method):
     """weight of KL(teacher || student), with the student at the adversarial example x'"""
     temperature: float = 1.0
     """temperature of KL(teacher || student)"""
+    kl_prior: bool = False
+    """add the class prior of the balanced softmax to the student's logits in KL(teacher || student) too"""
     kl_target: Literal["adv", "clean"] = "adv"
     """image on which the teacher predicts for KL(teacher || student): adversarial x', or clean x as in ARD"""
     tau: float = 1.0
@@ -55,6 +58,10 @@ class Ltat(Method):
         super().check()
         self._require_positive("temperature")
 
+    def setup(self, context):
+        super().setup(context)
+        self._log_prior = self.tau * context.class_counts.double().clamp(min=1).log()
+
     def loss(self, model, x, x_adv, y, progress):
         use_kl, use_igdm = self.kl_weight > 0, self.alpha > 0
         points = {"adv": x_adv, "minus": 2 * x - x_adv} if use_igdm else {}
@@ -63,12 +70,13 @@ class Ltat(Method):
         teacher = self._teacher_logits(points)
 
         plus, *minus = forward_each(model, *([x_adv, points["minus"]] if use_igdm else [x_adv]))
+        prior_in_logits = use_kl and self.kl_prior
         loss = balanced_softmax_kl(
-            plus,
+            plus + self._log_prior.to(plus) if prior_in_logits else plus,
             y,
             self.context.class_counts,
             teacher[self.kl_target] if use_kl else None,
-            tau=self.tau,
+            tau=0.0 if prior_in_logits else self.tau,
             kl_weight=self.kl_weight,
             temperature=self.temperature,
         )

@@ -2,6 +2,8 @@
 
     L = CE(f(x'), y),   x' = PGD on CE
 
+``--igdm-alpha`` adds indirect gradient matching (:mod:`ltat_fast.methods.igdm`), as in the IGDM paper.
+
 Source: Madry, Makelov, Schmidt, Tsipras, Vladu, "Towards Deep Learning Models Resistant to Adversarial Attacks", ICLR
 2018, eq. 2.1.
 
@@ -13,15 +15,16 @@ from typing import ClassVar
 
 import torch.nn.functional as F
 
-from ltat_fast.methods.base import Method
+from ltat_fast.methods.igdm import WithIgdm
 
 
 @dataclass
-class PgdAt(Method):
+class PgdAt(WithIgdm):
     """min_w  CE(f(x'), y),   x' = PGD on CE."""
 
     name: ClassVar[str] = "pgd-at"
 
     def loss(self, model, x, x_adv, y, progress):
-        loss = F.cross_entropy(model(x_adv).float(), y)
-        return loss, {"ce": loss.detach()}
+        at = self.logits(model, x, x_adv)
+        loss = F.cross_entropy(at.student("adv").float(), y)
+        return self.add_igdm(loss, {"ce": loss.detach()}, at, progress)

@@ -5,6 +5,9 @@
 Source: Zhang, Yu, Jiao, Xing, El Ghaoui, Jordan, "Theoretically Principled Trade-off between Robustness and Accuracy",
 ICML 2019, eq. 5.
 
+``--igdm-alpha`` adds indirect gradient matching (:mod:`ltat_fast.methods.igdm`), as in the IGDM paper. Its attack is
+that of TRADES, which does not see the teacher.
+
 As in the authors' code:
 - The attack starts from Gaussian noise, and its clean prediction is taken in eval mode.
 - The gradient of the loss flows through both arguments of the KL.
@@ -24,12 +27,13 @@ from typing import ClassVar
 
 import torch.nn.functional as F
 
-from ltat_fast.methods.base import Method, Noise
+from ltat_fast.methods.base import Noise
+from ltat_fast.methods.igdm import WithIgdm
 from ltat_fast.ops import balanced_softmax_kl
 
 
 @dataclass
-class Trades(Method):
+class Trades(WithIgdm):
     """min_w  CE(f(x), y) + beta KL(f(x) || f(x')),   x' = PGD on that KL."""
 
     name: ClassVar[str] = "trades"
@@ -48,12 +52,13 @@ class Trades(Method):
         return F.kl_div(logits.log_softmax(1), target, reduction="sum")
 
     def loss(self, model, x, x_adv, y, progress):
-        clean = model(x)
+        at = self.logits(model, x, x_adv)
+        clean = at.student("clean")
         loss = balanced_softmax_kl(clean, y, self.context.class_counts, tau=1.0 if self.balanced else 0.0)
         parts = {"bsl" if self.balanced else "ce": loss.detach()}
         if self.beta > 0:
-            log_p, log_q = clean.log_softmax(1), model(x_adv).log_softmax(1)
+            log_p, log_q = clean.log_softmax(1), at.student("adv").log_softmax(1)
             kl = F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
             loss = loss + self.beta * kl
             parts["kl"] = kl.detach()
-        return loss, parts
+        return self.add_igdm(loss, parts, at, progress)

@@ -11,8 +11,9 @@ from importlib import resources
 from pathlib import Path
 
 from ltat_fast.analysis.sensitivity import on_heldout_images
-from ltat_fast.config import PRESETS, Config
+from ltat_fast.config import AUTHORS_PRESETS, PRESETS, Config
 from ltat_fast.runs import tables
+from ltat_fast.runs.finished import RunConfig
 from ltat_fast.runs.jobs import Job, repetitions
 from ltat_fast.runs.results import CHECKPOINTS, EvalFile, percentages
 
@@ -37,6 +38,13 @@ class Row:
             return [on_heldout_images(job.run_dir) for job in self.jobs if (job.run_dir / self.eval_file).exists()]
         return [EvalFile.load(path) for job in self.jobs if (path := job.run_dir / self.eval_file).exists()]
 
+    @property
+    def name(self) -> str:
+        """The title, and whether its runs used the settings of the method's authors."""
+        configs = [path for job in self.jobs if (path := job.run_dir / "config.json").exists()]
+        authors = any(RunConfig.load(path).has_authors_settings for path in configs)
+        return f"{self.title}, authors' settings" if authors else self.title
+
     def without(self, refused: Sequence[Job]) -> "Row":
         """This row without the runs in ``refused``."""
         return replace(self, jobs=tuple(job for job in self.jobs if job not in refused))
@@ -54,12 +62,14 @@ def plan(
     seeds: Sequence[int] = (),
     extra: Sequence[str] = (),
     images: str = "test",
+    authors: bool = False,
 ) -> Iterator[Row]:
     """The rows of ``table`` with the runs that reproduce them.
 
     folder: where the runs go. dataset: train on this one with its preset; None for the table's own. seeds: one run per
     seed and row; if empty, the seeds that the table lists, or 0. extra: flags that every run gets. images: "test", or
-    "heldout" to measure on held-out training images, on which the best epoch is then selected too.
+    "heldout" to measure on held-out training images, on which the best epoch is then selected too. authors: train with
+    the settings of the method's authors where they are known, in folders of their own.
     """
     several = len(table["experiments"]) > 1
     for experiment in table["experiments"]:
@@ -78,6 +88,8 @@ def plan(
             stem = folder / title.lower().replace(" ", "-")
             if images == "heldout":
                 own_flags += ("--select-on", "heldout", "--eval-attacks", "clean")
+            if authors and (chosen, row["flags"][1]) in AUTHORS_PRESETS:
+                own_flags, stem = (*own_flags, "--settings", "authors"), stem.with_name(f"{stem.name}-authors")
             jobs = repetitions(stem, own_flags, seeds or table.get("seeds", [0]), extra)
             yield Row(title, row["paper"], jobs, own and images == "test", eval_file, images)
 
@@ -90,7 +102,8 @@ def longer(dataset: str) -> tuple[str, str]:
 
 def render(rows: Sequence[Row], notes: Sequence[str]) -> str:
     """The table in Markdown, one line per row and checkpoint. The paper's numbers are in brackets if comparable."""
-    headings = [heading for heading, _, _ in tables.COLUMNS]
+    columns = tables.with_balanced((file for row in rows for file in row.results()), tables.COLUMNS)
+    headings = [heading for heading, _, _ in columns]
     lines = [
         "| method | checkpoint | seeds | " + " | ".join(headings) + " |",
         "|---|---|---|" + "---:|" * len(headings),
@@ -99,11 +112,11 @@ def render(rows: Sequence[Row], notes: Sequence[str]) -> str:
         results = row.results()
         for which in CHECKPOINTS if row.eval_file == "eval.json" else ("last",):
             cells = []
-            for heading, attack, group in tables.COLUMNS:
+            for heading, attack, group in columns:
                 ours = tables.cell(percentages(results, which, attack, group), len(results))
                 theirs = row.paper.get(which, {}).get(heading)
                 cells.append(f"{ours} ({theirs:g})" if row.comparable and theirs is not None else ours)
-            lines.append(f"| {row.title} | {which} | {len(results)} | " + " | ".join(cells) + " |")
+            lines.append(f"| {row.name} | {which} | {len(results)} | " + " | ".join(cells) + " |")
     if any(row.comparable for row in rows):
         known = any(row.paper for row in rows)
         lines += ["", *["In brackets: the paper's numbers."] * known, *(f"Note: {note}." for note in notes)]

@@ -9,7 +9,7 @@ from importlib import metadata
 from ltat_fast.attacks.by_name import AUTOATTACK
 from ltat_fast.reporting.study import Study, attack_name
 from ltat_fast.runs.finished import FinishedRun, exact_fraction
-from ltat_fast.runs.results import CHECKPOINTS
+from ltat_fast.runs.results import BALANCED, CHECKPOINTS
 
 OBJECTIVES = {
     "pgd": "cross-entropy",
@@ -63,8 +63,14 @@ def images_and_selection(study: Study) -> str:
     tail = ", ".join(study.class_names()[c] for c in study.groups["tail"]) if study.groups else "not recorded"
     return (
         f"Percent of {usual} test images{others}. Tail (T-), the rarest tenth of the classes: {tail}. "
-        f"Best epoch: {_selection(study)}."
+        f"{_balanced(study)}Best epoch: {_selection(study)}."
     )
+
+
+def _balanced(study: Study) -> str:
+    has_it = any(BALANCED in result.groups for run in study.runs for result in run.evaluation.every_result())
+    said = "Balanced (B-): mean of the accuracies of the classes, which have different numbers of test images. "
+    return said if has_it else ""
 
 
 def facts(study: Study, test_counts: dict[str, int]) -> list[tuple[str, str]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ltat_fast.attacks.by_name import AUTOATTACK
-from ltat_fast.config import changed_modifiers
+from ltat_fast.config import Config, changed_modifiers
 from ltat_fast.errors import UserError
 from ltat_fast.methods import METHODS
 from ltat_fast.runs.finished import FinishedRun, RunConfig, load_runs
@@ -83,11 +83,15 @@ def experiments(run_dirs: Sequence[Path]) -> list[Experiment]:
 
 
 def label(config: RunConfig) -> str:
-    """The method, those of its options that are not defaults, and its modifiers: "ard igdm_alpha=20.0 + awp 0.005"."""
-    known = METHODS.get(config.method)
-    defaults = dataclasses.asdict(known()) if known else {}
-    changed = [f"{name}={value}" for name, value in config.method_options.items() if defaults.get(name) != value]
-    return " ".join([config.method, *changed]) + modifiers(config)
+    """The method, the origin of its settings if not the paper, its options that are not defaults, and its modifiers.
+
+    For example "ard igdm_alpha=20.0", "reat settings=authors" and "ltat + awp 0.005".
+    """
+    defaults, options = _default_options(config), config.method_options
+    changed = {name: value for name, value in options.items() if defaults.get(name) != value}
+    if config.has_authors_settings:
+        changed = {"settings": "authors"} | changed
+    return " ".join([config.method, *(f"{name}={value}" for name, value in changed.items())]) + modifiers(config)
 
 
 def modifiers(config: RunConfig) -> str:
@@ -95,6 +99,11 @@ def modifiers(config: RunConfig) -> str:
     changed = changed_modifiers(config.settings)
     words = ((name.replace("_", "-"), "" if value is True else f" {value}") for name, value in changed.items())
     return "".join(f" + {name}{value}" for name, value in words)
+
+
+def _default_options(config: RunConfig) -> dict[str, Any]:
+    known = METHODS.get(config.method)
+    return dataclasses.asdict(known()) if known else {}
 
 
 def _told_apart(found: list[Experiment]) -> list[Experiment]:
@@ -113,9 +122,13 @@ def _told_apart(found: list[Experiment]) -> list[Experiment]:
 
 
 def _settings(run: FinishedRun) -> dict[str, Any]:
-    """What repetitions have in common: the settings of the experiment, and the training images."""
-    settings = {name: value for name, value in run.config.settings.items() if name not in NOT_THE_EXPERIMENT}
-    settings |= run.config.method_options
+    """What repetitions have in common: the settings of the experiment, and the training images.
+
+    A run of an earlier version lacks later settings. It trained as their defaults do.
+    """
+    settings = dataclasses.asdict(Config()) | run.config.settings
+    settings = {name: value for name, value in settings.items() if name not in NOT_THE_EXPERIMENT}
+    settings |= _default_options(run.config) | run.config.method_options
     settings["teacher"] = "own" if run.config.teacher is None else "given"
     return settings | {"train_images": run.environment.index_hash}
 

@@ -68,6 +68,11 @@ class RunConfig:
         )
 
     @property
+    def has_authors_settings(self) -> bool:
+        """Whether the run used the settings of the method's authors instead of those of the LTAT paper."""
+        return self.settings.get("settings") == "authors"
+
+    @property
     def ratio_text(self) -> str:
         return "as found" if self.imbalance_ratio is None else f"{self.imbalance_ratio:g}"
 

@@ -15,6 +15,7 @@ from ltat_fast.runs.json_object import JsonObject, is_bool, is_count, is_number,
 
 CHECKPOINTS = ("best", "last")
 CHECKS = "checks"  # the only key that is not the name of an attack
+BALANCED = "balanced"  # the "group" of the balanced accuracy
 ALWAYS_GROUPS = ("head", "medium", "tail")  # groups of classes in every dataset; another numeric field is a group too
 FIELDS = ("all", "per_class", "images", "correct", "chosen", "weights", "eps", "test_set", "attacks")
 
@@ -32,6 +33,15 @@ def unpack(text: str, count: int) -> np.ndarray:
     return np.unpackbits(packed, count=count).astype(bool)
 
 
+def is_balanced(labels: np.ndarray) -> bool:
+    """Whether every class of ``labels`` has the same number of images.
+
+    A difference of one does not count: ``--limit-eval`` cannot take the same number of images from every class.
+    """
+    counts = np.unique(labels, return_counts=True)[1]
+    return len(counts) == 0 or counts.max() - counts.min() <= 1
+
+
 @dataclass(frozen=True)
 class Identity:
     """What a result depends on besides the attack: checksum of the weights, eps, fingerprint of the test set."""
@@ -46,7 +56,8 @@ class Result:
     """Accuracy of one set of weights under one attack.
 
     all, groups and per_class are the percentages of images still classified correctly: of all images, of each group of
-    classes and of each class; None where there is no image. Results of earlier versions lack some of the other fields.
+    classes and of each class; None where there is no image. If the classes have different numbers of images, the group
+    :data:`BALANCED` is the mean of per_class. Results of earlier versions lack some of the other fields.
     """
 
     all: float | None
@@ -85,10 +96,14 @@ class Result:
         def percent(among: np.ndarray) -> float | None:
             return float(100 * correct[among].mean()) if among.any() else None
 
+        per_class = tuple(percent(labels == c) for c in range(num_classes))
+        by_group = {name: percent(np.isin(labels, classes)) for name, classes in groups.items()}
+        if not is_balanced(labels):
+            by_group[BALANCED] = float(np.mean([accuracy for accuracy in per_class if accuracy is not None]))
         return cls(
             all=percent(np.ones_like(correct)),
-            groups={name: percent(np.isin(labels, classes)) for name, classes in groups.items()},
-            per_class=tuple(percent(labels == c) for c in range(num_classes)),
+            groups=by_group,
+            per_class=per_class,
             images=len(correct),
             correct=pack(correct),
             chosen=None if chosen is None else pack(chosen),

@@ -1,7 +1,7 @@
 """The paper's table of finished runs: Clean, PGD, AA, T-Clean and T-PGD of best and last, mean and std over seeds."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -12,7 +12,7 @@ from rich.table import Table
 
 from ltat_fast.runs.experiments import Experiment, comparable_worst, experiments
 from ltat_fast.runs.finished import RunConfig
-from ltat_fast.runs.results import CHECKPOINTS, CheckpointResults
+from ltat_fast.runs.results import BALANCED, CHECKPOINTS, CheckpointResults, EvalFile
 
 # heading, attack, group of classes
 COLUMNS = [
@@ -22,6 +22,8 @@ COLUMNS = [
     ("T-Clean", "clean", "tail"),
     ("T-PGD", "pgd20", "tail"),
 ]
+# Shown if a run has them: means of the accuracies of the classes, on a test set whose classes differ in size.
+BALANCED_COLUMNS = [("B-Clean", "clean", BALANCED), ("B-PGD", "pgd20", BALANCED)]
 # Shown if a run has them: images that are classified correctly under every attack.
 WORST_COLUMNS = [("Worst", "worst", "all"), ("T-Worst", "worst", "tail")]
 NUMBERS_FROM = 6  # the columns before this one name the experiment
@@ -40,15 +42,21 @@ class Row:
 
 
 def columns(found: Sequence[Experiment]) -> list[tuple[str, str, str]]:
-    """The paper's columns, and those of the worst case if it is comparable.
+    """The paper's columns, those of the balanced accuracy if a run has it, and those of a comparable worst case.
 
-    It is comparable if some run has it on as many images as the other attacks, and all runs that have it combined the
-    same attacks at each checkpoint.
+    The worst case is comparable if some run has it on as many images as the other attacks, and all runs that have it
+    combined the same attacks at each checkpoint.
     """
     runs = [run for experiment in found for run in experiment.runs]
     evaluated = [run.evaluation.of(which) for run in runs for which in CHECKPOINTS]
     has_worst = any(map(_has_worst_of_all, evaluated)) and all(comparable_worst(runs, which) for which in CHECKPOINTS)
-    return COLUMNS + WORST_COLUMNS if has_worst else COLUMNS
+    return with_balanced((run.evaluation for run in runs), COLUMNS) + (WORST_COLUMNS if has_worst else [])
+
+
+def with_balanced(files: Iterable[EvalFile], columns: list[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
+    """Return ``columns``, with those of the balanced accuracy if one of ``files`` has it."""
+    has_balanced = any(BALANCED in result.groups for file in files for result in file.every_result())
+    return columns + BALANCED_COLUMNS if has_balanced else columns
 
 
 def _has_worst_of_all(evaluated: CheckpointResults) -> bool:
@@ -109,10 +117,11 @@ def render(run_dirs: Sequence[Path]) -> str:
 
 
 def note(found: Sequence[Experiment]) -> str:
-    """The number of test images, and how the best checkpoint was selected."""
+    """The number of test images, what the columns mean, and how the best checkpoint was selected."""
     images = sorted(set().union(*(row.images for row in rows(found))))
     heldout = {experiment.config.select_on for experiment in found} == {"heldout"}
-    return f"Percent of {' or '.join(map(str, images)) or 'the'} test images; tail: see eval.json. " + (
+    balanced = " B-: mean of the accuracies of the classes." if BALANCED_COLUMNS[0] in columns(found) else ""
+    return f"Percent of {' or '.join(map(str, images)) or 'the'} test images; tail: see eval.json.{balanced} " + (
         "Best epoch by PGD-20 on held-out training images."
         if heldout
         else "Best epoch by PGD-20 on the test set, as in the published tables: optimistic; compare last too."

@@ -15,11 +15,17 @@ class CaptureError(RuntimeError):
     """
 
 
-def capture(work: Callable[[], None], generator: torch.Generator, stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
+def capture(
+    work: Callable[[], None],
+    generator: torch.Generator,
+    stream: torch.cuda.Stream,
+    pool: tuple[int, int] | None = None,
+) -> torch.cuda.CUDAGraph:
     """Return a graph that repeats ``work()`` when it is replayed.
 
     work: must have run before, so that nothing is compiled or allocated for the first time. generator: the random
     generator that ``work`` draws from; a replay continues its stream. stream: side stream to capture on.
+    pool: memory of an earlier graph to use again, from its ``pool()``; new memory if None.
     Raises CaptureError.
     """
     before = torch.cuda.current_stream()
@@ -27,7 +33,7 @@ def capture(work: Callable[[], None], generator: torch.Generator, stream: torch.
     graph.register_generator_state(generator)
     with _no_garbage_collection():
         try:
-            with torch.cuda.graph(graph, stream=stream):
+            with torch.cuda.graph(graph, pool=pool, stream=stream):
                 work()
         except Exception as error:
             torch.cuda.set_stream(before)  # torch.cuda.graph restores the stream only after a successful capture

@@ -96,7 +96,7 @@ class _Fit:
         stop: StopOnSignal,
         seconds_per_image: float,
     ):
-        """seconds_per_image: time per image of a step at the rate of a large matrix product on one device."""
+        """seconds_per_image: time per image of a step of the last epoch, at the rate of a large matrix product."""
         self.stage, self.step, self.progress, self.record, self.stop = stage, step, progress, record, stop
         self.seconds_per_image = seconds_per_image
         self.check_batch = next(stage.loader.batches(0))
@@ -155,7 +155,8 @@ class _Fit:
         entry["seconds"] = round(seconds, 3)
         images_per_second = steps * stage.loader.batch_size / seconds
         entry["images_per_second"] = round(images_per_second, 1)
-        entry["share_of_ceiling"] = round(images_per_second * self.seconds_per_image / self.world.size, 4)
+        if self.step.attacks_at(epoch / stage.epochs) == self.step.attacks_at(1.0):  # the step that was measured
+            entry["share_of_ceiling"] = round(images_per_second * self.seconds_per_image / self.world.size, 4)
 
         if stage.modifiers.ema:
             stage.modifiers.ema.copy_buffers(stage.model)

@@ -6,7 +6,8 @@ A step never waits for the device. The learning rate, the progress of the run an
 - eager: operator by operator;
 - step: the attack step (forward, input gradient, projection) and the student's forward and backward pass are compiled
   by ``torch.compile``;
-- graph: the whole compiled step is captured once as a CUDA graph and replayed.
+- graph: the whole compiled step is captured once as a CUDA graph and replayed. A method that begins without attack has
+  a second graph for those steps.
 """
 
 import contextlib
@@ -169,7 +170,9 @@ class TrainStep:
         self._refresh = self.frozen.refresh
         if levers.compiled_refresh and self.device.type == "cuda":
             self._refresh = compile_(self._refresh)
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._attacks = method.uses_attack
+        # One graph for steps with the attack and, if the method has steps without it, one for those.
+        self._graphs: dict[bool, torch.cuda.CUDAGraph] = {}
 
     def __call__(self, x: Tensor, y: Tensor, *, lr: float, progress: float, seed: int, **strengths: float) -> None:
         """Train on one batch.
@@ -181,19 +184,24 @@ class TrainStep:
         self.progress.fill_(progress)
         self.modifiers.fill(**strengths)
         self.generator.manual_seed(seed)
+        self._attacks = self.attacks_at(progress)
         if self.backend != "graph":
             self._run(x, y)
             return
-        if self._graph is None:
+        if not self._graphs:
             self._capture(x, y)
             self.generator.manual_seed(seed)
         self._x.copy_(x)
         self._y.copy_(y)
-        self._graph.replay()
+        self._graphs[self._attacks].replay()
+
+    def attacks_at(self, progress: float) -> bool:
+        """Return whether a step at ``progress`` runs the attack."""
+        return self.method.uses_attack and progress > self.method.attack_begin
 
     def _run(self, x: Tensor, y: Tensor) -> None:
         self._refresh()
-        x_adv = self.perturb(x, y)
+        x_adv = self.perturb(x, y) if self._attacks else x
         self.model.train()
         with self._perturbed_weights(x, x_adv, y):
             self.optimizer.zero_grad(set_to_none=True)
@@ -212,7 +220,10 @@ class TrainStep:
         return self.modifiers.awp.perturbed(self.model, lambda: self.loss(x, x_adv, y)[0], state)
 
     def perturb(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the adversarial examples of a step, for the weights of the last :meth:`FrozenTwin.refresh`."""
+        """Return the adversarial examples of a step, for the weights of the last :meth:`FrozenTwin.refresh`.
+
+        They are those of an epoch with the attack, if the method has also epochs without it.
+        """
         if not self.method.uses_attack:
             return x
         with torch.no_grad():
@@ -259,19 +270,27 @@ class TrainStep:
             self.sums.setdefault(name, torch.zeros_like(self.count)).fill_(totals.get(name, 0.0))
 
     def _capture(self, x: Tensor, y: Tensor) -> None:
-        """Capture the step as a CUDA graph. The warm-up steps train, so the weights are restored afterwards."""
+        """Capture the step as CUDA graphs. The warm-up steps train, so the weights are restored afterwards."""
         self._x, self._y = x.clone(memory_format=torch.preserve_format), y.clone()
-        restore = self.snapshot()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        try:
-            with torch.cuda.stream(stream):
-                for _ in range(WARM_UP_STEPS):
-                    self._run(self._x, self._y)
-        finally:  # wait for the side stream before anyone restores the weights
-            torch.cuda.current_stream().wait_stream(stream)
-        self.optimizer.zero_grad(set_to_none=True)
-        self._graph = capture(lambda: self._run(self._x, self._y), self.generator, stream)
+        restore, asked = self.snapshot(), self._attacks
+        attacks = [self.attacks_at(1.0)]
+        if attacks[0] and self.method.attack_begin > 0:
+            attacks.append(False)
+        pool = None
+        for self._attacks in attacks:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            try:
+                with torch.cuda.stream(stream):
+                    for _ in range(WARM_UP_STEPS):
+                        self._run(self._x, self._y)
+            finally:  # wait for the side stream before anyone restores the weights
+                torch.cuda.current_stream().wait_stream(stream)
+            self.optimizer.zero_grad(set_to_none=True)
+            graph = capture(lambda: self._run(self._x, self._y), self.generator, stream, pool)
+            # A replay leaves nothing behind in the memory of its graph that a later replay needs.
+            self._graphs[self._attacks], pool = graph, graph.pool()
+        self._attacks = asked
         restore()
 
     def trial(self, x: Tensor, y: Tensor, seed: int = 0) -> tuple[Tensor, float]:

@@ -43,6 +43,7 @@ VALID = {
     "momentum": share,
     "weight_decay": positive,
     "gamma": positive,
+    "settings": st.just("paper"),
     "teacher": st.none(),
     "eps": fraction,
     "step_size": fraction,

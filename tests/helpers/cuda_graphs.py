@@ -18,6 +18,9 @@ class Graph:
     def register_generator_state(self, generator: torch.Generator) -> None:
         pass
 
+    def pool(self) -> tuple[int, int]:
+        return 0, 1
+
 
 @contextlib.contextmanager
 def fake_cuda_graphs(patch: pytest.MonkeyPatch, end_fails: bool = False) -> Iterator[list[Stream]]:
@@ -28,7 +31,7 @@ def fake_cuda_graphs(patch: pytest.MonkeyPatch, end_fails: bool = False) -> Iter
     streams = [Stream()]
 
     @contextlib.contextmanager
-    def graph(_: Graph, stream: Stream) -> Iterator[None]:
+    def graph(_: Graph, pool: tuple[int, int] | None, stream: Stream) -> Iterator[None]:
         streams.append(stream)
         try:
             yield

@@ -45,8 +45,12 @@ class Float64Distillation(Float64Method):
         return super().descend(x, x_adv, y, lr, epoch)
 
 
-def assert_equals_the_formula(method: type[Method], reference: type[Float64Distillation], options: dict) -> None:
-    assert_three_steps_equal(method(**options), lambda net: reference(net, options), teacher=teacher_classifier())
+def assert_equals_the_formula(
+    method: type[Method], reference: type[Float64Distillation], options: dict, tolerance: float = 1e-8
+) -> None:
+    assert_three_steps_equal(
+        method(**options), lambda net: reference(net, options), tolerance, teacher=teacher_classifier()
+    )
 
 
 def softened(z: torch.Tensor, temperature: float) -> torch.Tensor:

@@ -66,7 +66,8 @@ class Float64Training:
             temperature = options.get("temperature", 1.0)
             with torch.no_grad():
                 target = self.teacher(x) if options.get("kl_target") == "clean" else t
-            loss = loss + options["kl_weight"] * kl(target / temperature, z / temperature)
+            prior = options.get("tau", 1.0) * torch.tensor(COUNTS).log() if options.get("kl_prior") else 0.0
+            loss = loss + options["kl_weight"] * kl(target / temperature, (z + prior) / temperature)
         if options["alpha"]:
             ramp = epoch / EPOCHS if options.get("ramp", "linear") == "linear" else 1.0
             loss = loss + options["alpha"] * ramp * kl(t - t_minus, z - self.net(x_minus))
@@ -96,6 +97,8 @@ class Float64Training:
         ("ltat", {"alpha": 5.0, "kl_weight": 1.3}),
         ("ltat", {"alpha": 0.0, "kl_weight": 1.3, "kl_target": "clean"}),
         ("ltat", {"alpha": 5.0, "kl_weight": 1.3, "kl_target": "clean", "noise": "gaussian"}),
+        ("ltat", {"alpha": 0.0, "kl_weight": 1.3, "kl_prior": True}),
+        ("ltat", {"alpha": 5.0, "kl_weight": 0.7, "kl_prior": True, "tau": 0.5, "temperature": 2.0}),
         ("ltat", {"alpha": 0.0}),
     ],
     ids=lambda value: value if isinstance(value, str) else ",".join(f"{k}={v}" for k, v in value.items()) or "default",
@@ -141,7 +144,7 @@ def test_three_steps_equal_the_formulas(name, options):
     [("pgd-at", "uniform", "none"), ("at-bsl", "gaussian", "none"), ("ltat", "uniform", "balanced")],
 )
 def test_start_noise_and_teacher(name, noise, teacher):
-    assert (METHODS[name].noise, METHODS[name].teacher) == (noise, teacher)
+    assert (METHODS[name].noise, METHODS[name]().teacher) == (noise, teacher)
 
 
 def test_the_attack_does_not_know_the_class_prior():

@@ -1,4 +1,4 @@
-"""AWP, REAT and all modifiers in two processes: perturbation, counts and average are those of all images."""
+"""AWP, REAT, TAET and all modifiers in two processes: what they measure is measured over all images."""
 
 import pytest
 import torch

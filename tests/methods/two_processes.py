@@ -11,6 +11,7 @@ from ltat_fast.methods import MethodContext, modifiers
 from ltat_fast.methods.at_bsl import AtBsl
 from ltat_fast.methods.pgd_at import PgdAt
 from ltat_fast.methods.reat import Reat
+from ltat_fast.methods.taet import Taet
 from ltat_fast.models.sync_batch_norm import synchronise_batch_norm
 from ltat_fast.training import distributed
 from ltat_fast.training.step import TrainStep, make_optimizer, trained_state
@@ -19,6 +20,7 @@ from ltat_fast.training.step import TrainStep, make_optimizer, trained_state
 CASES = {
     "awp": (PgdAt, {"awp": 0.3}),
     "reat": (lambda: Reat(tail_weight=0.0), {}),
+    "taet": (Taet, {}),
     "modifiers": (AtBsl, {"awp": 0.3, "ema": 0.7, "eps_balance": 0.4}),
 }
 

@@ -78,3 +78,13 @@ def test_facts_name_version_selection_and_tail(tmp_path):
 )
 def test_commands_are_shown_without_absolute_paths(line, told):
     assert protocol.command(line) == told
+
+
+def test_the_note_explains_the_balanced_accuracy_where_it_is_shown(tmp_path):
+    runs = [made_runs.write_run(tmp_path / name, method=method) for name, method in (("a", "ltat"), ("b", "pgd-at"))]
+    assert "Balanced" not in protocol.images_and_selection(study_of(*runs))
+    results = made_runs.read(runs[1] / "eval.json")
+    results["last"]["clean"]["balanced"] = 61.25
+    made_runs.write(runs[1] / "eval.json", results)
+    note = protocol.images_and_selection(study_of(*runs))
+    assert "Balanced (B-): mean of the accuracies of the classes, which have different numbers of test images." in note

@@ -40,11 +40,24 @@ def test_equal_labels_get_the_settings_that_differ(tmp_path):
     assert labels(two, four, elsewhere)[2] == "ltat"
     given = write_known_run(tmp_path / "given", epochs=4, teacher="runs/t")
     assert labels(four, given) == ["ltat teacher=own", "ltat teacher=given"]
-    config = json.loads((four / "config.json").read_text())
-    older = write_known_run(tmp_path / "older", epochs=4)
-    del config["augment"], config["method_options"]["tau"]
+
+
+def test_a_run_of_an_earlier_version_has_the_defaults_of_later_settings(tmp_path):
+    now = write_known_run(tmp_path / "now")
+    older = write_known_run(tmp_path / "older", seed=1)
+    config = json.loads((older / "config.json").read_text())
+    del config["settings"], config["method_options"]["kl_prior"]
     (older / "config.json").write_text(json.dumps(config))
-    assert labels(four, older) == ["ltat augment=none tau=1.0", "ltat"]
+    assert labels(now, older) == ["ltat"]
+    other = write_known_run(tmp_path / "other", augment="randaugment")
+    assert labels(other, older) == ["ltat augment=randaugment", "ltat augment=none"]
+
+
+def test_the_settings_of_the_authors_are_in_the_label(tmp_path):
+    known = {"method": "reat", "dataset": "cifar10-lt"}
+    runs = [write_known_run(tmp_path / s, settings=s, **known) for s in ("paper", "authors")]
+    assert labels(*runs) == ["reat", "reat settings=authors"]
+    assert "reat settings=authors" in tables.render(runs[1:])
 
 
 def test_modifiers_are_part_of_the_label(tmp_path):

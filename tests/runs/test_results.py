@@ -1,6 +1,7 @@
 """eval.json as typed objects: accuracies against NumPy, what is written and read again, and what is refused."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from helpers.made_runs import write
 from ltat_fast.errors import UserError
+from ltat_fast.runs.json_object import JsonObject
 from ltat_fast.runs.results import CheckpointResults, EvalFile, Result, pack, percentages, unpack
 
 GROUPS = {"head": [0, 1], "medium": [2], "tail": [3], "nobody": [4]}
@@ -40,6 +42,34 @@ def test_accuracies_by_group_and_class():
     assert made.attacked(57).all()
 
 
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        ([0, 0, 0, 0, 1, 1], (100 * 3 / 4 + 50) / 2),
+        ([0, 0, 0, 0, 0, 3], (60 + 100) / 2),  # the others have no image
+        ([0, 0, 0, 1, 1, 1], None),
+        ([0, 0, 1, 1, 2, 3], None),
+        ([1, 1, 1, 1, 1, 1], None),
+    ],
+)
+def test_balanced_accuracy_is_the_mean_of_the_classes_where_they_differ_in_size(labels, expected):
+    correct = torch.tensor([True, True, True, False, False, True])
+    made = Result.from_correct(correct, torch.tensor(labels), GROUPS, 5)
+    assert made.percent("balanced") == (None if expected is None else pytest.approx(expected))
+    assert ("balanced" in made.to_json()) == (expected is not None)
+    content = made.to_json() | {"weights": "a", "eps": "0.1", "test_set": "b"}
+    again = EvalFile.from_json(JsonObject(Path("eval.json"), {"last": {"clean": content}}))
+    assert again.result("last", "clean").percent("balanced") == made.percent("balanced")
+
+
+def test_balanced_accuracy_of_equal_classes_would_be_the_accuracy():
+    labels = torch.arange(60) % 4
+    correct = torch.rand(60, generator=torch.Generator().manual_seed(0)) < 0.6
+    made = Result.from_correct(correct, labels, {}, 4)
+    assert "balanced" not in made.groups
+    assert np.mean(made.per_class) == pytest.approx(made.all)
+
+
 @pytest.mark.parametrize("count", [0, 1, 8, 15, 1000])
 def test_which_images_were_correct_fits_in_hexadecimal(count):
     bits = np.random.RandomState(0).rand(count) < 0.4
@@ -53,7 +83,7 @@ def test_which_images_were_correct_fits_in_hexadecimal(count):
 
 def test_the_names_in_the_file_stand_in_their_order():
     """Scripts of other people read the file."""
-    names = ["all", "head", "medium", "tail", "nobody", "per_class", "images", "correct"]
+    names = ["all", "head", "medium", "tail", "nobody", "balanced", "per_class", "images", "correct"]
     made, *_ = result(20)
     assert list(made.to_json()) == names
     limited, *_ = result(20, chosen=np.arange(30) < 20)

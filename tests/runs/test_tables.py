@@ -102,6 +102,22 @@ def test_the_worst_case_has_columns_only_if_it_covers_all_images(tmp_path):
     assert "12.25" in tables.render(runs)
 
 
+def test_the_balanced_accuracy_has_columns_only_if_a_run_has_it(tmp_path):
+    runs = [write_known_run(tmp_path / "a"), write_known_run(tmp_path / "b", method="at-bsl")]
+    assert "B-Clean" not in tables.render(runs)
+    results = json.loads((runs[1] / "eval.json").read_text())
+    for attack, percent in (("clean", 61.25), ("pgd20", 33.5)):
+        results["last"][attack]["balanced"] = percent
+    (runs[1] / "eval.json").write_text(json.dumps(results))
+    *_, last = rows(runs)
+    assert (last.values["B-Clean"], last.values["B-PGD"]) == ([61.25], [33.5])
+    headings, lines = tables.cells(experiments(runs))
+    assert headings[-2:] == ["B-Clean", "B-PGD"]
+    assert [line[-2:] for line in lines] == [["-", "-"]] * 3 + [["61.25", "33.50"]]
+    assert "B-: mean of the accuracies of the classes." in tables.render(runs)
+    assert "B-:" not in tables.render(runs[:1])
+
+
 def add_worst(run, attacks, which=("best", "last"), **entry):
     results = json.loads((run / "eval.json").read_text())
     for name in which:

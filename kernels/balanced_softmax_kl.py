@@ -1,8 +1,9 @@
 """Balanced softmax cross-entropy plus distillation on the GPU: logits s, teacher t, labels y, class counts n.
 
     z      = s + tau * log n
-    loss_i = [logsumexp(z) - z_y] + kl_weight * KL(softmax(t / T) || softmax(s / T))
-    d loss_i / ds = softmax(z) - onehot(y) + kl_weight / T * (softmax(s / T) - softmax(t / T))
+    u_c    = (1 - e) [c = y] + e / K         smoothed label: K classes are not excluded and share e, e = 0 is onehot(y)
+    loss_i = [logsumexp(z) - sum_c u_c z_c] + kl_weight * KL(softmax(t / T) || softmax(s / T))
+    d loss_i / ds = softmax(z) - u + kl_weight / T * (softmax(s / T) - softmax(t / T))
 
 Forward: one pass over the rows with an online softmax (one iteration if a row fits a tile). It also saves the maximum
 and the log-sum of each softmax per row. Backward: one elementwise pass that recomputes the gradient from these.
@@ -51,6 +52,17 @@ def _log_prior(counts_ptr, classes, mask, tau):
 
 
 @triton.jit
+def _share(counts_ptr, tau, label_smoothing, C: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return label_smoothing / K, the share of each class that is not excluded in a smoothed label."""
+    number = 0.0
+    for start in range(0, C, COLUMNS):
+        classes = start + tl.arange(0, COLUMNS)
+        prior = _log_prior(counts_ptr, classes, classes < C, tau)
+        number += tl.sum(tl.where((classes < C) & (prior > -float("inf")), 1.0, 0.0), axis=0)
+    return label_smoothing / number
+
+
+@triton.jit
 def _forward_kernel(
     logits_ptr,  # [B, C] student
     labels_ptr,  # [B] int64
@@ -61,6 +73,7 @@ def _forward_kernel(
     tau,
     kl_weight,
     inv_temperature,
+    label_smoothing,  # unused without SMOOTH
     B,
     # constexpr, because C is constant in a training run. So C = 100 or 1000 gets 16-byte loads too. As a run-time
     # argument, only a multiple of 16 would get them.
@@ -68,6 +81,7 @@ def _forward_kernel(
     LOGITS_STRIDE: tl.constexpr,
     TEACHER_STRIDE: tl.constexpr,
     HAS_TEACHER: tl.constexpr,
+    SMOOTH: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -87,13 +101,22 @@ def _forward_kernel(
     t_sum = tl.zeros([ROWS], tl.float32)
     # sum_c e^a (a - b) with a = (t_c - t_max) / T and b = (s_c - s_max) / T: an offset of the logits cancels.
     cross = tl.zeros([ROWS], tl.float32)
+    # number of the classes so far that share a smoothed label, and sum of their z_c - z_max
+    shared = 0.0
+    shared_sum = tl.zeros([ROWS], tl.float32)
     for start in range(0, C, COLUMNS):
         classes = start + tl.arange(0, COLUMNS)
         mask = row_mask[:, None] & (classes < C)[None, :]
         s_ptrs = logits_ptr + rows[:, None] * LOGITS_STRIDE + classes[None, :]
         s = tl.load(s_ptrs, mask=mask, other=-float("inf")).to(tl.float32)
-        z = s + _log_prior(counts_ptr, classes, classes < C, tau)[None, :]
+        prior = _log_prior(counts_ptr, classes, classes < C, tau)
+        z = s + prior[None, :]
         new_max = tl.maximum(z_max, tl.max(z, axis=1))
+        if SMOOTH:
+            shares = (classes < C) & (prior > -float("inf"))
+            shared_sum -= tl.where(shared > 0, shared * (new_max - z_max), 0.0)
+            shared_sum += tl.sum(tl.where(shares[None, :], z - new_max[:, None], 0.0), axis=1)
+            shared += tl.sum(tl.where(shares, 1.0, 0.0), axis=0)
         z_sum = z_sum * tl.exp(z_max - new_max) + tl.sum(tl.exp(z - new_max[:, None]), axis=1)
         z_max = new_max
         if HAS_TEACHER:
@@ -120,7 +143,11 @@ def _forward_kernel(
     z_label += _log_prior(counts_ptr, label, row_mask & label_ok, tau)
     # A label out of range makes the loss of the row NaN and, through the saved statistics, its gradient too.
     z_log_sum = tl.where(label_ok, tl.log(z_sum), float("nan"))
-    loss = z_log_sum - (z_label - z_max)
+    if SMOOTH:
+        e = tl.cast(label_smoothing, tl.float32)
+        loss = z_log_sum - (1 - e) * (z_label - z_max) - e / shared * shared_sum
+    else:
+        loss = z_log_sum - (z_label - z_max)
     tl.store(stats_ptr + rows, z_max, mask=row_mask)
     tl.store(stats_ptr + B + rows, z_log_sum, mask=row_mask)
     if HAS_TEACHER:
@@ -145,6 +172,7 @@ def _backward_kernel(
     tau,
     kl_weight,
     inv_temperature,
+    label_smoothing,  # unused without SMOOTH
     scale,  # 1 / B for the mean, else 1
     B,
     C: tl.constexpr,
@@ -153,6 +181,7 @@ def _backward_kernel(
     TEACHER_STRIDE: tl.constexpr,
     GRAD_LOGITS_STRIDE: tl.constexpr,
     HAS_TEACHER: tl.constexpr,
+    SMOOTH: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -168,8 +197,16 @@ def _backward_kernel(
 
     s_ptrs = logits_ptr + rows[:, None] * LOGITS_STRIDE + classes[None, :]
     s = tl.load(s_ptrs, mask=mask, other=-float("inf")).to(tl.float32)
-    z = s + _log_prior(counts_ptr, classes, classes < C, tau)[None, :]
-    grad = tl.exp(z - z_max[:, None] - z_log_sum[:, None]) - tl.where(classes[None, :] == label[:, None], 1.0, 0.0)
+    prior = _log_prior(counts_ptr, classes, classes < C, tau)
+    z = s + prior[None, :]
+    grad = tl.exp(z - z_max[:, None] - z_log_sum[:, None])
+    if SMOOTH:
+        e = tl.cast(label_smoothing, tl.float32)
+        share = _share(counts_ptr, tau, e, C, COLUMNS)
+        grad -= tl.where(classes[None, :] == label[:, None], 1 - e, 0.0)
+        grad -= tl.where(prior > -float("inf"), share, 0.0)[None, :]
+    else:
+        grad -= tl.where(classes[None, :] == label[:, None], 1.0, 0.0)
     if HAS_TEACHER:
         s_max = tl.load(stats_ptr + 2 * B + rows, mask=row_mask, other=0.0)
         s_log_sum = tl.load(stats_ptr + 3 * B + rows, mask=row_mask, other=0.0)
@@ -194,6 +231,7 @@ def launch_forward(
     tau: float,
     kl_weight: float,
     temperature: float,
+    label_smoothing: float,
     reduction: str,
 ) -> None:
     """Write the loss (fp32, shape () for "mean" and "sum", (B,) for "none") and the statistics for the backward."""
@@ -211,8 +249,9 @@ def launch_forward(
         if B > 0:
             _forward_kernel[(triton.cdiv(B, rows),)](
                 logits, labels, class_counts, teacher, row_loss, stats,
-                float(tau), float(kl_weight), 1 / temperature, B,
-                C, logits.stride(0), teacher.stride(0), teacher_logits is not None, rows, columns, num_warps=warps,
+                float(tau), float(kl_weight), 1 / temperature, float(label_smoothing), B,
+                C, logits.stride(0), teacher.stride(0), teacher_logits is not None, label_smoothing > 0,
+                rows, columns, num_warps=warps,
             )  # fmt: skip
         if reduction != "none":
             (torch.mean if reduction == "mean" else torch.sum)(row_loss, dim=0, out=loss)
@@ -229,6 +268,7 @@ def launch_backward(
     tau: float,
     kl_weight: float,
     temperature: float,
+    label_smoothing: float,
     reduction: str,
 ) -> None:
     """Write the gradient of the logits. ``grad_loss`` is fp32 of shape (), or (B,) with any stride for "none"."""
@@ -243,8 +283,9 @@ def launch_backward(
     with torch.cuda.device_of(logits):
         _backward_kernel[(triton.cdiv(B, rows), triton.cdiv(C, columns))](
             grad_loss, logits, labels, class_counts, teacher, stats, grad_logits,
-            float(tau), float(kl_weight), 1 / temperature, 1 / B if reduction == "mean" else 1.0, B,
+            float(tau), float(kl_weight), 1 / temperature, float(label_smoothing),
+            1 / B if reduction == "mean" else 1.0, B,
             C, grad_loss.stride(0) if reduction == "none" else 0,
             logits.stride(0), teacher.stride(0), grad_logits.stride(0),
-            teacher_logits is not None, rows, columns, num_warps=warps,
+            teacher_logits is not None, label_smoothing > 0, rows, columns, num_warps=warps,
         )  # fmt: skip

@@ -95,6 +95,14 @@ class TrainingSettings:
 
 
 @dataclass(frozen=True)
+class ModifierSettings:
+    """Additions to any method."""
+
+    label_smoothing: float = 0.0
+    """share of each label that the loss spreads evenly over all classes; the attack keeps hard labels"""
+
+
+@dataclass(frozen=True)
 class AttackSettings:
     """Threat model and training attack."""
 
@@ -158,6 +166,7 @@ GROUPS: dict[str, type] = {
     "data": DataSettings,
     "network": NetworkSettings,
     "training": TrainingSettings,
+    "modifiers": ModifierSettings,
     "attack": AttackSettings,
     "evaluation": EvaluationSettings,
     "run": RunSettings,
@@ -166,7 +175,9 @@ GROUPS: dict[str, type] = {
 
 # dataclasses collects the fields of the base classes from the last base to the first.
 @dataclass(frozen=True)
-class Config(RunSettings, EvaluationSettings, AttackSettings, TrainingSettings, NetworkSettings, DataSettings):
+class Config(
+    RunSettings, EvaluationSettings, AttackSettings, ModifierSettings, TrainingSettings, NetworkSettings, DataSettings
+):
     """All settings of one run, except the options of its method."""
 
     @property
@@ -250,6 +261,10 @@ def validate(config: Config, method: Method) -> None:
         raise UserError(f"--momentum must be at least 0 and below 1, not {config.momentum:g}")
     if not 0 <= config.weight_decay < math.inf:
         raise UserError(f"--weight-decay must be 0 or more, not {config.weight_decay:g}")
+    if not 0 <= config.label_smoothing < 1:
+        raise UserError(f"--label-smoothing must be at least 0 and below 1, not {config.label_smoothing:g}")
+    if config.label_smoothing > 0 and not method.smooths_labels:
+        raise UserError(f"--label-smoothing: the loss of --method {method.name} with these options has no label term")
     if not 0 < config.heldout < 1:
         raise UserError(f"--heldout must be a share between 0 and 1, not {config.heldout:g}")
     if config.image_size and config.dataset != "imagefolder-lt":

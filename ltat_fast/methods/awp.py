@@ -39,6 +39,7 @@ class Awp(Method):
     """min_w max_d  L(w + d),   ||d_l|| <= gamma ||w_l||,   L of PGD-AT or TRADES."""
 
     name: ClassVar[str] = "awp"
+    smooths_labels: ClassVar[bool] = True
 
     awp_base: Literal["pgd-at", "trades"] = "pgd-at"
     """base method, whose attack and loss are used"""

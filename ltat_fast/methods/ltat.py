@@ -35,6 +35,7 @@ class Ltat(Method):
 
     name: ClassVar[str] = "ltat"
     teacher: ClassVar[TeacherKind] = "balanced"
+    smooths_labels: ClassVar[bool] = True
 
     alpha: float = 20.0
     """weight alpha of indirect gradient matching (IGDM)"""
@@ -71,6 +72,7 @@ class Ltat(Method):
             tau=self.tau,
             kl_weight=self.kl_weight,
             temperature=self.temperature,
+            label_smoothing=self.context.label_smoothing,
         )
         parts = {"bsl_kl" if use_kl else "bsl": loss.detach()}
         if use_igdm:

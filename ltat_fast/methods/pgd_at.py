@@ -21,7 +21,8 @@ class PgdAt(Method):
     """min_w  CE(f(x'), y),   x' = PGD on CE."""
 
     name: ClassVar[str] = "pgd-at"
+    smooths_labels: ClassVar[bool] = True
 
     def loss(self, model, x, x_adv, y, progress):
-        loss = F.cross_entropy(model(x_adv).float(), y)
+        loss = F.cross_entropy(model(x_adv).float(), y, label_smoothing=self.context.label_smoothing)
         return loss, {"ce": loss.detach()}

@@ -35,6 +35,7 @@ class Trades(Method):
     name: ClassVar[str] = "trades"
     noise: ClassVar[Noise] = "gaussian"
     needs_fp32_attack: ClassVar[bool] = True
+    smooths_labels: ClassVar[bool] = True
 
     beta: float = 6.0
     """weight beta of the KL between clean and adversarial prediction"""
@@ -49,7 +50,8 @@ class Trades(Method):
 
     def loss(self, model, x, x_adv, y, progress):
         clean = model(x)
-        loss = balanced_softmax_kl(clean, y, self.context.class_counts, tau=1.0 if self.balanced else 0.0)
+        options = {"tau": 1.0 if self.balanced else 0.0, "label_smoothing": self.context.label_smoothing}
+        loss = balanced_softmax_kl(clean, y, self.context.class_counts, **options)
         parts = {"bsl" if self.balanced else "ce": loss.detach()}
         if self.beta > 0:
             log_p, log_q = clean.log_softmax(1), model(x_adv).log_softmax(1)

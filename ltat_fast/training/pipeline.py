@@ -56,17 +56,19 @@ def train(config: Config, method: Method, hardware: Hardware) -> None:
 
     if isinstance(teacher, Stage):
         teacher = train_teacher(teacher, splits, hardware)
-    setup_method(method, splits, teacher, hardware)
+    setup_method(method, splits, teacher, hardware, config.label_smoothing)
     fit(student, hardware)
     evaluate_run(config, splits, hardware)
     if distributed.current().is_main:
         log.say(tables.render([run_dir]))
 
 
-def setup_method(method: Method, splits: Splits, teacher: nn.Module | None, hardware: Hardware) -> None:
-    """Give ``method`` the class counts of the training images and the frozen twin of its teacher."""
+def setup_method(
+    method: Method, splits: Splits, teacher: nn.Module | None, hardware: Hardware, label_smoothing: float = 0.0
+) -> None:
+    """Give ``method`` the class counts of the training images, the frozen twin of its teacher and the smoothing."""
     twin = None if teacher is None else frozen_twin(teacher, hardware)
-    method.setup(MethodContext(class_counts=counts_tensor(splits, hardware.device), teacher=twin))
+    method.setup(MethodContext(counts_tensor(splits, hardware.device), twin, label_smoothing))
 
 
 def teacher_or_stage(config: Config, kind: str, splits: Splits, hardware: Hardware) -> nn.Module | Stage:

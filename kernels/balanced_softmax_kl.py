@@ -28,15 +28,16 @@ import triton.language as tl
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
 
-def tile(num_classes: int) -> tuple[int, int, int]:
+def tile(num_classes: int, smooth: bool = False) -> tuple[int, int, int]:
     """Return (rows, columns, warps) of a program: several short rows, one row, or one row in several pieces.
 
     At most 16 elements per thread: enough 16-byte loads are in flight, and two tensors with their exponentials fit
-    into registers.
+    into registers. Smoothed labels also need the class prior, so their tile of 4096 columns has 8 elements per thread.
     """
     columns = min(triton.next_power_of_2(num_classes), 4096)
     rows = min(max(1024 // columns, 1), 32)
-    return rows, columns, 8 if columns == 4096 else 4
+    warps = 4 if columns < 4096 else 16 if smooth else 8
+    return rows, columns, warps
 
 
 def stats_rows(teacher_logits: torch.Tensor | None) -> int:
@@ -101,9 +102,13 @@ def _forward_kernel(
     t_sum = tl.zeros([ROWS], tl.float32)
     # sum_c e^a (a - b) with a = (t_c - t_max) / T and b = (s_c - s_max) / T: an offset of the logits cancels.
     cross = tl.zeros([ROWS], tl.float32)
-    # number of the classes so far that share a smoothed label, and sum of their z_c - z_max
-    shared = 0.0
-    shared_sum = tl.zeros([ROWS], tl.float32)
+    if SMOOTH:
+        # sum of z_c - anchor over the classes that share the label; the anchor keeps the digits of large logits
+        anchor = tl.load(logits_ptr + rows * LOGITS_STRIDE + label, mask=row_mask & label_ok, other=0.0).to(tl.float32)
+        anchor = tl.where(anchor == -float("inf"), 0.0, anchor)
+        shared_sum = tl.zeros([ROWS], tl.float32)
+        e = tl.cast(label_smoothing, tl.float32)
+        share = _share(counts_ptr, tau, e, C, COLUMNS)
     for start in range(0, C, COLUMNS):
         classes = start + tl.arange(0, COLUMNS)
         mask = row_mask[:, None] & (classes < C)[None, :]
@@ -111,12 +116,10 @@ def _forward_kernel(
         s = tl.load(s_ptrs, mask=mask, other=-float("inf")).to(tl.float32)
         prior = _log_prior(counts_ptr, classes, classes < C, tau)
         z = s + prior[None, :]
-        new_max = tl.maximum(z_max, tl.max(z, axis=1))
         if SMOOTH:
             shares = (classes < C) & (prior > -float("inf"))
-            shared_sum -= tl.where(shared > 0, shared * (new_max - z_max), 0.0)
-            shared_sum += tl.sum(tl.where(shares[None, :], z - new_max[:, None], 0.0), axis=1)
-            shared += tl.sum(tl.where(shares, 1.0, 0.0), axis=0)
+            shared_sum += tl.sum(tl.where(shares[None, :], z - anchor[:, None], 0.0), axis=1)
+        new_max = tl.maximum(z_max, tl.max(z, axis=1))
         z_sum = z_sum * tl.exp(z_max - new_max) + tl.sum(tl.exp(z - new_max[:, None]), axis=1)
         z_max = new_max
         if HAS_TEACHER:
@@ -144,8 +147,7 @@ def _forward_kernel(
     # A label out of range makes the loss of the row NaN and, through the saved statistics, its gradient too.
     z_log_sum = tl.where(label_ok, tl.log(z_sum), float("nan"))
     if SMOOTH:
-        e = tl.cast(label_smoothing, tl.float32)
-        loss = z_log_sum - (1 - e) * (z_label - z_max) - e / shared * shared_sum
+        loss = z_log_sum - (1 - e) * (z_label - z_max) - (share * shared_sum + e * (anchor - z_max))
     else:
         loss = z_log_sum - (z_label - z_max)
     tl.store(stats_ptr + rows, z_max, mask=row_mask)
@@ -194,6 +196,9 @@ def _backward_kernel(
     upstream = tl.load(grad_loss_ptr + rows * GRAD_LOSS_STRIDE, mask=row_mask, other=0.0)
     z_max = tl.load(stats_ptr + rows, mask=row_mask, other=0.0)
     z_log_sum = tl.load(stats_ptr + B + rows, mask=row_mask, other=0.0)
+    if SMOOTH:
+        e = tl.cast(label_smoothing, tl.float32)
+        share = _share(counts_ptr, tau, e, C, COLUMNS)
 
     s_ptrs = logits_ptr + rows[:, None] * LOGITS_STRIDE + classes[None, :]
     s = tl.load(s_ptrs, mask=mask, other=-float("inf")).to(tl.float32)
@@ -201,8 +206,6 @@ def _backward_kernel(
     z = s + prior[None, :]
     grad = tl.exp(z - z_max[:, None] - z_log_sum[:, None])
     if SMOOTH:
-        e = tl.cast(label_smoothing, tl.float32)
-        share = _share(counts_ptr, tau, e, C, COLUMNS)
         grad -= tl.where(classes[None, :] == label[:, None], 1 - e, 0.0)
         grad -= tl.where(prior > -float("inf"), share, 0.0)[None, :]
     else:
@@ -242,7 +245,7 @@ def launch_forward(
     assert teacher_logits is None or teacher_logits.stride(1) == 1 or C == 1
     assert stats.shape == (stats_rows(teacher_logits), B)
     assert stats.is_contiguous()
-    rows, columns, warps = tile(C)
+    rows, columns, warps = tile(C, label_smoothing > 0)
     teacher = logits if teacher_logits is None else teacher_logits
     with torch.cuda.device_of(logits):
         row_loss = loss if reduction == "none" else torch.empty(B, dtype=torch.float32, device=logits.device)
@@ -278,7 +281,7 @@ def launch_backward(
     assert grad_logits.stride(1) == 1 or C == 1
     if B == 0:
         return
-    rows, columns, warps = tile(C)
+    rows, columns, warps = tile(C, label_smoothing > 0)
     teacher = logits if teacher_logits is None else teacher_logits
     with torch.cuda.device_of(logits):
         _backward_kernel[(triton.cdiv(B, rows), triton.cdiv(C, columns))](

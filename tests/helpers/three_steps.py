@@ -53,9 +53,11 @@ def toy_classifier(method: Method, seed: int = 0) -> nn.Module:
     return net.double()
 
 
-def train_step(method: Method, net: nn.Module, lr: float = 1.0, teacher: nn.Module | None = None) -> TrainStep:
+def train_step(
+    method: Method, net: nn.Module, lr: float = 1.0, teacher: nn.Module | None = None, label_smoothing: float = 0.0
+) -> TrainStep:
     frozen_teacher = None if teacher is None else frozen_twin(teacher, HARDWARE)
-    method.setup(MethodContext(torch.tensor(COUNTS), frozen_teacher))
+    method.setup(MethodContext(torch.tensor(COUNTS), frozen_teacher, label_smoothing))
     attack = AttackConfig(EPS, STEP_SIZE, ATTACK_STEPS, method.noise)
     return TrainStep(net, method, make_optimizer(net, lr, MOMENTUM, WEIGHT_DECAY), attack, HARDWARE)
 
@@ -125,6 +127,7 @@ def assert_three_steps_equal(
     reference_of: Callable[[nn.Module], Float64Method],
     tolerance: float = 1e-8,
     teacher: nn.Module | None = None,
+    label_smoothing: float = 0.0,
 ) -> None:
     """Assert equal adversarial examples, losses, weights and batch norm statistics in three steps.
 
@@ -133,7 +136,7 @@ def assert_three_steps_equal(
     """
     net = toy_classifier(method, seed=1)
     reference = reference_of(net)
-    step = train_step(method, net, teacher=teacher)
+    step = train_step(method, net, teacher=teacher, label_smoothing=label_smoothing)
     for epoch in range(3):
         x, y = batch(epoch)
         start = pgd_init(x, EPS, method.noise, generator=torch.Generator().manual_seed(50 + epoch))

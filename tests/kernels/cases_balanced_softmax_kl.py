@@ -4,6 +4,7 @@ test_interpret.py runs them.
 """
 
 import importlib
+import itertools
 import os
 
 import pytest
@@ -139,7 +140,7 @@ def test_label_smoothing(shape, tau, distilled):
 
 def test_label_smoothing_over_many_pieces(monkeypatch):
     """The running maximum rises with every piece, or only with the first one. Some pieces hold no class that shares."""
-    monkeypatch.setattr(kernels, "tile", lambda C: (4, 16, 4))
+    monkeypatch.setattr(kernels, "tile", lambda *_: (4, 16, 4))
     s, y, counts, _ = case(3, 401)
     counts[:40] = counts[200:230] = 0
     y[:] = 60
@@ -176,7 +177,7 @@ def test_hyper_parameters(tau, kl_weight, temperature):
 @pytest.mark.parametrize("columns", [16, 64, 256])
 def test_online_softmax_over_many_pieces(monkeypatch, columns):
     """Split rows into 26, 7 and 2 pieces. The running maximum rises with every piece, or only with the first one."""
-    monkeypatch.setattr(kernels, "tile", lambda C: (4, columns, 4))
+    monkeypatch.setattr(kernels, "tile", lambda *_: (4, columns, 4))
     s, y, counts, t = case(3, 401)
     rise = torch.linspace(0, 60, 401, device=DEVICE)
     check(s, y, counts, t)
@@ -205,7 +206,7 @@ def test_extreme_logits(C):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_masked_logits(dtype, monkeypatch):
     """Mask the same classes of student and teacher, among them the first pieces, and some of the teacher alone."""
-    monkeypatch.setattr(kernels, "tile", lambda C: (4, 16, 4))
+    monkeypatch.setattr(kernels, "tile", lambda *_: (4, 16, 4))
     s, y, counts, t = case(6, 100, dtype)
     y[:] = 60
     s[:, :40] = t[:, :40] = -INF
@@ -311,8 +312,8 @@ def test_empty_batch(reduction):
 
 
 def test_tiles_are_powers_of_two_with_at_most_16_elements_per_thread():
-    for C in range(2, 12000):
-        rows, columns, warps = kernels.tile(C)
+    for C, smooth in itertools.product(range(2, 12000), (False, True)):
+        rows, columns, warps = kernels.tile(C, smooth)
         assert rows & (rows - 1) == columns & (columns - 1) == 0
         assert min(C, 4096) <= columns < 2 * C
         assert rows * columns <= 16 * 32 * warps

@@ -180,14 +180,18 @@ LOSS_CASES = [
     for distilled in (False, True)
     for capability in CAPABILITIES
 ]
-LOSS_CASES += [(shape, torch.bfloat16, True, 0.1, 90) for shape in [(128, 10), (1024, 1000), (16, 10000)]]
+LOSS_CASES += [
+    (shape, dtype, True, 0.1, 90)
+    for shape in [(128, 10), (128, 100), (1024, 1000), (16, 2000), (16, 10000)]
+    for dtype in (torch.float32, torch.bfloat16)
+]
 
 
 @pytest.mark.parametrize(("shape", "dtype", "distilled", "smoothing", "capability"), LOSS_CASES, ids=str)
 def test_loss(monkeypatch, tmp_path, shape, dtype, distilled, smoothing, capability):
     settings = (1.0, 0.5, 2.0, smoothing, "mean")
     forward, backward = loss_launches(monkeypatch, *shape, dtype, distilled, settings)
-    rows, columns, warps = balanced_softmax_kl.tile(shape[1])
+    rows, columns, warps = balanced_softmax_kl.tile(shape[1], smoothing > 0)
     for (kernel, args, options), stores in ((forward, 0), (backward, 1)):
         code = Code(kernel, args, capability, **options)
         check_lean(code, tmp_path)

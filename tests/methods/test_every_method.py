@@ -22,6 +22,7 @@ VARIANTS = [
     ("awp", "--awp-base", "trades", "--awp-from", "1"),
     ("mart", "--balanced"),
     ("reat", "--tail-form", "pairwise"),
+    ("ltat", "--label-smoothing", "0.1"),
 ]
 
 

@@ -23,7 +23,7 @@ BATCH, CLASSES = 32, 10
 CASES = {**METHODS, "awp with trades": lambda: Awp(awp_base="trades")}
 
 
-def operators_of_a_step(method: Method) -> list[tuple]:
+def operators_of_a_step(method: Method, label_smoothing: float = 0.0) -> list[tuple]:
     """(operator, arguments, result) of each operator of one step on fake tensors, in order."""
     with fake_device() as fake:
         hardware = Hardware(fake.device, torch.bfloat16, "test")
@@ -34,7 +34,7 @@ def operators_of_a_step(method: Method) -> list[tuple]:
             return model.to(fake.device, memory_format=torch.channels_last)
 
         model, teacher = network(method), network(PgdAt())
-        method.setup(MethodContext(counts.to(fake.device), frozen_twin(teacher, hardware)))
+        method.setup(MethodContext(counts.to(fake.device), frozen_twin(teacher, hardware), label_smoothing))
         attack = AttackConfig(0.1, 0.025, 2, method.noise)
         step = TrainStep(model, method, make_optimizer(model, 0.1, 0.9, 5e-4), attack, hardware)
         x = torch.rand(BATCH, 1, 8, 8).to(fake.device, memory_format=torch.channels_last)
@@ -63,6 +63,11 @@ def test_a_step_never_reads_the_device_and_never_leaves_it(name):
     operators = operators_of_a_step(CASES[name]())
     assert sum(len(tensors(arguments)) > 0 for _, arguments, _ in operators) > 100, "the step did not run"
     assert departures(operators) == []
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case().smooths_labels])
+def test_neither_does_a_step_with_smoothed_labels(name):
+    assert departures(operators_of_a_step(CASES[name](), label_smoothing=0.1)) == []
 
 
 def test_a_read_is_found():

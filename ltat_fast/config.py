@@ -54,6 +54,8 @@ class NetworkSettings:
 
     arch: Annotated[str, _choices(ARCHS)] = "smallresnet"
     """network of teacher and student"""
+    activation: Literal["relu", "silu"] = "relu"
+    """activation function of that network"""
     teacher: str | None = None
     """use this teacher instead of training one: a finished run (RUN is its student, RUN/teacher its teacher), a
     .safetensors file, torchvision:NAME[@FILE], timm:NAME[@FILE] or module:PACKAGE.MODULE:NAME (docs/teachers.md)"""

@@ -297,6 +297,7 @@ def test_the_same_flags_again_differ_in_nothing(tmp_path):
         (["--epochs", "9", "--seed", "1"], ["epochs (40 -> 9)", "seed (0 -> 1)"]),
         (["--tau", "7"], ["tau (1.0 -> 7.0)"]),
         (["--label-smoothing", "0.1"], ["label_smoothing (0.0 -> 0.1)"]),
+        (["--activation", "silu"], ["activation (relu -> silu)"]),
         (["--method", "pgd-at"], ["method (ltat -> pgd-at)"]),
         (["--dataset", "cifar10-lt"], ["dataset (digits-lt -> cifar10-lt)"]),
         (["--teacher", "x"], ["teacher (None -> x)"]),

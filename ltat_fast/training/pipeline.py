@@ -39,7 +39,7 @@ def train(config: Config, method: Method, hardware: Hardware) -> None:
     if method.needs_double_backward and distributed.current().size > 1:
         raise UserError(f"--method {method.name} with these options needs a double backward: use a single process")
     if config.teacher is not None:
-        teachers.find(config.teacher, config.arch)  # report a wrong --teacher before any long work
+        teachers.find(config.teacher, config.arch, config.activation)  # report a wrong --teacher before any long work
     with distributed.main_first():  # the main process decodes the images, the others read its cache
         splits = load_splits(config, hardware.device)
     # Build both stages before anything is written, so that an error until then leaves no incomplete run behind.
@@ -79,7 +79,7 @@ def teacher_or_stage(config: Config, kind: str, splits: Splits, hardware: Hardwa
     if config.teacher is not None:
         log.say(f"teacher: {config.teacher}")
         with distributed.main_first():  # the main process may download it
-            return teachers.load(config.teacher, config.arch, splits, hardware)
+            return teachers.load(config.teacher, config.arch, splits, hardware, config.activation)
     method = METHODS["natural" if kind == "natural" else "pgd-at"]()
     setup_method(method, splits, None, hardware)
     indices = balanced_indices(config, splits) if kind == "balanced" else None
@@ -148,6 +148,6 @@ def _stage(
     )
     # Teacher and student have different seeds, so that they do not start from the same weights.
     seed = seeding.stream_seed(config.seed, name, "weights")
-    model = new_model(config.arch, splits, hardware.device, seed, method)
+    model = new_model(config.arch, splits, hardware.device, seed, method, config.activation)
     card = functools.partial(weights_card, config, splits, method)
     return Stage(name, config, model, method, loader, card)

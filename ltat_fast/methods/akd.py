@@ -45,6 +45,9 @@ class Akd(Distillation):
         if m == 1:
             loss = kl(target, logits).mean()
         else:  # one fused call computes both terms; tau 0 is plain cross-entropy
-            options = {"tau": 0.0, "kl_weight": m / (1 - m), "label_smoothing": self.context.label_smoothing}
-            loss = (1 - m) * balanced_softmax_kl(logits, y, self.context.class_counts, target, **options)
+            counts, smoothing = self.context.class_counts, self.context.label_smoothing
+            weight = m / (1 - m)
+            loss = (1 - m) * balanced_softmax_kl(
+                logits, y, counts, target, tau=0.0, kl_weight=weight, label_smoothing=smoothing
+            )
         return loss, {"ce_kl": loss.detach()}

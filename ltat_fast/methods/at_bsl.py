@@ -32,6 +32,6 @@ class AtBsl(Method):
     """strength tau of the class prior in the balanced softmax"""
 
     def loss(self, model, x, x_adv, y, progress):
-        options = {"tau": self.tau, "label_smoothing": self.context.label_smoothing}
-        loss = balanced_softmax_kl(model(x_adv), y, self.context.class_counts, **options)
+        counts, smoothing = self.context.class_counts, self.context.label_smoothing
+        loss = balanced_softmax_kl(model(x_adv), y, counts, tau=self.tau, label_smoothing=smoothing)
         return loss, {"bsl": loss.detach()}

@@ -53,9 +53,9 @@ class Mart(Method):
         strongest = log_b.masked_fill(is_label, -math.inf).argmax(1)
         is_strongest = F.one_hot(strongest, adv.shape[1]).bool()
         label_log_b = log_b.gather(1, y[:, None])[:, 0]
-        if self.context.label_smoothing > 0:
-            options = {"tau": 1.0 if self.balanced else 0.0, "label_smoothing": self.context.label_smoothing}
-            label_log_b = -balanced_softmax_kl(adv, y, self.context.class_counts, reduction="none", **options)
+        if (smoothing := self.context.label_smoothing) > 0:
+            counts, tau = self.context.class_counts, 1.0 if self.balanced else 0.0
+            label_log_b = -balanced_softmax_kl(adv, y, counts, tau=tau, label_smoothing=smoothing, reduction="none")
         boosted = -(label_log_b + (1e-4 + 1e-12 + _sum_of_others(log_b, is_strongest)).log()).mean()
 
         kl = F.kl_div((log_q.exp() + 1e-12).log(), log_p, reduction="none", log_target=True).sum(1)

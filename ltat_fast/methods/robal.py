@@ -124,8 +124,8 @@ class Robal(Method):
     def loss(self, model, x, x_adv, y, progress):
         clean, adv = model(x), model(x_adv)
         u = self.scale * (adv - self._margin_of_label[y])
-        options = {"tau": self.numbers.tau_b, "label_smoothing": self.context.label_smoothing}
-        margin_loss = balanced_softmax_kl(u, y, self.context.class_counts, **options)
+        counts, smoothing = self.context.class_counts, self.context.label_smoothing
+        margin_loss = balanced_softmax_kl(u, y, counts, tau=self.numbers.tau_b, label_smoothing=smoothing)
         kl = F.kl_div(adv.log_softmax(1), clean.log_softmax(1), reduction="batchmean", log_target=True)
         parts = {"margin_loss": margin_loss.detach(), "kl": kl.detach()}
         return margin_loss + self.numbers.beta * kl, parts

@@ -50,8 +50,9 @@ class Trades(Method):
 
     def loss(self, model, x, x_adv, y, progress):
         clean = model(x)
-        options = {"tau": 1.0 if self.balanced else 0.0, "label_smoothing": self.context.label_smoothing}
-        loss = balanced_softmax_kl(clean, y, self.context.class_counts, **options)
+        counts, smoothing = self.context.class_counts, self.context.label_smoothing
+        tau = 1.0 if self.balanced else 0.0
+        loss = balanced_softmax_kl(clean, y, counts, tau=tau, label_smoothing=smoothing)
         parts = {"bsl" if self.balanced else "ce": loss.detach()}
         if self.beta > 0:
             log_p, log_q = clean.log_softmax(1), model(x_adv).log_softmax(1)

@@ -105,6 +105,10 @@ def operator_calls() -> Iterator[Call]:
             inputs = (z[0], labels, counts, *(z[1:2] if taught else ()))
             name = f"balanced_softmax_kl {kind}{' with teacher' if taught else ''}"
             yield Call(name, balanced_softmax_kl, balanced_softmax_kl_ref, inputs, gradients=1)
+            smoothed = (
+                functools.partial(f, label_smoothing=0.1) for f in (balanced_softmax_kl, balanced_softmax_kl_ref)
+            )
+            yield Call(f"{name}, smoothed labels", *smoothed, inputs, gradients=1)
         for divergence in ("kl", "l1", "l2"):
             ours, reference = (functools.partial(f, divergence=divergence) for f in (igdm_loss, igdm_loss_ref))
             yield Call(f"igdm_loss {kind} {divergence}", ours, reference, z, gradients=2)

@@ -26,7 +26,7 @@ std::vector<W> log_prior(const Tensor& class_counts, double tau) {
 template <typename Run>
 void with_args(const Tensor& logits, const Tensor& labels, const Tensor& class_counts,
                const std::optional<Tensor>& teacher_logits, const Tensor& stats, double tau, double kl_weight,
-               double temperature, const Run& run) {
+               double temperature, double label_smoothing, const Run& run) {
   const int64_t rows = logits.size(0), classes = logits.size(1);
   TORCH_CHECK_VALUE(labels.dim() == 1 && labels.size(0) == rows, "labels must have shape (", rows, ",), got ",
                     labels.sizes());
@@ -35,6 +35,8 @@ void with_args(const Tensor& logits, const Tensor& labels, const Tensor& class_c
   TORCH_CHECK_VALUE(labels.is_cpu() && class_counts.is_cpu() && stats.is_cpu(), "all tensors must be on the CPU");
   TORCH_CHECK_TYPE(labels.scalar_type() == at::kLong, "labels must be int64, got ", labels.scalar_type());
   TORCH_CHECK_VALUE(temperature > 0, "temperature must be positive, got ", temperature);
+  TORCH_CHECK_VALUE(0 <= label_smoothing && label_smoothing < 1, "label_smoothing must be in [0, 1), got ",
+                    label_smoothing);
   TORCH_CHECK_VALUE(stats.is_contiguous() && stats.dim() == 2 && stats.size(0) == (teacher_logits ? 6 : 2) &&
                         stats.size(1) == rows && stats.scalar_type() == work_type(logits),
                     "stats must be the second result of the forward");
@@ -60,9 +62,11 @@ void with_args(const Tensor& logits, const Tensor& labels, const Tensor& class_c
   args.teacher_stride = t.stride(0);
   args.kl_weight = kl_weight;
   args.temperature = temperature;
+  args.label_smoothing = label_smoothing;
   args.dtype = dtype_of(z);
   const auto with_prior = [&](auto prior) {
     args.log_prior = prior.data();
+    args.smoothed_classes = std::count_if(prior.begin(), prior.end(), [](auto p) { return p > -INFINITY; });
     run(args);
   };
   args.dtype == Dtype::f64 ? with_prior(log_prior<double>(class_counts, tau))
@@ -72,46 +76,50 @@ void with_args(const Tensor& logits, const Tensor& labels, const Tensor& class_c
 std::tuple<Tensor, Tensor> balanced_softmax_kl_cpu(const Tensor& logits, const Tensor& labels,
                                                    const Tensor& class_counts,
                                                    const std::optional<Tensor>& teacher_logits, double tau,
-                                                   double kl_weight, double temperature, std::string_view reduction) {
+                                                   double kl_weight, double temperature, double label_smoothing,
+                                                   std::string_view reduction) {
   TORCH_CHECK_VALUE(logits.dim() == 2, "logits must have shape (B, C), got ", logits.sizes());
   const Reduction reduce_to = reduction_of(reduction);
   const auto options = logits.options().dtype(work_type(logits));
   const int64_t rows = logits.size(0);
   const auto kernel = LTAT_KERNEL(balanced_softmax_kl_forward);
   const Tensor loss = at::empty({rows}, options), stats = at::empty({teacher_logits ? 6 : 2, rows}, options);
-  with_args(logits, labels, class_counts, teacher_logits, stats, tau, kl_weight, temperature, [&](auto& args) {
+  const auto run = [&](auto& args) {
     args.loss = loss.mutable_data_ptr();
     parallel(rows, row_grain(args.classes), [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
-  });
+  };
+  with_args(logits, labels, class_counts, teacher_logits, stats, tau, kl_weight, temperature, label_smoothing, run);
   return {reduce(loss, reduce_to), stats};
 }
 
 Tensor balanced_softmax_kl_backward_cpu(const Tensor& grad_loss, const Tensor& logits, const Tensor& labels,
                                         const Tensor& class_counts, const std::optional<Tensor>& teacher_logits,
                                         const Tensor& stats, double tau, double kl_weight, double temperature,
-                                        std::string_view reduction) {
+                                        double label_smoothing, std::string_view reduction) {
   TORCH_CHECK_VALUE(logits.dim() == 2, "logits must have shape (B, C), got ", logits.sizes());
   const Tensor grad = grad_loss.to(work_type(logits));
   const Tensor grad_logits = at::empty(logits.sizes(), logits.options());
   const auto kernel = LTAT_KERNEL(balanced_softmax_kl_backward);
-  with_args(logits, labels, class_counts, teacher_logits, stats, tau, kl_weight, temperature, [&](auto& args) {
+  const auto run = [&](auto& args) {
     args.grad_loss = grad_of(grad, args.rows, reduction_of(reduction));
     args.grad_logits = grad_logits.mutable_data_ptr();
     parallel(args.rows, row_grain(args.classes), [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
-  });
+  };
+  with_args(logits, labels, class_counts, teacher_logits, stats, tau, kl_weight, temperature, label_smoothing, run);
   return grad_logits;
 }
 
 struct BalancedSoftmaxKlNode : torch::autograd::Function<BalancedSoftmaxKlNode> {
   static variable_list forward(AutogradContext* ctx, const Tensor& logits, const Tensor& labels,
                                const Tensor& class_counts, const std::optional<Tensor>& teacher_logits, double tau,
-                               double kl_weight, double temperature, std::string_view reduction) {
+                               double kl_weight, double temperature, double label_smoothing,
+                               std::string_view reduction) {
     static const auto op = find_op("ltat::balanced_softmax_kl", &balanced_softmax_kl_cpu);
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     const auto [loss, stats] =
-        op.call(logits, labels, class_counts, teacher_logits, tau, kl_weight, temperature, reduction);
+        op.call(logits, labels, class_counts, teacher_logits, tau, kl_weight, temperature, label_smoothing, reduction);
     ctx->save_for_backward({logits, labels, class_counts, teacher_logits.value_or(Tensor()), stats});
-    ctx->saved_data["scalars"] = std::vector<double>{tau, kl_weight, temperature};
+    ctx->saved_data["scalars"] = std::vector<double>{tau, kl_weight, temperature, label_smoothing};
     ctx->saved_data["reduction"] = std::string(reduction);
     ctx->mark_non_differentiable({stats});
     return {loss, stats};
@@ -122,9 +130,9 @@ struct BalancedSoftmaxKlNode : torch::autograd::Function<BalancedSoftmaxKlNode> 
     const variable_list saved = ctx->get_saved_variables();
     const std::optional<Tensor> teacher = saved[3].defined() ? std::optional(saved[3]) : std::nullopt;
     const std::vector<double> scalars = ctx->saved_data["scalars"].toDoubleVector();
-    variable_list result(8);
+    variable_list result(9);
     result[0] = call_backward(op, grads[0], saved[0], saved[1], saved[2], teacher, saved[4], scalars[0], scalars[1],
-                              scalars[2], ctx->saved_data["reduction"].toStringView());
+                              scalars[2], scalars[3], ctx->saved_data["reduction"].toStringView());
     return result;
   }
 };
@@ -132,10 +140,10 @@ struct BalancedSoftmaxKlNode : torch::autograd::Function<BalancedSoftmaxKlNode> 
 std::tuple<Tensor, Tensor> balanced_softmax_kl_autograd(const Tensor& logits, const Tensor& labels,
                                                         const Tensor& class_counts,
                                                         const std::optional<Tensor>& teacher_logits, double tau,
-                                                        double kl_weight, double temperature,
+                                                        double kl_weight, double temperature, double label_smoothing,
                                                         std::string_view reduction) {
   const variable_list out = BalancedSoftmaxKlNode::apply(logits, labels, class_counts, teacher_logits, tau, kl_weight,
-                                                         temperature, reduction);
+                                                         temperature, label_smoothing, reduction);
   return {out[0], out[1]};
 }
 

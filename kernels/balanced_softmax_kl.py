@@ -1,8 +1,9 @@
 """Balanced softmax cross-entropy plus distillation on the GPU: logits s, teacher t, labels y, class counts n.
 
     z      = s + tau * log n
-    loss_i = [logsumexp(z) - z_y] + kl_weight * KL(softmax(t / T) || softmax(s / T))
-    d loss_i / ds = softmax(z) - onehot(y) + kl_weight / T * (softmax(s / T) - softmax(t / T))
+    u_c    = (1 - e) [c = y] + e / K         smoothed label: K classes are not excluded and share e, e = 0 is onehot(y)
+    loss_i = [logsumexp(z) - sum_c u_c z_c] + kl_weight * KL(softmax(t / T) || softmax(s / T))
+    d loss_i / ds = softmax(z) - u + kl_weight / T * (softmax(s / T) - softmax(t / T))
 
 Forward: one pass over the rows with an online softmax (one iteration if a row fits a tile). It also saves the maximum
 and the log-sum of each softmax per row. Backward: one elementwise pass that recomputes the gradient from these.
@@ -27,15 +28,16 @@ import triton.language as tl
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
 
-def tile(num_classes: int) -> tuple[int, int, int]:
+def tile(num_classes: int, smooth: bool = False) -> tuple[int, int, int]:
     """Return (rows, columns, warps) of a program: several short rows, one row, or one row in several pieces.
 
     At most 16 elements per thread: enough 16-byte loads are in flight, and two tensors with their exponentials fit
-    into registers.
+    into registers. Smoothed labels also need the class prior, so their tile of 4096 columns has 8 elements per thread.
     """
     columns = min(triton.next_power_of_2(num_classes), 4096)
     rows = min(max(1024 // columns, 1), 32)
-    return rows, columns, 8 if columns == 4096 else 4
+    warps = 4 if columns < 4096 else 16 if smooth else 8
+    return rows, columns, warps
 
 
 def stats_rows(teacher_logits: torch.Tensor | None) -> int:
@@ -51,6 +53,17 @@ def _log_prior(counts_ptr, classes, mask, tau):
 
 
 @triton.jit
+def _share(counts_ptr, tau, label_smoothing, C: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return label_smoothing / K, the share of each class that is not excluded in a smoothed label."""
+    number = 0.0
+    for start in range(0, C, COLUMNS):
+        classes = start + tl.arange(0, COLUMNS)
+        prior = _log_prior(counts_ptr, classes, classes < C, tau)
+        number += tl.sum(tl.where((classes < C) & (prior > -float("inf")), 1.0, 0.0), axis=0)
+    return label_smoothing / number
+
+
+@triton.jit
 def _forward_kernel(
     logits_ptr,  # [B, C] student
     labels_ptr,  # [B] int64
@@ -61,6 +74,7 @@ def _forward_kernel(
     tau,
     kl_weight,
     inv_temperature,
+    label_smoothing,  # unused without SMOOTH
     B,
     # constexpr, because C is constant in a training run. So C = 100 or 1000 gets 16-byte loads too. As a run-time
     # argument, only a multiple of 16 would get them.
@@ -68,6 +82,7 @@ def _forward_kernel(
     LOGITS_STRIDE: tl.constexpr,
     TEACHER_STRIDE: tl.constexpr,
     HAS_TEACHER: tl.constexpr,
+    SMOOTH: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -87,12 +102,23 @@ def _forward_kernel(
     t_sum = tl.zeros([ROWS], tl.float32)
     # sum_c e^a (a - b) with a = (t_c - t_max) / T and b = (s_c - s_max) / T: an offset of the logits cancels.
     cross = tl.zeros([ROWS], tl.float32)
+    if SMOOTH:
+        # sum of z_c - anchor over the classes that share the label; the anchor keeps the digits of large logits
+        anchor = tl.load(logits_ptr + rows * LOGITS_STRIDE + label, mask=row_mask & label_ok, other=0.0).to(tl.float32)
+        anchor = tl.where(anchor == -float("inf"), 0.0, anchor)
+        shared_sum = tl.zeros([ROWS], tl.float32)
+        e = tl.cast(label_smoothing, tl.float32)
+        share = _share(counts_ptr, tau, e, C, COLUMNS)
     for start in range(0, C, COLUMNS):
         classes = start + tl.arange(0, COLUMNS)
         mask = row_mask[:, None] & (classes < C)[None, :]
         s_ptrs = logits_ptr + rows[:, None] * LOGITS_STRIDE + classes[None, :]
         s = tl.load(s_ptrs, mask=mask, other=-float("inf")).to(tl.float32)
-        z = s + _log_prior(counts_ptr, classes, classes < C, tau)[None, :]
+        prior = _log_prior(counts_ptr, classes, classes < C, tau)
+        z = s + prior[None, :]
+        if SMOOTH:
+            shares = (classes < C) & (prior > -float("inf"))
+            shared_sum += tl.sum(tl.where(shares[None, :], z - anchor[:, None], 0.0), axis=1)
         new_max = tl.maximum(z_max, tl.max(z, axis=1))
         z_sum = z_sum * tl.exp(z_max - new_max) + tl.sum(tl.exp(z - new_max[:, None]), axis=1)
         z_max = new_max
@@ -120,7 +146,10 @@ def _forward_kernel(
     z_label += _log_prior(counts_ptr, label, row_mask & label_ok, tau)
     # A label out of range makes the loss of the row NaN and, through the saved statistics, its gradient too.
     z_log_sum = tl.where(label_ok, tl.log(z_sum), float("nan"))
-    loss = z_log_sum - (z_label - z_max)
+    if SMOOTH:
+        loss = z_log_sum - (1 - e) * (z_label - z_max) - (share * shared_sum + e * (anchor - z_max))
+    else:
+        loss = z_log_sum - (z_label - z_max)
     tl.store(stats_ptr + rows, z_max, mask=row_mask)
     tl.store(stats_ptr + B + rows, z_log_sum, mask=row_mask)
     if HAS_TEACHER:
@@ -145,6 +174,7 @@ def _backward_kernel(
     tau,
     kl_weight,
     inv_temperature,
+    label_smoothing,  # unused without SMOOTH
     scale,  # 1 / B for the mean, else 1
     B,
     C: tl.constexpr,
@@ -153,6 +183,7 @@ def _backward_kernel(
     TEACHER_STRIDE: tl.constexpr,
     GRAD_LOGITS_STRIDE: tl.constexpr,
     HAS_TEACHER: tl.constexpr,
+    SMOOTH: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -165,11 +196,20 @@ def _backward_kernel(
     upstream = tl.load(grad_loss_ptr + rows * GRAD_LOSS_STRIDE, mask=row_mask, other=0.0)
     z_max = tl.load(stats_ptr + rows, mask=row_mask, other=0.0)
     z_log_sum = tl.load(stats_ptr + B + rows, mask=row_mask, other=0.0)
+    if SMOOTH:
+        e = tl.cast(label_smoothing, tl.float32)
+        share = _share(counts_ptr, tau, e, C, COLUMNS)
 
     s_ptrs = logits_ptr + rows[:, None] * LOGITS_STRIDE + classes[None, :]
     s = tl.load(s_ptrs, mask=mask, other=-float("inf")).to(tl.float32)
-    z = s + _log_prior(counts_ptr, classes, classes < C, tau)[None, :]
-    grad = tl.exp(z - z_max[:, None] - z_log_sum[:, None]) - tl.where(classes[None, :] == label[:, None], 1.0, 0.0)
+    prior = _log_prior(counts_ptr, classes, classes < C, tau)
+    z = s + prior[None, :]
+    grad = tl.exp(z - z_max[:, None] - z_log_sum[:, None])
+    if SMOOTH:
+        grad -= tl.where(classes[None, :] == label[:, None], 1 - e, 0.0)
+        grad -= tl.where(prior > -float("inf"), share, 0.0)[None, :]
+    else:
+        grad -= tl.where(classes[None, :] == label[:, None], 1.0, 0.0)
     if HAS_TEACHER:
         s_max = tl.load(stats_ptr + 2 * B + rows, mask=row_mask, other=0.0)
         s_log_sum = tl.load(stats_ptr + 3 * B + rows, mask=row_mask, other=0.0)
@@ -194,6 +234,7 @@ def launch_forward(
     tau: float,
     kl_weight: float,
     temperature: float,
+    label_smoothing: float,
     reduction: str,
 ) -> None:
     """Write the loss (fp32, shape () for "mean" and "sum", (B,) for "none") and the statistics for the backward."""
@@ -204,15 +245,16 @@ def launch_forward(
     assert teacher_logits is None or teacher_logits.stride(1) == 1 or C == 1
     assert stats.shape == (stats_rows(teacher_logits), B)
     assert stats.is_contiguous()
-    rows, columns, warps = tile(C)
+    rows, columns, warps = tile(C, label_smoothing > 0)
     teacher = logits if teacher_logits is None else teacher_logits
     with torch.cuda.device_of(logits):
         row_loss = loss if reduction == "none" else torch.empty(B, dtype=torch.float32, device=logits.device)
         if B > 0:
             _forward_kernel[(triton.cdiv(B, rows),)](
                 logits, labels, class_counts, teacher, row_loss, stats,
-                float(tau), float(kl_weight), 1 / temperature, B,
-                C, logits.stride(0), teacher.stride(0), teacher_logits is not None, rows, columns, num_warps=warps,
+                float(tau), float(kl_weight), 1 / temperature, float(label_smoothing), B,
+                C, logits.stride(0), teacher.stride(0), teacher_logits is not None, label_smoothing > 0,
+                rows, columns, num_warps=warps,
             )  # fmt: skip
         if reduction != "none":
             (torch.mean if reduction == "mean" else torch.sum)(row_loss, dim=0, out=loss)
@@ -229,6 +271,7 @@ def launch_backward(
     tau: float,
     kl_weight: float,
     temperature: float,
+    label_smoothing: float,
     reduction: str,
 ) -> None:
     """Write the gradient of the logits. ``grad_loss`` is fp32 of shape (), or (B,) with any stride for "none"."""
@@ -238,13 +281,14 @@ def launch_backward(
     assert grad_logits.stride(1) == 1 or C == 1
     if B == 0:
         return
-    rows, columns, warps = tile(C)
+    rows, columns, warps = tile(C, label_smoothing > 0)
     teacher = logits if teacher_logits is None else teacher_logits
     with torch.cuda.device_of(logits):
         _backward_kernel[(triton.cdiv(B, rows), triton.cdiv(C, columns))](
             grad_loss, logits, labels, class_counts, teacher, stats, grad_logits,
-            float(tau), float(kl_weight), 1 / temperature, 1 / B if reduction == "mean" else 1.0, B,
+            float(tau), float(kl_weight), 1 / temperature, float(label_smoothing),
+            1 / B if reduction == "mean" else 1.0, B,
             C, grad_loss.stride(0) if reduction == "none" else 0,
             logits.stride(0), teacher.stride(0), grad_logits.stride(0),
-            teacher_logits is not None, rows, columns, num_warps=warps,
+            teacher_logits is not None, label_smoothing > 0, rows, columns, num_warps=warps,
         )  # fmt: skip

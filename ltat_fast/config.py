@@ -55,6 +55,8 @@ class NetworkSettings:
 
     arch: Annotated[str, _choices(ARCHS)] = "smallresnet"
     """network of teacher and student"""
+    activation: Literal["relu", "silu"] = "relu"
+    """activation function of that network"""
     teacher: str | None = None
     """use this teacher instead of training one: a finished run (RUN is its student, RUN/teacher its teacher), a
     .safetensors file, torchvision:NAME[@FILE], timm:NAME[@FILE] or module:PACKAGE.MODULE:NAME (docs/teachers.md)"""
@@ -102,6 +104,8 @@ class TrainingSettings:
 class ModifierSettings:
     """Additions to any method."""
 
+    label_smoothing: float = 0.0
+    """share of each label that the loss spreads evenly over all classes; the attack keeps hard labels"""
     awp: float | None = None
     """adversarial weight perturbation: its size gamma relative to the weights; 0 switches it off; None: 0.01 for
     --method awp, else 0"""
@@ -199,13 +203,7 @@ GROUPS: dict[str, type] = {
 # dataclasses collects the fields of the base classes from the last base to the first.
 @dataclass(frozen=True)
 class Config(
-    RunSettings,
-    EvaluationSettings,
-    AttackSettings,
-    ModifierSettings,
-    TrainingSettings,
-    NetworkSettings,
-    DataSettings,
+    RunSettings, EvaluationSettings, AttackSettings, ModifierSettings, TrainingSettings, NetworkSettings, DataSettings
 ):
     """All settings of one run, except the options of its method."""
 
@@ -314,6 +312,10 @@ def validate(config: Config, method: Method) -> None:
         raise UserError(f"--momentum must be at least 0 and below 1, not {config.momentum:g}")
     if not 0 <= config.weight_decay < math.inf:
         raise UserError(f"--weight-decay must be 0 or more, not {config.weight_decay:g}")
+    if not 0 <= config.label_smoothing < 1:
+        raise UserError(f"--label-smoothing must be at least 0 and below 1, not {config.label_smoothing:g}")
+    if config.label_smoothing > 0 and not method.smooths_labels:
+        raise UserError(f"--label-smoothing: the loss of --method {method.name} with these options has no label term")
     if not 0 < config.heldout < 1:
         raise UserError(f"--heldout must be a share between 0 and 1, not {config.heldout:g}")
     if config.image_size and config.dataset != "imagefolder-lt":

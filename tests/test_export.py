@@ -95,15 +95,15 @@ def test_the_card(exported, digits_run):
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("method", ["pgd-at", "robal"])
-def test_the_module_of_every_network(arch, method, tmp_path):
-    """With a linear classifier, and with RoBal's cosine classifier and its shift."""
+@pytest.mark.parametrize(("method", "activation"), [("pgd-at", "relu"), ("robal", "relu"), ("pgd-at", "silu")])
+def test_the_module_of_every_network(arch, method, activation, tmp_path):
+    """With a linear classifier, with RoBal's cosine classifier and its shift, and with another activation."""
     torch.manual_seed(0)
-    model = build_model(arch, 10)
+    model = build_model(arch, 10, activation=activation)
     counts = torch.arange(10, 0, -1) * 7
     options = {"robal_config": "N"} if method == "robal" else {}
     model = METHODS[method](**options).wrap_model(model, counts).eval()
-    origin = {"arch": arch, "num_classes": 10, "in_channels": 3}
+    origin = {"arch": arch, "activation": activation, "num_classes": 10, "in_channels": 3}
     (tmp_path / "card.json").write_text(json.dumps({"architecture": exporting.architecture(model, origin)}))
     save_file(model.state_dict(), tmp_path / standalone.WEIGHTS)
     text = exporting.source(ARCHS[arch])

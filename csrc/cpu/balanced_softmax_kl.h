@@ -17,7 +17,8 @@ struct BalancedSoftmaxKl {
   GradLoss grad_loss;            // backward
   void* grad_logits;             // (B, C) contiguous, backward
   int64_t rows, classes, logits_stride, teacher_stride;
-  double kl_weight, temperature;
+  int64_t smoothed_classes;  // number of classes whose log_prior is not -inf; they share the smoothed label
+  double kl_weight, temperature, label_smoothing;
   Dtype dtype;
 };
 
@@ -53,11 +54,12 @@ struct BalancedRow {  // one chunk of a row at a time
   }
 };
 
-template <typename T, bool kTeacher>
+template <typename T, bool kTeacher, bool kSmooth>
 void balanced_softmax_kl_forward_rows(const BalancedSoftmaxKl& a, int64_t begin, int64_t end) {
   using W = work_t<T>;
   W* stats = static_cast<W*>(a.stats);
   const W inv_temperature = 1 / a.temperature;
+  const W hard = 1 - a.label_smoothing, share = a.label_smoothing / a.smoothed_classes;
   for (int64_t i = begin; i < end; ++i) {
     BalancedRow<T, kTeacher> row(a, i);
     W max_b = -INFINITY, max_s = -INFINITY, max_t = -INFINITY;
@@ -76,13 +78,19 @@ void balanced_softmax_kl_forward_rows(const BalancedSoftmaxKl& a, int64_t begin,
       max_b = top_b, max_s = top_s, max_t = top_t;
     });
     W sum_b = 0, sum_s = 0, sum_t = 0, sum_dot = 0;
+    W sum_finite = 0, finite = 0;  // of the balanced logits above -inf: their sum relative to the maximum, their number
     each_chunk(a.classes, [&](int64_t first, int64_t size) {
       if (a.classes > kChunk) row.read(first, size, Duplicates::minus_infinity);
       const int64_t padded = row.b.padded;
-      W part_b = 0, part_s = 0, part_t = 0, part_dot = 0;
-#pragma omp simd reduction(+ : part_b, part_s, part_t, part_dot)
+      W part_b = 0, part_s = 0, part_t = 0, part_dot = 0, part_sum_finite = 0, part_finite = 0;
+#pragma omp simd reduction(+ : part_b, part_s, part_t, part_dot, part_sum_finite, part_finite)
       for (int64_t l = 0; l < padded; ++l) {
         part_b += exp(row.b[l] - max_b);
+        if constexpr (kSmooth) {
+          const bool is_finite = row.b[l] > -static_cast<W>(INFINITY);
+          part_sum_finite += is_finite ? row.b[l] - max_b : W{0};
+          part_finite += is_finite ? W{1} : W{0};
+        }
         if constexpr (kTeacher) {
           const W log_q = (row.s[l] - max_s) * inv_temperature, log_p = (row.t[l] - max_t) * inv_temperature;
           const W p = exp(log_p);  // p and q are not normalised
@@ -92,10 +100,18 @@ void balanced_softmax_kl_forward_rows(const BalancedSoftmaxKl& a, int64_t begin,
         }
       }
       sum_b += part_b, sum_s += part_s, sum_t += part_t, sum_dot += part_dot;
+      sum_finite += part_sum_finite, finite += part_finite;
     });
     const int64_t y = a.labels[i];
     const W log_b = log(sum_b);
-    W loss = log_b - (load(row.logits[y]) + row.prior[y] - max_b);
+    W loss;
+    if constexpr (kSmooth) {
+      loss = log_b - hard * (load(row.logits[y]) + row.prior[y] - max_b) - share * sum_finite;
+      // A logit of -inf of a class that shares the label. A NaN, which is not finite either, stays in log_b.
+      if (finite < a.smoothed_classes) loss += static_cast<W>(INFINITY);
+    } else {
+      loss = log_b - (load(row.logits[y]) + row.prior[y] - max_b);
+    }
     stats[i] = max_b;
     stats[a.rows + i] = log_b;
     if constexpr (kTeacher) {
@@ -110,10 +126,16 @@ void balanced_softmax_kl_forward_rows(const BalancedSoftmaxKl& a, int64_t begin,
   }
 }
 
-template <typename T, bool kTeacher>
+template <typename T, bool kTeacher, bool kSmooth>
 void balanced_softmax_kl_backward_rows(const BalancedSoftmaxKl& a, int64_t begin, int64_t end) {
   using W = work_t<T>;
   const W* stats = static_cast<const W*>(a.stats);
+  const W* prior = static_cast<const W*>(a.log_prior);
+  const W hard = 1 - a.label_smoothing, share = a.label_smoothing / a.smoothed_classes;
+  const auto minus_share = [&](int64_t c, W d) {
+    if constexpr (kSmooth) return prior[c] > -static_cast<W>(INFINITY) ? d - share : d;
+    return d;
+  };
   const W inv_temperature = 1 / a.temperature, weight = a.kl_weight / a.temperature;
   for (int64_t i = begin; i < end; ++i) {
     BalancedRow<T, kTeacher> row(a, i);
@@ -135,27 +157,36 @@ void balanced_softmax_kl_backward_rows(const BalancedSoftmaxKl& a, int64_t begin
         }
         row.b[l] = d;
       }
-      row.b.write([&](int64_t l, W d) { grad_logits[first + l] = store<T>(grad * d); });
-      if (first <= y && y < first + size) grad_logits[y] = store<T>(grad * (row.b[row.b.entry(y - first)] - 1));
+      row.b.write([&](int64_t l, W d) { grad_logits[first + l] = store<T>(grad * minus_share(first + l, d)); });
+      if (first <= y && y < first + size) {
+        grad_logits[y] = store<T>(grad * (minus_share(y, row.b[row.b.entry(y - first)]) - (kSmooth ? hard : W{1})));
+      }
     });
   }
+}
+
+// Calls f with the element type of a (as a value) and whether it has a teacher and smoothed labels (as types).
+template <typename F>
+void with_variant(const BalancedSoftmaxKl& a, F f) {
+  with_dtype(a.dtype, [&](auto t) {
+    const auto with_teacher = [&](auto teacher) {
+      a.label_smoothing != 0 ? f(t, teacher, std::true_type{}) : f(t, teacher, std::false_type{});
+    };
+    a.teacher ? with_teacher(std::true_type{}) : with_teacher(std::false_type{});
+  });
 }
 
 }  // namespace
 
 void balanced_softmax_kl_forward(const BalancedSoftmaxKl& a, int64_t begin, int64_t end) {
-  with_dtype(a.dtype, [&](auto t) {
-    using T = decltype(t);
-    a.teacher ? balanced_softmax_kl_forward_rows<T, true>(a, begin, end)
-              : balanced_softmax_kl_forward_rows<T, false>(a, begin, end);
+  with_variant(a, [&](auto t, auto teacher, auto smooth) {
+    balanced_softmax_kl_forward_rows<decltype(t), teacher.value, smooth.value>(a, begin, end);
   });
 }
 
 void balanced_softmax_kl_backward(const BalancedSoftmaxKl& a, int64_t begin, int64_t end) {
-  with_dtype(a.dtype, [&](auto t) {
-    using T = decltype(t);
-    a.teacher ? balanced_softmax_kl_backward_rows<T, true>(a, begin, end)
-              : balanced_softmax_kl_backward_rows<T, false>(a, begin, end);
+  with_variant(a, [&](auto t, auto teacher, auto smooth) {
+    balanced_softmax_kl_backward_rows<decltype(t), teacher.value, smooth.value>(a, begin, end);
   });
 }
 

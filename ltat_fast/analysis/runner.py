@@ -120,7 +120,7 @@ def load(folder: Path, parts: list[str], options: Options, hardware: Hardware) -
     weights = weights_file(folder, options.checkpoint)
     model = load_model(weights, hardware.device, config.arch, data)
     name = (options.teacher or teacher_of(config)) if set(WITH_TEACHER) & set(parts) else None
-    teacher = teachers.load(name, config.arch, data, hardware) if name else None
+    teacher = teachers.load(name, config.arch, data, hardware, config.activation) if name else None
     chosen = torch.from_numpy(spread(data.test.labels.cpu().numpy(), options.limit)).to(hardware.device)
     subject = Subject(
         model,

@@ -29,6 +29,8 @@ class AdaAd(Distillation):
 
     name: ClassVar[str] = "adaad"
     noise: ClassVar[Noise] = "gaussian"
+    smooths_labels: ClassVar[bool] = False
+    """The loss has no labels."""
 
     adversarial_weight: float = 1.0
     """weight l of the KL on the adversarial image; the KL on the clean image has weight 1 - l"""

@@ -31,6 +31,11 @@ class Akd(Distillation):
     teacher_input: Literal["adv", "clean"] = "adv"
     """image on which the teacher predicts: adversarial or clean"""
 
+    @property
+    def smooths_labels(self) -> bool:
+        """The label in the mixture is smoothed, the teacher's prediction is not; teacher_weight 1 leaves no label."""
+        return self.teacher_weight < 1
+
     def check(self):
         super().check()
         self._require_share("teacher_weight")
@@ -40,6 +45,9 @@ class Akd(Distillation):
         if m == 1:
             loss = kl(target, logits).mean()
         else:  # one fused call computes both terms; tau 0 is plain cross-entropy
-            counts = self.context.class_counts
-            loss = (1 - m) * balanced_softmax_kl(logits, y, counts, target, tau=0.0, kl_weight=m / (1 - m))
+            counts, smoothing = self.context.class_counts, self.context.label_smoothing
+            weight = m / (1 - m)
+            loss = (1 - m) * balanced_softmax_kl(
+                logits, y, counts, target, tau=0.0, kl_weight=weight, label_smoothing=smoothing
+            )
         return loss, {"ce_kl": loss.detach()}

@@ -31,6 +31,11 @@ class Ard(Distillation):
     temperature: float = 1.0
     """temperature t of the KL"""
 
+    @property
+    def smooths_labels(self) -> bool:
+        """The label term is the cross-entropy on the clean image, which teacher_weight 1 leaves out."""
+        return self.teacher_weight < 1
+
     def check(self):
         super().check()
         self._require_share("teacher_weight")
@@ -41,7 +46,7 @@ class Ard(Distillation):
         loss = self.teacher_weight * self.temperature**2 * divergence
         parts = {"kl": divergence.detach()}
         if self.teacher_weight < 1:
-            ce = F.cross_entropy(widen(at.student("clean")), y)
+            ce = F.cross_entropy(widen(at.student("clean")), y, label_smoothing=self.context.label_smoothing)
             loss = loss + (1 - self.teacher_weight) * ce
             parts["ce"] = ce.detach()
         return loss, parts

@@ -26,10 +26,12 @@ class AtBsl(Method):
 
     name: ClassVar[str] = "at-bsl"
     noise: ClassVar[Noise] = "gaussian"
+    smooths_labels: ClassVar[bool] = True
 
     tau: float = 1.0
     """strength tau of the class prior in the balanced softmax"""
 
     def loss(self, model, x, x_adv, y, progress):
-        loss = balanced_softmax_kl(model(x_adv), y, self.context.class_counts, tau=self.tau)
+        counts, smoothing = self.context.class_counts, self.context.label_smoothing
+        loss = balanced_softmax_kl(model(x_adv), y, counts, tau=self.tau, label_smoothing=smoothing)
         return loss, {"bsl": loss.detach()}

@@ -28,10 +28,14 @@ class MethodContext:
 
     class_counts: int64 ``(C,)`` on the training device, number of training images per class.
     teacher: frozen network from images to float32 logits; None if the method needs no teacher.
+    label_smoothing: share s of the label that is spread evenly over all classes, in [0, 1) (Szegedy et al., "Rethinking
+        the Inception Architecture for Computer Vision", CVPR 2016, section 7). The label term of :meth:`Method.loss`
+        uses it. The attack does not: it ascends the same objective, with hard labels, for any s.
     """
 
     class_counts: Tensor
     teacher: Model | None = None
+    label_smoothing: float = 0.0
 
     def teacher_logits(self, x: Tensor) -> Tensor:
         """Return the teacher's logits ``(B, K)`` at the images ``x``. Raises RuntimeError if there is no teacher."""
@@ -63,6 +67,9 @@ class Method:
 
     default_awp: ClassVar[float] = 0.0
     """Size gamma of the weight perturbation (AWP) if ``--awp`` is not given."""
+    smooths_labels: ClassVar[bool] = False
+    """True if the loss has a label term, cross-entropy or balanced softmax, that uses ``context.label_smoothing``.
+    False: the run refuses ``--label-smoothing``."""
 
     def check(self) -> None:
         """Raise UserError if a hyper-parameter is invalid. The base class refuses negative and non-finite numbers."""

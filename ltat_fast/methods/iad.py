@@ -47,6 +47,11 @@ class Iad(Distillation):
     weigh_teacher: bool = False
     """multiply the teacher's term by the trust w, as in the text of the paper"""
 
+    @property
+    def smooths_labels(self) -> bool:
+        """The label term is the cross-entropy on the clean image, which teacher_weight 1 leaves out."""
+        return self.teacher_weight < 1
+
     def check(self):
         super().check()
         self._require_share("teacher_weight", "begin")
@@ -63,7 +68,7 @@ class Iad(Distillation):
         loss = self.teacher_weight * (teacher_kl + self_kl)
         parts = {"kl": teacher_kl.detach(), "self_kl": self_kl.detach()}
         if self.teacher_weight < 1:
-            ce = F.cross_entropy(widen(at.student("clean")), y)
+            ce = F.cross_entropy(widen(at.student("clean")), y, label_smoothing=self.context.label_smoothing)
             loss = loss + (1 - self.teacher_weight) * ce
             parts["ce"] = ce.detach()
         return loss, parts

@@ -42,6 +42,8 @@ class Igd(Method):
 
     name: ClassVar[str] = "igd"
     teacher: ClassVar[TeacherKind] = "natural"
+    smooths_labels: ClassVar[bool] = True
+    """The cross-entropy of the adversarial image is smoothed. The input gradients that are aligned keep hard labels."""
 
     igd_weight: float = 1.0
     """weight lambda of the alignment term"""
@@ -66,7 +68,7 @@ class Igd(Method):
         clean, adv = x.detach().requires_grad_(), x_adv.detach().requires_grad_(self.gradient_at == "adv")
         guide = input_gradient(self._scalars(self.context.teacher_logits(clean), y), clean)
         logits = model(adv)
-        ce = F.cross_entropy(widen(logits), y)
+        ce = F.cross_entropy(widen(logits), y, label_smoothing=self.context.label_smoothing)
         if self.gradient_at == "adv":
             point, point_logits = adv, logits
         else:

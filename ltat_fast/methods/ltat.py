@@ -36,6 +36,7 @@ class Ltat(Method):
 
     name: ClassVar[str] = "ltat"
     teacher: ClassVar[TeacherKind] = "balanced"
+    smooths_labels: ClassVar[bool] = True
 
     alpha: float = 20.0
     """weight alpha of indirect gradient matching (IGDM)"""
@@ -79,6 +80,7 @@ class Ltat(Method):
             tau=0.0 if prior_in_logits else self.tau,
             kl_weight=self.kl_weight,
             temperature=self.temperature,
+            label_smoothing=self.context.label_smoothing,
         )
         parts = {"bsl_kl" if use_kl else "bsl": loss.detach()}
         if use_igdm:

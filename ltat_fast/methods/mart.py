@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ltat_fast.methods.base import Method, Noise
+from ltat_fast.ops import balanced_softmax_kl
 
 
 @dataclass
@@ -34,6 +35,9 @@ class Mart(Method):
 
     name: ClassVar[str] = "mart"
     noise: ClassVar[Noise] = "gaussian"
+    smooths_labels: ClassVar[bool] = True
+    """The part -log q_y of the boosted cross-entropy, which is a cross-entropy, is smoothed. The margin term and the
+    weight 1 - p_y have no form for soft labels, so they keep the hard label."""
 
     beta: float = 5.0
     """weight beta of the KL between clean and adversarial prediction"""
@@ -48,8 +52,11 @@ class Mart(Method):
         log_b = (adv + self.context.class_counts.log()).log_softmax(1) if self.balanced else log_q
         strongest = log_b.masked_fill(is_label, -math.inf).argmax(1)
         is_strongest = F.one_hot(strongest, adv.shape[1]).bool()
-        true_log_b = log_b.gather(1, y[:, None])[:, 0]
-        boosted = -(true_log_b + (1e-4 + 1e-12 + _sum_of_others(log_b, is_strongest)).log()).mean()
+        label_log_b = log_b.gather(1, y[:, None])[:, 0]
+        if (smoothing := self.context.label_smoothing) > 0:
+            counts, tau = self.context.class_counts, 1.0 if self.balanced else 0.0
+            label_log_b = -balanced_softmax_kl(adv, y, counts, tau=tau, label_smoothing=smoothing, reduction="none")
+        boosted = -(label_log_b + (1e-4 + 1e-12 + _sum_of_others(log_b, is_strongest)).log()).mean()
 
         kl = F.kl_div((log_q.exp() + 1e-12).log(), log_p, reduction="none", log_target=True).sum(1)
         weighted_kl = ((1e-7 + _sum_of_others(log_p, is_label)) * kl).mean()

@@ -18,8 +18,9 @@ class Natural(Method):
     """min_w  CE(f(x), y)."""
 
     name: ClassVar[str] = "natural"
+    smooths_labels: ClassVar[bool] = True
     uses_attack: ClassVar[bool] = False
 
     def loss(self, model, x, x_adv, y, progress):
-        loss = F.cross_entropy(model(x).float(), y)
+        loss = F.cross_entropy(model(x).float(), y, label_smoothing=self.context.label_smoothing)
         return loss, {"ce": loss.detach()}

@@ -23,8 +23,9 @@ class PgdAt(WithIgdm):
     """min_w  CE(f(x'), y),   x' = PGD on CE."""
 
     name: ClassVar[str] = "pgd-at"
+    smooths_labels: ClassVar[bool] = True
 
     def loss(self, model, x, x_adv, y, progress):
         at = self.logits(model, x, x_adv)
-        loss = F.cross_entropy(at.student("adv").float(), y)
+        loss = F.cross_entropy(at.student("adv").float(), y, label_smoothing=self.context.label_smoothing)
         return self.add_igdm(loss, {"ce": loss.detach()}, at, progress)

@@ -42,6 +42,8 @@ class Reat(Method):
     """min_w  BSL(f(x'), y) + tail_weight L_tail."""
 
     name: ClassVar[str] = "reat"
+    smooths_labels: ClassVar[bool] = True
+    """The balanced softmax is smoothed. The tail feature term compares samples of hard classes and stays as it is."""
 
     tail_weight: float = 1.0
     """weight of the tail feature term L_tail"""
@@ -79,7 +81,7 @@ class Reat(Method):
         if dist.is_initialized():
             dist.all_reduce(predicted)
         self.predicted += predicted
-        bsl = balanced_softmax_kl(logits, y, self.context.class_counts)
+        bsl = balanced_softmax_kl(logits, y, self.context.class_counts, label_smoothing=self.context.label_smoothing)
         tail = self._tail_term(features.to(logits.dtype), y)
         return bsl + self.tail_weight * tail, {"bsl": bsl.detach(), "tail": tail.detach()}
 

@@ -64,6 +64,8 @@ class Robal(Method):
     """min_w  CE(u(x'), y) + beta KL(softmax c(x) || softmax c(x')),   c: logits of a cosine classifier."""
 
     name: ClassVar[str] = "robal"
+    smooths_labels: ClassVar[bool] = True
+    """The cross-entropy of u is smoothed. The margin M_y is still subtracted from the cosine of the hard label only."""
 
     robal_config: Literal["N", "R"] = "R"
     """configuration of the authors: N for natural accuracy, R for robust accuracy; the flags below override its
@@ -122,7 +124,8 @@ class Robal(Method):
     def loss(self, model, x, x_adv, y, progress):
         clean, adv = model(x), model(x_adv)
         u = self.scale * (adv - self._margin_of_label[y])
-        margin_loss = balanced_softmax_kl(u, y, self.context.class_counts, tau=self.numbers.tau_b)
+        counts, smoothing = self.context.class_counts, self.context.label_smoothing
+        margin_loss = balanced_softmax_kl(u, y, counts, tau=self.numbers.tau_b, label_smoothing=smoothing)
         kl = F.kl_div(adv.log_softmax(1), clean.log_softmax(1), reduction="batchmean", log_target=True)
         parts = {"margin_loss": margin_loss.detach(), "kl": kl.detach()}
         return margin_loss + self.numbers.beta * kl, parts

@@ -29,6 +29,8 @@ class Rslad(Distillation):
 
     name: ClassVar[str] = "rslad"
     noise: ClassVar[Noise] = "gaussian"
+    smooths_labels: ClassVar[bool] = False
+    """The teacher's predictions replace the labels."""
 
     adversarial_weight: float = 5 / 6
     """weight l of the KL on the adversarial image; the KL on the clean image has weight 1 - l"""

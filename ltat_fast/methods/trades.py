@@ -39,6 +39,7 @@ class Trades(WithIgdm):
     name: ClassVar[str] = "trades"
     noise: ClassVar[Noise] = "gaussian"
     needs_fp32_attack: ClassVar[bool] = True
+    smooths_labels: ClassVar[bool] = True
 
     beta: float = 6.0
     """weight beta of the KL between clean and adversarial prediction"""
@@ -54,7 +55,9 @@ class Trades(WithIgdm):
     def loss(self, model, x, x_adv, y, progress):
         at = self.logits(model, x, x_adv)
         clean = at.student("clean")
-        loss = balanced_softmax_kl(clean, y, self.context.class_counts, tau=1.0 if self.balanced else 0.0)
+        counts, smoothing = self.context.class_counts, self.context.label_smoothing
+        tau = 1.0 if self.balanced else 0.0
+        loss = balanced_softmax_kl(clean, y, counts, tau=tau, label_smoothing=smoothing)
         parts = {"bsl" if self.balanced else "ce": loss.detach()}
         if self.beta > 0:
             log_p, log_q = clean.log_softmax(1), at.student("adv").log_softmax(1)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from ltat_fast.errors import UserError
 
-from .classifier import ImageClassifier
+from .classifier import ACTIVATIONS, ImageClassifier, set_activation
 from .mobilenetv2 import MobileNetV2
 from .preactresnet import preactresnet18, wrn_34_10
 from .resnet import resnet18, smallresnet
@@ -21,12 +21,19 @@ ARCHS: dict[str, Callable[..., ImageClassifier]] = {
 }
 
 
-def build_model(arch: str, num_classes: int, *, in_channels: int = 3) -> ImageClassifier:
+def build_model(arch: str, num_classes: int, *, in_channels: int = 3, activation: str = "relu") -> ImageClassifier:
     """Build the network called ``arch``, one of :data:`ARCHS`, with weights from torch's global generator.
+
+    activation: "relu", or "silu" (with TRADES: Gowal et al., "Uncovering the Limits of Adversarial Training against
+    Norm-Bounded Adversarial Examples", 2020). The initial weights do not depend on it.
 
     Raises:
         UserError: an unknown name.
     """
     if arch not in ARCHS:
         raise UserError(f"unknown architecture {arch!r}; choose one of {', '.join(ARCHS)}")
-    return ARCHS[arch](num_classes, in_channels=in_channels)
+    if activation not in ACTIVATIONS:
+        raise UserError(f"unknown activation {activation!r}; choose one of {', '.join(ACTIVATIONS)}")
+    model = ARCHS[arch](num_classes, in_channels=in_channels)
+    set_activation(model, activation)
+    return model

@@ -1,4 +1,4 @@
-"""The parts that all networks share: feature maps, global average pooling, one linear layer in full precision."""
+"""The parts that all networks share: feature maps, pooling, one linear layer in full precision, the activation."""
 
 from collections.abc import Sequence
 
@@ -63,6 +63,20 @@ def with_float32_head(model: nn.Module, num_classes: int) -> nn.Module:
             return head
         model.set_submodule(name, head)
     return model
+
+
+ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU}
+
+
+def set_activation(model: nn.Module, name: str) -> None:
+    """Replace each ``nn.ReLU`` of ``model``, in place, by the activation ``name``, one of :data:`ACTIVATIONS`.
+
+    Parameters, buffers and their names stay the same. A SiLU is not computed in place, because its gradient needs its
+    input.
+    """
+    for path, module in list(model.named_modules()):
+        if name != "relu" and type(module) is nn.ReLU:
+            model.set_submodule(path, ACTIVATIONS[name]())
 
 
 class ImageClassifier(nn.Module):

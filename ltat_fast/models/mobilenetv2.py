@@ -1,6 +1,5 @@
 """MobileNetV2 (Sandler et al. 2018) in the version of the CIFAR literature: stem of stride 1, relu instead of relu6."""
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .classifier import ImageClassifier, conv1x1, conv3x3
@@ -29,6 +28,7 @@ class InvertedResidual(nn.Module):
         self.expand, self.bn1 = conv1x1(in_width, hidden), nn.BatchNorm2d(hidden)
         self.depthwise, self.bn2 = conv3x3(hidden, hidden, stride, groups=hidden), nn.BatchNorm2d(hidden)
         self.project, self.bn3 = conv1x1(hidden, width), nn.BatchNorm2d(width)
+        self.act = nn.ReLU(inplace=True)
         self.shortcut = None
         if stride == 1 and in_width == width:
             self.shortcut = nn.Identity()
@@ -36,8 +36,8 @@ class InvertedResidual(nn.Module):
             self.shortcut = nn.Sequential(conv1x1(in_width, width), nn.BatchNorm2d(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.expand(x)), inplace=True)
-        out = F.relu(self.bn2(self.depthwise(out)), inplace=True)
+        out = self.act(self.bn1(self.expand(x)))
+        out = self.act(self.bn2(self.depthwise(out)))
         out = self.bn3(self.project(out))
         return out if self.shortcut is None else out + self.shortcut(x)
 
@@ -54,7 +54,8 @@ class MobileNetV2(ImageClassifier):
                 in_width = width
         self.blocks = nn.Sequential(*blocks)
         self.conv2, self.bn2 = conv1x1(in_width, HEAD), nn.BatchNorm2d(HEAD)
+        self.act = nn.ReLU(inplace=True)
 
     def feature_maps(self, x: Tensor) -> Tensor:
-        out = self.blocks(F.relu(self.bn1(self.conv1(x)), inplace=True))
-        return F.relu(self.bn2(self.conv2(out)), inplace=True)
+        out = self.blocks(self.act(self.bn1(self.conv1(x))))
+        return self.act(self.bn2(self.conv2(out)))

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .classifier import ImageClassifier, conv1x1, conv3x3
@@ -18,12 +17,13 @@ class PreActBlock(nn.Module):
         self.conv1 = conv3x3(in_width, width, stride)
         self.bn2 = nn.BatchNorm2d(width)
         self.conv2 = conv3x3(width, width)
+        self.act = nn.ReLU(inplace=True)
         changes_shape = stride != 1 or in_width != width
         self.shortcut = conv1x1(in_width, width, stride) if changes_shape else None
 
     def forward(self, x: Tensor) -> Tensor:
-        a = F.relu(self.bn1(x), inplace=True)
-        out = self.conv2(F.relu(self.bn2(self.conv1(a)), inplace=True))
+        a = self.act(self.bn1(x))
+        out = self.conv2(self.act(self.bn2(self.conv1(a))))
         return out + (x if self.shortcut is None else self.shortcut(a))
 
 
@@ -44,9 +44,10 @@ class PreActResNet(ImageClassifier):
                 in_width = width
         self.blocks = nn.Sequential(*blocks)
         self.bn = nn.BatchNorm2d(in_width)
+        self.act = nn.ReLU(inplace=True)
 
     def feature_maps(self, x: Tensor) -> Tensor:
-        return F.relu(self.bn(self.blocks(self.conv1(x))), inplace=True)
+        return self.act(self.bn(self.blocks(self.conv1(x))))
 
 
 def preactresnet18(num_classes: int, in_channels: int) -> PreActResNet:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .classifier import ImageClassifier, conv1x1, conv3x3
@@ -17,14 +16,15 @@ class BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = conv3x3(width, width)
         self.bn2 = nn.BatchNorm2d(width)
+        self.act = nn.ReLU(inplace=True)
         self.shortcut = nn.Sequential()
         if stride != 1 or in_width != width:
             self.shortcut = nn.Sequential(conv1x1(in_width, width, stride), nn.BatchNorm2d(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        out = self.act(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out)) + self.shortcut(x)
-        return F.relu(out, inplace=True)
+        return self.act(out)
 
 
 class ResNet(ImageClassifier):
@@ -37,6 +37,7 @@ class ResNet(ImageClassifier):
         super().__init__(widths[-1], num_classes)
         self.conv1 = conv3x3(in_channels, widths[0])
         self.bn1 = nn.BatchNorm2d(widths[0])
+        self.act = nn.ReLU(inplace=True)
         blocks = []
         in_width = widths[0]
         for stage, width in enumerate(widths):
@@ -46,7 +47,7 @@ class ResNet(ImageClassifier):
         self.blocks = nn.Sequential(*blocks)
 
     def feature_maps(self, x: Tensor) -> Tensor:
-        return self.blocks(F.relu(self.bn1(self.conv1(x)), inplace=True))
+        return self.blocks(self.act(self.bn1(self.conv1(x))))
 
 
 def resnet18(num_classes: int, in_channels: int) -> ResNet:

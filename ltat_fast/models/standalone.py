@@ -11,7 +11,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from .classifier import ImageClassifier
+from .classifier import ImageClassifier, set_activation
 from .cosine import CosineClassifier
 
 WEIGHTS, CARD = "model.safetensors", "card.json"
@@ -26,6 +26,7 @@ def load(folder: Path, network: Callable[..., ImageClassifier]) -> ImageClassifi
     card = json.loads((folder / CARD).read_text())["architecture"]
     tensors = load_file(folder / WEIGHTS)
     model = network(card["num_classes"], in_channels=card["in_channels"])
+    set_activation(model, card["activation"])
     if card["cosine"]:
         model.fc = CosineClassifier(model.feature_dim, shift=tensors["fc.shift"], **card["cosine"])
     model.load_state_dict(tensors)

@@ -1,11 +1,14 @@
 """Balanced softmax cross-entropy plus distillation: fused loss and gradient, without a (B, C) intermediate.
 
     b_c    = log(n_c^tau)                                    class prior; n_c = 0 excludes class c, and 0^0 = 1
-    BSL    = -log softmax(z + b)[y]                          (Ren et al. 2020, eq. 3; AT-BSL: tau = 1)
+    u_c    = (1 - s) [c = y] + s / K                         label; s: label smoothing (Szegedy et al. 2016, section 7)
+    BSL    = -sum_c u_c log softmax(z + b)[c]                (Ren et al. 2020, eq. 3; AT-BSL: tau = 1, s = 0)
     KL     = sum_k P_k (log P_k - log Q_k)                   P = softmax(t / T), Q = softmax(z / T); 0 log 0 = 0
     loss   = BSL + kl_weight * KL                            no T^2 factor; the KL sees the raw logits z, without b
 
-    d loss / d z = softmax(z + b) - onehot(y) + (kl_weight / T) * (Q - P);   the teacher gets no gradient
+    d loss / d z = softmax(z + b) - u + (kl_weight / T) * (Q - P);   the teacher gets no gradient
+
+The K classes that are not excluded share s: an excluded class does not make every loss infinite.
 
 Student logits z and teacher logits t have shape (B, C) and dtype float32, bfloat16 or float16 (float64 on the CPU).
 Labels y have shape (B,) and dtype int64, class counts n have shape (C,). Arithmetic is in log space and relative to the
@@ -39,12 +42,18 @@ def balanced_softmax_kl_ref(
     tau: float = 1.0,
     kl_weight: float = 1.0,
     temperature: float = 1.0,
+    label_smoothing: float = 0.0,
     reduction: str = "mean",
 ) -> Tensor:
     """Plain-torch :func:`balanced_softmax_kl`, in float32 (float64 for float64)."""
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))
     log_prior = tau * class_counts.to(z).log() if tau else torch.zeros_like(z[:1])
-    loss = -(z + log_prior).log_softmax(-1).gather(-1, labels[:, None])[:, 0]
+    log_b = (z + log_prior).log_softmax(-1)
+    loss = -log_b.gather(-1, labels[:, None])[:, 0]
+    if label_smoothing:
+        included = log_prior > -inf
+        uniform = -torch.where(included, log_b, 0.0).sum(-1) / included.sum(-1)
+        loss = (1 - label_smoothing) * loss + label_smoothing * uniform
     if teacher_logits is not None:
         log_q = (z / temperature).log_softmax(-1)
         log_p = (teacher_logits.detach().to(z) / temperature).log_softmax(-1)
@@ -53,7 +62,7 @@ def balanced_softmax_kl_ref(
     return loss if reduction == "none" else getattr(loss, reduction)()
 
 
-def _loss_and_stats(logits, labels, class_counts, teacher_logits, tau, kl_weight, temperature, reduction):
+def _loss_and_stats(logits, labels, class_counts, teacher_logits, tau, kl_weight, temperature, smoothing, reduction):
     """Allocate the outputs. ``stats`` holds the maximum and log-sum of each softmax per row, for the backward."""
     rows, dtype = logits.shape[0], torch.promote_types(logits.dtype, torch.float32)
     loss = logits.new_empty((rows,) if reduction == "none" else (), dtype=dtype)
@@ -64,26 +73,21 @@ def _grad_logits(grad_loss, logits, *_):
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-def _forward_cuda(logits, labels, class_counts, teacher_logits, tau, kl_weight, temperature, reduction):
+def _forward_cuda(logits, labels, class_counts, teacher_logits, *scalars_and_reduction):
     from ltat_fast.kernels.balanced_softmax_kl import launch_forward  # pyright: ignore[reportMissingImports]
 
     logits, labels, class_counts, teacher_logits = _launchable(logits, labels, class_counts, teacher_logits)
-    loss, stats = _loss_and_stats(logits, labels, class_counts, teacher_logits, tau, kl_weight, temperature, reduction)
-    launch_forward(logits, labels, class_counts, teacher_logits, loss, stats, tau, kl_weight, temperature, reduction)
+    loss, stats = _loss_and_stats(logits, labels, class_counts, teacher_logits, *scalars_and_reduction)
+    launch_forward(logits, labels, class_counts, teacher_logits, loss, stats, *scalars_and_reduction)
     return loss, stats
 
 
-def _backward_cuda(
-    grad_loss, logits, labels, class_counts, teacher_logits, stats, tau, kl_weight, temperature, reduction
-):
+def _backward_cuda(grad_loss, logits, labels, class_counts, teacher_logits, stats, *scalars_and_reduction):
     from ltat_fast.kernels.balanced_softmax_kl import launch_backward  # pyright: ignore[reportMissingImports]
 
     logits, labels, class_counts, teacher_logits = _launchable(logits, labels, class_counts, teacher_logits)
     grad_logits = _grad_logits(grad_loss, logits)
-    launch_backward(
-        grad_loss, logits, labels, class_counts, teacher_logits, stats, grad_logits,
-        tau, kl_weight, temperature, reduction,
-    )  # fmt: skip
+    launch_backward(grad_loss, logits, labels, class_counts, teacher_logits, stats, grad_logits, *scalars_and_reduction)
     return grad_logits
 
 
@@ -101,14 +105,15 @@ def _launchable(
 
 _forward = Operator(
     "balanced_softmax_kl(Tensor logits, Tensor labels, Tensor class_counts, Tensor? teacher_logits, float tau, "
-    "float kl_weight, float temperature, str reduction) -> (Tensor, Tensor)",
+    "float kl_weight, float temperature, float label_smoothing, str reduction) -> (Tensor, Tensor)",
     fake=_loss_and_stats,
     triton=_forward_cuda,
     public="balanced_softmax_kl",
 )
 _backward = Operator(
     "balanced_softmax_kl_backward(Tensor grad_loss, Tensor logits, Tensor labels, Tensor class_counts, "
-    "Tensor? teacher_logits, Tensor stats, float tau, float kl_weight, float temperature, str reduction) -> Tensor",
+    "Tensor? teacher_logits, Tensor stats, float tau, float kl_weight, float temperature, float label_smoothing, "
+    "str reduction) -> Tensor",
     fake=_grad_logits,
     triton=_backward_cuda,
 )
@@ -123,7 +128,7 @@ def _save(ctx, inputs, output) -> None:
 
 def _differentiate(ctx, grad_loss, grad_stats=None):
     grad_logits = _backward(grad_loss, *ctx.saved_tensors, *ctx.scalars)
-    return grad_logits, None, None, None, None, None, None, None
+    return grad_logits, *(None,) * (3 + len(ctx.scalars))
 
 
 torch.library.register_autograd("ltat::balanced_softmax_kl", _differentiate, setup_context=_save)
@@ -139,6 +144,7 @@ def balanced_softmax_kl(
     tau: float = 1.0,
     kl_weight: float = 1.0,
     temperature: float = 1.0,
+    label_smoothing: float = 0.0,
     reduction: str = "mean",
 ) -> Tensor:
     """Return ``BSL(logits + tau * log class_counts) + kl_weight * KL(teacher || student)``.
@@ -154,6 +160,8 @@ def balanced_softmax_kl(
     tau: strength of the prior, >= 0. 0 is plain cross-entropy.
     kl_weight: weight of the KL. 0 leaves the KL out.
     temperature: temperature of the KL, > 0.
+    label_smoothing: share s of the label that is spread evenly over all classes that are not excluded, in [0, 1). If
+        no class is excluded, BSL is ``F.cross_entropy(logits + tau * class_counts.log(), labels, label_smoothing=s)``.
     reduction: "mean" over the batch, "sum", or "none".
 
     Returns float32 (float64 for float64) of shape (), or (B,) for "none". The sum of an empty batch is 0, its mean NaN.
@@ -169,6 +177,8 @@ def balanced_softmax_kl(
     if not (0 <= tau < inf and 0 < temperature < inf and -inf < kl_weight < inf):
         numbers = f"{tau=}, {temperature=} and {kl_weight=}"
         raise ValueError(f"need tau >= 0, temperature > 0 and kl_weight, all finite, got {numbers}")
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
     labels = _checked_labels(labels, logits)
     class_counts = _checked_counts(class_counts, logits)
     if kl_weight == 0:
@@ -190,9 +200,11 @@ def balanced_softmax_kl(
             tau=tau,
             kl_weight=kl_weight,
             temperature=temperature,
+            label_smoothing=label_smoothing,
             reduction=reduction,
         )
-    return _forward(logits, labels, class_counts, teacher_logits, tau, kl_weight, temperature, reduction)[0]
+    scalars = (tau, kl_weight, temperature, label_smoothing)
+    return _forward(logits, labels, class_counts, teacher_logits, *scalars, reduction)[0]
 
 
 def _nan_for_wrong_labels(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

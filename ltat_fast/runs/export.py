@@ -139,6 +139,7 @@ def accuracy(result: Result) -> dict:
 def architecture(model: nn.Module, origin: dict) -> dict:
     """What is needed, besides the weights, to build ``model`` again."""
     known = {name: origin[name] for name in ("arch", "num_classes", "in_channels")}
+    known["activation"] = origin.get("activation", "relu")
     known["cosine"] = None
     if isinstance(model.fc, cosine.CosineClassifier):
         known["cosine"] = {"norm_offset": model.fc.norm_offset, "scale": model.fc.scale}

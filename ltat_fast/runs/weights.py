@@ -99,11 +99,13 @@ def load_weights(model: nn.Module, tensors: dict[str, Tensor], source: Path, arc
     model.load_state_dict(tensors)
 
 
-def new_model(arch: str, splits: Splits, device: torch.device, seed: int, method: Method) -> nn.Module:
+def new_model(
+    arch: str, splits: Splits, device: torch.device, seed: int, method: Method, activation: str = "relu"
+) -> nn.Module:
     """Return a new network in NHWC. Its weights depend only on ``seed``; the global generator is left unchanged."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = build_model(arch, splits.num_classes, in_channels=splits.in_channels)
+        model = build_model(arch, splits.num_classes, in_channels=splits.in_channels, activation=activation)
         model = method.wrap_model(model, torch.tensor(splits.counts))
     return model.to(device, memory_format=torch.channels_last)
 
@@ -113,6 +115,7 @@ def weights_card(config: Config, splits: Splits, method: Method, epoch: int) -> 
     changed = changed_modifiers(dataclasses.asdict(config))
     return {
         "arch": config.arch,
+        "activation": config.activation,
         "num_classes": splits.num_classes,
         "in_channels": splits.in_channels,
         "image_size": list(splits.train.images.shape[-2:]),
@@ -128,14 +131,24 @@ def weights_card(config: Config, splits: Splits, method: Method, epoch: int) -> 
     } | ({"modifiers": changed} if changed else {})
 
 
-def load_model(path: Path, device: torch.device, arch: str, splits: Splits, foreign: bool = False) -> nn.Module:
+def load_model(
+    path: Path,
+    device: torch.device,
+    arch: str,
+    splits: Splits,
+    foreign: bool = False,
+    activation: str = "relu",
+) -> nn.Module:
     """Return the network in a weights file, in NHWC.
 
-    arch: the network, for a file whose card does not name it. splits: data that the network must fit. foreign: also
-    accept a safetensors file of another program. Raises UserError if the file or its network does not fit.
+    arch, activation: the network, for a file whose card does not name it. splits: data that the network must fit.
+    foreign: also accept a safetensors file of another program. Raises UserError if the file or its network does not
+    fit.
     """
     tensors, card = read_weights(path, foreign)
-    card = {"arch": arch, "num_classes": splits.num_classes, "in_channels": splits.in_channels} | card
+    if "arch" not in card:
+        card = {"arch": arch, "activation": activation} | card
+    card = {"num_classes": splits.num_classes, "in_channels": splits.in_channels} | card
     if card["num_classes"] != splits.num_classes:
         raise UserError(f"{path} has {card['num_classes']} classes, the data has {splits.num_classes}")
     if card["in_channels"] != splits.in_channels:
@@ -147,8 +160,12 @@ def load_model(path: Path, device: torch.device, arch: str, splits: Splits, fore
 
 
 def build_from_card(path: Path, tensors: dict[str, Tensor], card: dict) -> nn.Module:
-    """Return the network that ``card`` describes, with the weights ``tensors``, both read from ``path``."""
-    model = build_model(card["arch"], card["num_classes"], in_channels=card["in_channels"])
+    """Return the network that ``card`` describes, with the weights ``tensors``, both read from ``path``.
+
+    A card without an activation is of an earlier version, which had only ReLU.
+    """
+    activation = card.get("activation", "relu")
+    model = build_model(card["arch"], card["num_classes"], in_channels=card["in_channels"], activation=activation)
     if "method" in card:
         try:
             method = METHODS[card["method"]](**card["method_options"])

@@ -41,7 +41,7 @@ def train(config: Config, method: Method, hardware: Hardware) -> None:
     if method.needs_double_backward and distributed.current().size > 1:
         raise UserError(f"--method {method.name} with these options needs a double backward: use a single process")
     if config.teacher is not None:
-        teachers.find(config.teacher, config.arch)  # report a wrong --teacher before any long work
+        teachers.find(config.teacher, config.arch, config.activation)  # report a wrong --teacher before any long work
     with distributed.main_first():  # the main process decodes the images, the others read its cache
         splits = load_splits(config, hardware.device)
     # Build both stages before anything is written, so that an error until then leaves no incomplete run behind.
@@ -60,17 +60,19 @@ def train(config: Config, method: Method, hardware: Hardware) -> None:
 
     if isinstance(teacher, Stage):
         teacher = train_teacher(teacher, splits, hardware)
-    setup_method(method, splits, teacher, hardware)
+    setup_method(method, splits, teacher, hardware, config.label_smoothing)
     fit(student, hardware)
     evaluate_run(config, splits, hardware)
     if distributed.current().is_main:
         log.say(tables.render([run_dir]))
 
 
-def setup_method(method: Method, splits: Splits, teacher: nn.Module | None, hardware: Hardware) -> None:
-    """Give ``method`` the class counts of the training images and the frozen twin of its teacher."""
+def setup_method(
+    method: Method, splits: Splits, teacher: nn.Module | None, hardware: Hardware, label_smoothing: float = 0.0
+) -> None:
+    """Give ``method`` the class counts of the training images, the frozen twin of its teacher and the smoothing."""
     twin = None if teacher is None else frozen_twin(teacher, hardware)
-    method.setup(MethodContext(class_counts=counts_tensor(splits, hardware.device), teacher=twin))
+    method.setup(MethodContext(counts_tensor(splits, hardware.device), twin, label_smoothing))
 
 
 def teacher_or_stage(config: Config, kind: str, splits: Splits, hardware: Hardware) -> nn.Module | Stage:
@@ -81,9 +83,10 @@ def teacher_or_stage(config: Config, kind: str, splits: Splits, hardware: Hardwa
     if config.teacher is not None:
         log.say(f"teacher: {config.teacher}")
         with distributed.main_first():  # the main process may download it
-            return teachers.load(config.teacher, config.arch, splits, hardware)
+            return teachers.load(config.teacher, config.arch, splits, hardware, config.activation)
     method = METHODS["natural" if kind == "natural" else "pgd-at"]()
-    setup_method(method, splits, None, hardware)
+    smoothing = config.label_smoothing if config.modify_teacher else 0.0
+    setup_method(method, splits, None, hardware, smoothing)
     indices = balanced_indices(config, splits) if kind == "balanced" else None
     return _stage(config, "teacher", method, splits, hardware, indices)
 
@@ -150,7 +153,7 @@ def _stage(
     )
     # Teacher and student have different seeds, so that they do not start from the same weights.
     seed = seeding.stream_seed(config.seed, name, "weights")
-    model = new_model(config.arch, splits, hardware.device, seed, method)
+    model = new_model(config.arch, splits, hardware.device, seed, method, config.activation)
     card = functools.partial(weights_card, config, splits, method)
     own = OFF
     if name == "student" or config.modify_teacher:

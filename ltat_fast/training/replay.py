@@ -65,7 +65,7 @@ def _stage(config: Config, method: Method, hardware: Hardware, name: str) -> Sta
     if isinstance(teacher, Stage):
         teacher = load_model(weights_file(teacher.folder), hardware.device, config.arch, splits)
     stage = pipeline.student_stage(config, method, splits, hardware)
-    pipeline.setup_method(method, splits, teacher, hardware)
+    pipeline.setup_method(method, splits, teacher, hardware, config.label_smoothing)
     return stage
 
 

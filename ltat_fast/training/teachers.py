@@ -26,11 +26,11 @@ from ltat_fast.training.step import frozen_twin
 Build = Callable[[Splits], nn.Module]
 
 
-def find(name: str, arch: str) -> Build:
+def find(name: str, arch: str, activation: str = "relu") -> Build:
     """Return the function that builds the teacher ``name``.
 
-    arch: network of a weights file that does not name its own. Raises UserError for a teacher that does not exist, if
-    this can be detected without the data.
+    arch, activation: network of a weights file that does not name its own. Raises UserError for a teacher that does not
+    exist, if this can be detected without the data.
     """
     kind, colon, rest = name.partition(":")
     if colon and kind in KINDS:
@@ -38,16 +38,16 @@ def find(name: str, arch: str) -> Build:
     # A run folder has its own files; a single file may have been written by another program.
     path, foreign = weights_file(Path(name)), Path(name).is_file()
     read_weights(path, foreign)
-    return lambda splits: load_model(path, torch.device("cpu"), arch, splits, foreign)
+    return lambda splits: load_model(path, torch.device("cpu"), arch, splits, foreign, activation)
 
 
-def load(name: str, arch: str, splits: Splits, hardware: Hardware) -> nn.Module:
+def load(name: str, arch: str, splits: Splits, hardware: Hardware, activation: str = "relu") -> nn.Module:
     """Return the teacher ``name`` in eval mode on ``hardware.device``.
 
-    arch: as for :func:`find`. Raises UserError if the teacher cannot be built, or does not return finite logits of the
-    right shape for two images of ``splits``.
+    arch, activation: as for :func:`find`. Raises UserError if the teacher cannot be built, or does not return finite
+    logits of the right shape for two images of ``splits``.
     """
-    model = _user_error_on_failure(name, lambda: find(name, arch)(splits)).eval()
+    model = _user_error_on_failure(name, lambda: find(name, arch, activation)(splits)).eval()
     # Float32 head, as in our own networks: IGDM subtracts logits from logits; bf16 would lose most of the difference.
     model = with_float32_head(model, splits.num_classes)
     model = model.to(hardware.device, memory_format=torch.channels_last)

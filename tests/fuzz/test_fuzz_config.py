@@ -50,6 +50,7 @@ VALID = {
     "compile": st.sampled_from(["auto", "none", "step"]),
     "seed": st.integers(-(10**9), 2**63),
     "heldout": share,
+    "label_smoothing": st.just(0.0),  # some methods refuse another value
     "eval_attacks": st.lists(st.sampled_from(["clean", "fgsm", "pgd20", "cw20"]), min_size=1, unique=True).map(
         ",".join
     ),

@@ -111,6 +111,7 @@ def loss_case(draw):
         "tau": draw(st.sampled_from([0.0, 0.5, 1.0, 2.0])),
         "kl_weight": draw(st.sampled_from([0.0, 0.3, 1.0, 5.0])),
         "temperature": draw(st.sampled_from([0.5, 1.0, 4.0])),
+        "label_smoothing": draw(st.sampled_from([0.0, 0.1, 0.9])),
         "reduction": draw(reductions),
     }
     counts = counts.tolist() if draw(st.booleans()) else counts
@@ -133,13 +134,15 @@ def test_balanced_softmax_kl(case):
     y, n = labels.long().numpy(), np.asarray(counts, np.float64)
     rows, classes = z.shape
     tau, weight, temperature = options["tau"], options["kl_weight"], options["temperature"]
+    smoothing = options["label_smoothing"]
     with np.errstate(all="ignore"):
         prior = tau * np.log(n) if tau else np.zeros(classes)
-        expected = -log_softmax(z + prior)[np.arange(rows), y]
+        label = (1 - smoothing) * np.eye(classes)[y] + smoothing * np.isfinite(prior) / np.isfinite(prior).sum()
+        expected = -np.where(label > 0, label * log_softmax(z + prior), 0).sum(-1)
         if weight:
             expected = expected + weight * kl(t / temperature, z / temperature)
         expected = reduced(expected, options["reduction"])
-        grad = np.exp(log_softmax(z + prior)) - np.eye(classes)[y]
+        grad = np.exp(log_softmax(z + prior)) - label
         if weight:
             grad += weight / temperature * (np.exp(log_softmax(z / temperature)) - np.exp(log_softmax(t / temperature)))
         if options["reduction"] == "mean" and rows:
@@ -290,6 +293,7 @@ CALLS = {
             "tau": [-1.0, math.nan, INF, "a", None],
             "temperature": [0.0, -1.0, math.nan, INF, "a", None],
             "kl_weight": [math.nan, INF, "a", None],
+            "label_smoothing": [-0.1, 1.0, math.nan, "a", None],
             "reduction": ["batchmean", "", None, 1, []],
         },
         {"teacher_logits": [None]},

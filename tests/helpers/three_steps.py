@@ -55,11 +55,16 @@ def toy_classifier(method: Method, seed: int = 0) -> nn.Module:
 
 
 def train_step(
-    method: Method, net: nn.Module, lr: float = 1.0, teacher: nn.Module | None = None, **settings
+    method: Method,
+    net: nn.Module,
+    lr: float = 1.0,
+    teacher: nn.Module | None = None,
+    label_smoothing: float = 0.0,
+    **settings,
 ) -> TrainStep:
     """Return the eager step of ``method`` on ``net``. settings: those of :func:`modifiers.build`."""
     frozen_teacher = None if teacher is None else frozen_twin(teacher, HARDWARE)
-    method.setup(MethodContext(torch.tensor(COUNTS), frozen_teacher))
+    method.setup(MethodContext(torch.tensor(COUNTS), frozen_teacher, label_smoothing))
     attack = AttackConfig(EPS, STEP_SIZE, ATTACK_STEPS, method.noise)
     optimizer = make_optimizer(net, lr, MOMENTUM, WEIGHT_DECAY)
     own = modifiers.build(method, net, torch.tensor(COUNTS), **settings)
@@ -132,6 +137,7 @@ def assert_three_steps_equal(
     reference_of: Callable[[nn.Module], Float64Method],
     tolerance: float = 1e-8,
     teacher: nn.Module | None = None,
+    label_smoothing: float = 0.0,
     **settings,
 ) -> None:
     """Assert equal adversarial examples, losses, weights and batch norm statistics in three steps.
@@ -142,7 +148,7 @@ def assert_three_steps_equal(
     """
     net = toy_classifier(method, seed=1)
     reference = reference_of(net)
-    step = train_step(method, net, teacher=teacher, **settings)
+    step = train_step(method, net, teacher=teacher, label_smoothing=label_smoothing, **settings)
     for epoch in range(3):
         x, y = batch(epoch)
         start = pgd_init(x, EPS, method.noise, generator=torch.Generator().manual_seed(50 + epoch))

@@ -4,6 +4,7 @@ test_interpret.py runs them.
 """
 
 import importlib
+import itertools
 import os
 
 import pytest
@@ -34,11 +35,18 @@ def log_prior(class_counts, tau):
     return torch.zeros_like(class_counts, dtype=torch.float64) if tau == 0 else tau * class_counts.double().log()
 
 
-def reference_loss(s, y, counts, t, tau, kl_weight, temperature):
+def smoothed_label(y, counts, tau, smoothing):
+    """Return (1 - smoothing) onehot(y) + smoothing / K on the K classes that are not excluded, in float64."""
+    included = (log_prior(counts, tau) > -INF).double()
+    return (1 - smoothing) * torch.nn.functional.one_hot(y, len(counts)) + smoothing * included / included.sum()
+
+
+def reference_loss(s, y, counts, t, tau, kl_weight, temperature, smoothing=0.0):
     """Return the row losses in float64, from the definition."""
     s = s.double()
     log_q = torch.log_softmax(s + log_prior(counts, tau), dim=1)
-    loss = -log_q.gather(1, y[:, None])[:, 0]
+    label = smoothed_label(y, counts, tau, smoothing)
+    loss = -torch.where(label > 0, label * log_q, 0.0).sum(1)
     if t is not None:
         log_p = torch.log_softmax(t.double() / temperature, dim=1)
         log_ratio = log_p - torch.log_softmax(s / temperature, dim=1)
@@ -46,11 +54,11 @@ def reference_loss(s, y, counts, t, tau, kl_weight, temperature):
     return loss
 
 
-def reference_grad(s, y, counts, t, tau, kl_weight, temperature):
+def reference_grad(s, y, counts, t, tau, kl_weight, temperature, smoothing=0.0):
     """Return the gradient of the row losses in float64, in closed form. A test below checks it against autograd."""
     s = s.double()
     grad = torch.softmax(s + log_prior(counts, tau), dim=1)
-    grad = grad - torch.nn.functional.one_hot(y, s.shape[1])
+    grad = grad - smoothed_label(y, counts, tau, smoothing)
     if t is not None:
         gap = torch.softmax(s / temperature, dim=1) - torch.softmax(t.double() / temperature, dim=1)
         grad = grad + kl_weight / temperature * gap
@@ -69,23 +77,25 @@ def case(B, C, dtype=torch.float32, spread=3.0, seed=0):
     return s.to(DEVICE, dtype), y.to(DEVICE), long_tailed_counts(C), t.to(DEVICE, dtype)
 
 
-def forward(s, y, counts, t, tau=1.0, kl_weight=0.5, temperature=2.0, reduction="none"):
+def forward(s, y, counts, t, tau=1.0, kl_weight=0.5, temperature=2.0, smoothing=0.0, reduction="none"):
     shape = (len(s),) if reduction == "none" else ()
     loss = torch.full(shape, 123.0, device=DEVICE)
     stats = torch.full((kernels.stats_rows(t), len(s)), 123.0, device=DEVICE)
-    kernels.launch_forward(s, y, counts, t, loss, stats, tau, kl_weight, temperature, reduction)
+    kernels.launch_forward(s, y, counts, t, loss, stats, tau, kl_weight, temperature, smoothing, reduction)
     return loss, stats
 
 
-def backward(grad_loss, stats, s, y, counts, t, tau=1.0, kl_weight=0.5, temperature=2.0, reduction="none"):
+def backward(
+    grad_loss, stats, s, y, counts, t, tau=1.0, kl_weight=0.5, temperature=2.0, smoothing=0.0, reduction="none"
+):
     grad = torch.full(s.shape, 123.0, dtype=s.dtype, device=DEVICE)
-    kernels.launch_backward(grad_loss, s, y, counts, t, stats, grad, tau, kl_weight, temperature, reduction)
+    kernels.launch_backward(grad_loss, s, y, counts, t, stats, grad, tau, kl_weight, temperature, smoothing, reduction)
     return grad
 
 
-def check(s, y, counts, t, tau=1.0, kl_weight=0.5, temperature=2.0, reduction="none", atol=1e-6):
+def check(s, y, counts, t, tau=1.0, kl_weight=0.5, temperature=2.0, smoothing=0.0, reduction="none", atol=1e-6):
     """Check loss and gradient, with a random upstream gradient, against the references."""
-    args = (s, y, counts, t, tau, kl_weight, temperature)
+    args = (s, y, counts, t, tau, kl_weight, temperature, smoothing)
     rows, grad_rows = reference_loss(*args), reference_grad(*args)
     shape = (len(s),) if reduction == "none" else ()
     upstream = torch.randn(shape, generator=torch.Generator().manual_seed(9)).to(DEVICE)
@@ -104,8 +114,8 @@ def check(s, y, counts, t, tau=1.0, kl_weight=0.5, temperature=2.0, reduction="n
 def test_reference_gradient_is_the_derivative_of_the_reference_loss():
     s, y, counts, t = case(5, 7)
     s = s.double().requires_grad_()
-    reference_loss(s, y, counts, t, 0.7, 0.3, 2.5).sum().backward()
-    assert_close(s.grad, reference_grad(s.detach(), y, counts, t, 0.7, 0.3, 2.5))
+    reference_loss(s, y, counts, t, 0.7, 0.3, 2.5, 0.2).sum().backward()
+    assert_close(s.grad, reference_grad(s.detach(), y, counts, t, 0.7, 0.3, 2.5, 0.2))
 
 
 @pytest.mark.parametrize("distilled", [False, True])
@@ -114,6 +124,41 @@ def test_reference_gradient_is_the_derivative_of_the_reference_loss():
 def test_loss_and_gradient(shape, dtype, distilled):
     s, y, counts, t = case(*shape, dtype)
     check(s, y, counts, t if distilled else None)
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+@pytest.mark.parametrize("tau", [0.0, 1.0])
+@pytest.mark.parametrize("shape", [(41, 2), (33, 10), (9, 100), (3, 1271), (2, 10000)], ids=str)
+def test_label_smoothing(shape, tau, distilled):
+    s, y, counts, t = case(*shape)
+    if shape[1] > 2:
+        counts[3] = counts[-1] = 0
+        y[(y == 3) | (y == shape[1] - 1)] = 0
+    check(s, y, counts, t if distilled else None, tau=tau, smoothing=0.3, atol=2e-6)
+    check(s, y, counts, t if distilled else None, tau=tau, smoothing=0.9, reduction="mean", atol=2e-6)
+
+
+def test_label_smoothing_over_many_pieces(monkeypatch):
+    """The running maximum rises with every piece, or only with the first one. Some pieces hold no class that shares."""
+    monkeypatch.setattr(kernels, "tile", lambda *_: (4, 16, 4))
+    s, y, counts, _ = case(3, 401)
+    counts[:40] = counts[200:230] = 0
+    y[:] = 60
+    rise = torch.linspace(0, 60, 401, device=DEVICE)
+    for z in (s, s + rise, s - rise, 1e4 * s.sign()):
+        check(z, y, counts, None, smoothing=0.3, atol=1.5e-3 if z.abs().max() > 1e3 else 1e-5)
+    s[1, 300] = -INF  # a class that shares the label: the loss is +inf, as in torch
+    s[2, 210] = -INF  # an excluded class
+    loss, stats = forward(s, y, counts, None, smoothing=0.3)
+    assert loss.isinf().tolist() == [False, True, False]
+    check(s, y, counts, None, smoothing=0.3, atol=1e-5)
+    s[1, 50:60] = -INF  # and whole pieces at the start of the row
+    s[:, 40:60] = -INF
+    loss, stats = forward(s, y, counts, None, smoothing=0.3)
+    assert loss.isinf().all()
+    grad = backward(torch.ones_like(loss), stats, s, y, counts, None, smoothing=0.3)
+    expected = reference_grad(s, y, counts, None, 1.0, 0.0, 1.0, 0.3)
+    assert_close(grad.double(), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -132,7 +177,7 @@ def test_hyper_parameters(tau, kl_weight, temperature):
 @pytest.mark.parametrize("columns", [16, 64, 256])
 def test_online_softmax_over_many_pieces(monkeypatch, columns):
     """Split rows into 26, 7 and 2 pieces. The running maximum rises with every piece, or only with the first one."""
-    monkeypatch.setattr(kernels, "tile", lambda C: (4, columns, 4))
+    monkeypatch.setattr(kernels, "tile", lambda *_: (4, columns, 4))
     s, y, counts, t = case(3, 401)
     rise = torch.linspace(0, 60, 401, device=DEVICE)
     check(s, y, counts, t)
@@ -161,7 +206,7 @@ def test_extreme_logits(C):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_masked_logits(dtype, monkeypatch):
     """Mask the same classes of student and teacher, among them the first pieces, and some of the teacher alone."""
-    monkeypatch.setattr(kernels, "tile", lambda C: (4, 16, 4))
+    monkeypatch.setattr(kernels, "tile", lambda *_: (4, 16, 4))
     s, y, counts, t = case(6, 100, dtype)
     y[:] = 60
     s[:, :40] = t[:, :40] = -INF
@@ -233,7 +278,7 @@ def test_row_strides_and_strided_upstream():
     loss, stats = forward(view_s, y, counts, view_t)
     assert torch.equal(loss, forward(s, y, counts, t)[0])
     for grad_loss in (upstream[:, 1], torch.tensor(3.0, device=DEVICE).expand(9)):
-        kernels.launch_backward(grad_loss, view_s, y, counts, view_t, stats, view_grad, 1.0, 0.5, 2.0, "none")
+        kernels.launch_backward(grad_loss, view_s, y, counts, view_t, stats, view_grad, 1.0, 0.5, 2.0, 0.0, "none")
         expected = reference_grad(s, y, counts, t, 1.0, 0.5, 2.0) * grad_loss.double()[:, None]
         assert_close(view_grad.double(), expected, rtol=1e-5, atol=1e-6)
         assert wide_grad[:, 0].isnan().all()
@@ -267,8 +312,8 @@ def test_empty_batch(reduction):
 
 
 def test_tiles_are_powers_of_two_with_at_most_16_elements_per_thread():
-    for C in range(2, 12000):
-        rows, columns, warps = kernels.tile(C)
+    for C, smooth in itertools.product(range(2, 12000), (False, True)):
+        rows, columns, warps = kernels.tile(C, smooth)
         assert rows & (rows - 1) == columns & (columns - 1) == 0
         assert min(C, 4096) <= columns < 2 * C
         assert rows * columns <= 16 * 32 * warps
@@ -281,7 +326,7 @@ def test_registered_functions_take_any_strides(teacher_layout, reduction):
     logits, labels, counts, teacher = case(5, 17, spread=1.0)
     t = {"none": None, "rows": teacher, "columns": teacher.T.contiguous().T}[teacher_layout]
     spread_labels = torch.stack([labels, labels], 1)[:, 0]
-    scalars = {"tau": 0.7, "kl_weight": 1.7, "temperature": 2.5}
+    scalars = {"tau": 0.7, "kl_weight": 1.7, "temperature": 2.5, "label_smoothing": 0.2}
     for z, n in ((logits, counts), (logits.T.contiguous().T, counts.long())):
         args = (z, spread_labels, n, t, *scalars.values(), reduction)
         loss, stats = op._forward_cuda(*args)

@@ -154,13 +154,13 @@ def test_integer_scalars_compile_no_other_kernel(monkeypatch):
         pgd.launch_init(x, x, seed, 1, 0, 1, "uniform")
 
     recorded = launches(monkeypatch, pgd, launch)
-    recorded += loss_launches(monkeypatch, 8, 16, torch.float32, True, settings=(1, 1, 1, "sum"))
+    recorded += loss_launches(monkeypatch, 8, 16, torch.float32, True, settings=(1, 1, 1, 0, "sum"))
     for kernel, args, _ in recorded:
         for param, value in zip(kernel.params, args, strict=True):
             assert type(value) is not int or param.is_constexpr or param.name in ("n", "B"), param.name
 
 
-def loss_launches(monkeypatch, B, C, dtype, distilled, settings=(1.0, 0.5, 2.0, "mean")):
+def loss_launches(monkeypatch, B, C, dtype, distilled, settings=(1.0, 0.5, 2.0, 0.0, "mean")):
     logits = torch.empty(B, C, dtype=dtype)
     teacher = torch.empty_like(logits) if distilled else None
     labels, counts = torch.zeros(B, dtype=torch.int64), torch.ones(C)
@@ -173,15 +173,25 @@ def loss_launches(monkeypatch, B, C, dtype, distilled, settings=(1.0, 0.5, 2.0, 
     return launches(monkeypatch, balanced_softmax_kl, launch)
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("distilled", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(
-    "shape", [(1, 2), (128, 10), (128, 100), (128, 200), (1024, 1000), (16, 2000), (16, 10000)], ids=str
-)
-def test_loss(monkeypatch, tmp_path, shape, dtype, distilled, capability):
-    forward, backward = loss_launches(monkeypatch, *shape, dtype, distilled)
-    rows, columns, warps = balanced_softmax_kl.tile(shape[1])
+LOSS_CASES = [
+    (shape, dtype, distilled, 0.0, capability)
+    for shape in [(1, 2), (128, 10), (128, 100), (128, 200), (1024, 1000), (16, 2000), (16, 10000)]
+    for dtype in (torch.float32, torch.bfloat16)
+    for distilled in (False, True)
+    for capability in CAPABILITIES
+]
+LOSS_CASES += [
+    (shape, dtype, True, 0.1, 90)
+    for shape in [(128, 10), (128, 100), (1024, 1000), (16, 2000), (16, 10000)]
+    for dtype in (torch.float32, torch.bfloat16)
+]
+
+
+@pytest.mark.parametrize(("shape", "dtype", "distilled", "smoothing", "capability"), LOSS_CASES, ids=str)
+def test_loss(monkeypatch, tmp_path, shape, dtype, distilled, smoothing, capability):
+    settings = (1.0, 0.5, 2.0, smoothing, "mean")
+    forward, backward = loss_launches(monkeypatch, *shape, dtype, distilled, settings)
+    rows, columns, warps = balanced_softmax_kl.tile(shape[1], smoothing > 0)
     for (kernel, args, options), stores in ((forward, 0), (backward, 1)):
         code = Code(kernel, args, capability, **options)
         check_lean(code, tmp_path)

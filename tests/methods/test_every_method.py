@@ -23,6 +23,7 @@ VARIANTS = [
     ("ltat", "--awp", "0.005", "--ema", "0.9", "--eps-balance", "0.3", "--modify-teacher"),
     ("mart", "--balanced"),
     ("reat", "--tail-form", "pairwise"),
+    ("ltat", "--label-smoothing", "0.1"),
 ]
 
 

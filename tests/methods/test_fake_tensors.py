@@ -30,7 +30,7 @@ CASES = {
 }
 
 
-def operators_of_a_step(method: Method, **settings) -> list[tuple]:
+def operators_of_a_step(method: Method, label_smoothing: float = 0.0, **settings) -> list[tuple]:
     """(operator, arguments, result) of each operator of one step on fake tensors, in order.
 
     settings: those of :func:`modifiers.build`.
@@ -45,7 +45,7 @@ def operators_of_a_step(method: Method, **settings) -> list[tuple]:
 
         model, teacher = network(method), network(PgdAt())
         counts = counts.to(fake.device)
-        method.setup(MethodContext(counts, frozen_twin(teacher, hardware)))
+        method.setup(MethodContext(counts, frozen_twin(teacher, hardware), label_smoothing))
         attack = AttackConfig(0.1, 0.025, 2, method.noise)
         own = modifiers.build(method, model, counts, **settings)
         step = TrainStep(model, method, make_optimizer(model, 0.1, 0.9, 5e-4), attack, hardware, modifiers=own)
@@ -76,6 +76,11 @@ def test_a_step_never_reads_the_device_and_never_leaves_it(name, settings):
     operators = operators_of_a_step(CASES[name](), **settings)
     assert sum(len(tensors(arguments)) > 0 for _, arguments, _ in operators) > 100, "the step did not run"
     assert departures(operators) == []
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case().smooths_labels])
+def test_neither_does_a_step_with_smoothed_labels(name):
+    assert departures(operators_of_a_step(CASES[name](), label_smoothing=0.1)) == []
 
 
 def test_a_read_is_found():

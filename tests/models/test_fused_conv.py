@@ -78,10 +78,10 @@ def test_a_weight_that_wants_a_gradient_is_refused():
         conv_relu(x, weight.requires_grad_(), bias, None, *GEOMETRIES[0])
 
 
-def trained(arch: str) -> nn.Module:
+def trained(arch: str, activation: str = "relu") -> nn.Module:
     """A network whose batch norms have seen images."""
     torch.manual_seed(0)
-    model = build_model(arch, 10).train()
+    model = build_model(arch, 10, activation=activation).train()
     with torch.no_grad():
         model(torch.rand(8, 3, 32, 32))
     return model
@@ -121,6 +121,18 @@ def test_what_is_fused(arch, number):
     twin = FrozenTwin(build_model(arch, 10), fuse_relu=True)
     assert sum(isinstance(module, FusedConvReLU) for module in twin.modules()) == number
     assert not any(isinstance(module, nn.Identity) for module in twin.net.modules())
+
+
+@pytest.mark.parametrize("arch", [name for name in ARCHS if name != "wrn-34-10"])
+def test_a_silu_is_not_fused(arch):
+    """The fused operator computes a ReLU. Batch norm is folded as before."""
+    model = trained(arch, "silu").double()
+    twin = FrozenTwin(model, fuse_relu=True, pad_stem=True, channels_last=True)
+    assert not any(isinstance(module, FusedConvReLU) for module in twin.modules())
+    assert len(twin.folded) == len(FrozenTwin(trained(arch)).folded)
+    x = torch.rand(4, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    for ours, theirs in zip(logits_and_gradient(twin, x), logits_and_gradient(model.eval(), x), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
 def test_a_convolution_that_others_read_is_not_fused():

@@ -90,7 +90,8 @@ def test_forward_flops(arch, size, gflops):
 class Formula:
     """Forward passes in eval mode that use only the weights of a model, by name, and none of its code."""
 
-    def __init__(self, model):
+    def __init__(self, model, act=F.relu):
+        self.act = act
         self.w = {name: t.double() for name, t in model.state_dict().items()}
 
     def conv(self, name, x, stride=1, groups=1):
@@ -110,38 +111,38 @@ class Formula:
         return maps.flatten(2).mean(2) @ self.w["fc.weight"].T + self.w["fc.bias"]
 
     def resnet(self, x, depth, stages):
-        x = F.relu(self.bn("bn1", self.conv("conv1", x)))
+        x = self.act(self.bn("bn1", self.conv("conv1", x)))
         for i in range(depth * stages):
             b, stride = f"blocks.{i}", 2 if i > 0 and i % depth == 0 else 1
-            out = F.relu(self.bn(f"{b}.bn1", self.conv(f"{b}.conv1", x, stride)))
+            out = self.act(self.bn(f"{b}.bn1", self.conv(f"{b}.conv1", x, stride)))
             out = self.bn(f"{b}.bn2", self.conv(f"{b}.conv2", out))
             if self.has(f"{b}.shortcut"):
                 x = self.bn(f"{b}.shortcut.1", self.conv(f"{b}.shortcut.0", x, stride))
-            x = F.relu(out + x)
+            x = self.act(out + x)
         return self.head(x)
 
     def preact(self, x, depth, stages):
         x = self.conv("conv1", x)
         for i in range(depth * stages):
             b, stride = f"blocks.{i}", 2 if i > 0 and i % depth == 0 else 1
-            a = F.relu(self.bn(f"{b}.bn1", x))
-            out = self.conv(f"{b}.conv2", F.relu(self.bn(f"{b}.bn2", self.conv(f"{b}.conv1", a, stride))))
+            a = self.act(self.bn(f"{b}.bn1", x))
+            out = self.conv(f"{b}.conv2", self.act(self.bn(f"{b}.bn2", self.conv(f"{b}.conv1", a, stride))))
             x = out + (self.conv(f"{b}.shortcut", a, stride) if self.has(f"{b}.shortcut") else x)
-        return self.head(F.relu(self.bn("bn", x)))
+        return self.head(self.act(self.bn("bn", x)))
 
     def mobilenetv2(self, x):
-        x = F.relu(self.bn("bn1", self.conv("conv1", x)))
+        x = self.act(self.bn("bn1", self.conv("conv1", x)))
         strides = [1, 1, 1, 2, 1, 1, 2, 1, 1, 1, 1, 1, 1, 2, 1, 1, 1]
         for i, stride in enumerate(strides):
             b = f"blocks.{i}"
-            out = F.relu(self.bn(f"{b}.bn1", self.conv(f"{b}.expand", x)))
-            out = F.relu(self.bn(f"{b}.bn2", self.conv(f"{b}.depthwise", out, stride, groups=out.shape[1])))
+            out = self.act(self.bn(f"{b}.bn1", self.conv(f"{b}.expand", x)))
+            out = self.act(self.bn(f"{b}.bn2", self.conv(f"{b}.depthwise", out, stride, groups=out.shape[1])))
             out = self.bn(f"{b}.bn3", self.conv(f"{b}.project", out))
             if self.has(f"{b}.shortcut"):
                 x = out + self.bn(f"{b}.shortcut.1", self.conv(f"{b}.shortcut.0", x))
             else:
                 x = out + x if stride == 1 else out
-        return self.head(F.relu(self.bn("bn2", self.conv("conv2", x))))
+        return self.head(self.act(self.bn("bn2", self.conv("conv2", x))))
 
 
 FORMULAS = {
@@ -153,10 +154,11 @@ FORMULAS = {
 }
 
 
+@pytest.mark.parametrize(("activation", "act"), [("relu", F.relu), ("silu", lambda x: x / (1 + (-x).exp()))])
 @pytest.mark.parametrize("arch", ARCHS)
-def test_forward_equals_the_formula(arch):
+def test_forward_equals_the_formula(arch, activation, act):
     torch.manual_seed(0)
-    model = build_model(arch, 7)
+    model = build_model(arch, 7, activation=activation)
     for name, t in model.state_dict().items():  # so that every statistic and bias affects the result
         if "running" in name or name.endswith("bias"):
             t.uniform_(0.5, 1.5)
@@ -164,7 +166,9 @@ def test_forward_equals_the_formula(arch):
     with torch.no_grad():
         logits = model.eval()(x)
         formula, *shape = FORMULAS[arch]
-        torch.testing.assert_close(logits.double(), formula(Formula(model), x.double(), *shape), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            logits.double(), formula(Formula(model, act), x.double(), *shape), rtol=1e-4, atol=1e-4
+        )
         assert torch.equal(logits, model.fc(model.features(x)))
         assert model.features(x).shape == (2, model.feature_dim)
         assert model.feature_dim == model.fc.in_features
@@ -197,6 +201,21 @@ def test_no_randomness_in_forward():
 def test_an_unknown_architecture_is_refused():
     with pytest.raises(UserError, match=r"resnet81.*resnet18, preactresnet18, wrn-34-10, mobilenetv2, smallresnet"):
         build_model("resnet81", 10)
+
+
+def test_an_unknown_activation_is_refused():
+    with pytest.raises(UserError, match="unknown activation 'gelu'; choose one of relu, silu"):
+        build_model("resnet18", 10, activation="gelu")
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_the_initial_weights_do_not_depend_on_the_activation(arch):
+    weights = []
+    for activation in ("relu", "silu"):
+        torch.manual_seed(0)
+        weights.append(build_model(arch, 10, activation=activation).state_dict())
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 def test_smallresnet_learns_the_digits():

@@ -1,5 +1,7 @@
 """balanced_softmax_kl: values and gradients against float64, extremes, registration, errors."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,7 +19,8 @@ from helpers.op_cases import (
 )
 from ltat_fast.ops import balanced_softmax_kl, balanced_softmax_kl_ref
 
-SCALARS = {"tau": 0.7, "kl_weight": 1.7, "temperature": 2.5}
+SCALARS = {"tau": 0.7, "kl_weight": 1.7, "temperature": 2.5, "label_smoothing": 0.0}
+SMOOTHING = [0.0, 0.3]
 
 
 def case(rows, classes, dtype=torch.float32, device="cpu", teacher=True, seed=0):
@@ -57,17 +60,22 @@ def assert_exact(inputs, upstream=None, **options):
 
 def samples():
     """Return results on fixed inputs. test_operator.py compares them between the builds of the kernels."""
-    loss, grad = value_and_gradient(balanced_softmax_kl, *case(41, 100), temperature=2.0)
-    return {"balanced_softmax_kl: loss": loss, "balanced_softmax_kl: gradient": grad}
+    found = {}
+    for s in SMOOTHING:
+        loss, grad = value_and_gradient(balanced_softmax_kl, *case(41, 100), temperature=2.0, label_smoothing=s)
+        found |= {f"balanced_softmax_kl: loss {s}": loss, f"balanced_softmax_kl: gradient {s}": grad}
+    return found
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("smoothing", SMOOTHING)
 @pytest.mark.parametrize("teacher", [False, True], ids=["bsl", "bsl+kl"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_value_and_gradient(shape, dtype, teacher, device):
+def test_value_and_gradient(shape, dtype, teacher, smoothing, device):
     upstream = normal(shape[0], seed=9).to(device)
-    assert_exact(case(*shape, dtype, device, teacher), upstream, reduction="none", **SCALARS)
+    options = SCALARS | {"label_smoothing": smoothing}
+    assert_exact(case(*shape, dtype, device, teacher), upstream, reduction="none", **options)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -78,16 +86,43 @@ def test_reductions(reduction, teacher, device):
     assert_exact(case(41, 100, device=device, teacher=teacher), upstream, reduction=reduction)
 
 
-def test_the_reference_equals_cross_entropy_plus_kl_div():
+@pytest.mark.parametrize("smoothing", SMOOTHING)
+def test_the_reference_equals_cross_entropy_plus_kl_div(smoothing):
     logits, labels, counts, teacher = (t.double() if t.is_floating_point() else t for t in case(16, 10))
     counts[5] = 3.0
-    bsl = F.cross_entropy(logits + 0.7 * counts.log(), labels, reduction="none")
+    options = SCALARS | {"label_smoothing": smoothing}
+    bsl = F.cross_entropy(logits + 0.7 * counts.log(), labels, reduction="none", label_smoothing=smoothing)
     log_q, p = (logits / 2.5).log_softmax(-1), (teacher / 2.5).softmax(-1)
     expected = bsl + 1.7 * F.kl_div(log_q, p, reduction="none").sum(-1)
-    actual = balanced_softmax_kl_ref(logits, labels, counts, teacher, reduction="none", **SCALARS)
+    actual = balanced_softmax_kl_ref(logits, labels, counts, teacher, reduction="none", **options)
     torch.testing.assert_close(actual, expected)
-    mean = balanced_softmax_kl(logits, labels, counts, teacher, **SCALARS)
+    mean = balanced_softmax_kl(logits, labels, counts, teacher, **options)
     torch.testing.assert_close(mean, bsl.mean() + 1.7 * F.kl_div(log_q, p, reduction="batchmean"))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("op", [balanced_softmax_kl, balanced_softmax_kl_ref])
+@pytest.mark.parametrize("classes", [10, 41, 300])
+def test_an_excluded_class_has_no_part_of_a_smoothed_label(classes, op, device):
+    """The loss is that of a problem without the class: torch's cross-entropy over the other columns."""
+    logits, _, _, _ = case(16, classes, torch.float64 if device == "cpu" else torch.float32, device)
+    excluded = torch.zeros(classes, dtype=torch.bool, device=device)
+    excluded[[0, 3, classes - 1]] = True
+    counts = torch.arange(1.0, classes + 1, device=device).masked_fill(excluded, 0)
+    rest = torch.arange(classes, device=device)[~excluded]
+    position = torch.randint(len(rest), (16,), generator=generator(1)).to(device)
+    loss, grad = value_and_gradient(op, logits, rest[position], counts, None, reduction="sum", label_smoothing=0.3)
+
+    others = logits.double()[:, rest].requires_grad_()
+    prior = counts.double()[rest].log()
+    expected = F.cross_entropy(others + prior, position, label_smoothing=0.3, reduction="sum")
+    (expected_grad,) = torch.autograd.grad(expected, others)
+    assert not grad[:, excluded].any()
+    torch.testing.assert_close(grad[:, rest].double(), expected_grad, **gradient_tolerance(torch.float32))
+    torch.testing.assert_close(loss.double(), expected.detach(), **LOSS)
+    # with tau = 0 a count of 0 excludes nothing
+    plain = op(logits, rest[position], counts, tau=0.0, label_smoothing=0.3).double()
+    torch.testing.assert_close(plain, F.cross_entropy(logits.double(), rest[position], label_smoothing=0.3), **LOSS)
 
 
 def test_by_hand():
@@ -95,6 +130,11 @@ def test_by_hand():
     torch.testing.assert_close(balanced_softmax_kl(logits, labels, [6, 3, 1]), torch.tensor(10.0).log())
     torch.testing.assert_close(balanced_softmax_kl(logits, labels, [6, 3, 1], tau=0.0), torch.tensor(3.0).log())
     torch.testing.assert_close(balanced_softmax_kl(logits, labels, [6, 0, 2]), torch.tensor(4.0).log())
+    # smoothed labels (0.1, 0.1, 0.8) and, without the second class, (0.15, 0, 0.85)
+    loss = -(0.1 * math.log(0.6) + 0.1 * math.log(0.3) + 0.8 * math.log(0.1))
+    torch.testing.assert_close(balanced_softmax_kl(logits, labels, [6, 3, 1], label_smoothing=0.3), torch.tensor(loss))
+    loss = -(0.15 * math.log(0.75) + 0.85 * math.log(0.25))
+    torch.testing.assert_close(balanced_softmax_kl(logits, labels, [6, 0, 2], label_smoothing=0.3), torch.tensor(loss))
     confident = torch.tensor([[0.0, 100.0, 0.0]])  # KL(one class || uniform over 3) = log 3
     torch.testing.assert_close(
         balanced_softmax_kl(logits, labels, [1, 1, 1], confident, kl_weight=2.0), 3 * torch.tensor(3.0).log()
@@ -102,17 +142,19 @@ def test_by_hand():
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("smoothing", SMOOTHING)
 @pytest.mark.parametrize("teacher", [False, True], ids=["bsl", "bsl+kl"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_extreme_logits(dtype, teacher, device):
+def test_extreme_logits(dtype, teacher, smoothing, device):
     logits, labels, counts, teacher_logits = case(64, 41, dtype, device, teacher)
     logits = logits.sign() * torch.where(logits.abs() > 3, 1e4, logits.abs())
     logits[:8] = 1e4 + logits[:8]  # large, with small differences
     if teacher:
         teacher_logits = teacher_logits.sign() * torch.where(teacher_logits.abs() > 4, 1e4, teacher_logits.abs())
     inputs = (logits, labels, counts, teacher_logits)
-    loss, grad = value_and_gradient(balanced_softmax_kl, *inputs, reduction="none")
-    expected_loss, expected_grad = exact(*inputs, reduction="none")
+    options = {"reduction": "none", "label_smoothing": smoothing}
+    loss, grad = value_and_gradient(balanced_softmax_kl, *inputs, **options)
+    expected_loss, expected_grad = exact(*inputs, **options)
     # 1e-3 is the spacing of float32 at 1e4, and logit plus prior is about 1e4
     torch.testing.assert_close(loss.double(), expected_loss, rtol=1e-5, atol=1e-3)
     torch.testing.assert_close(grad.double(), expected_grad, rtol=1e-3 + 2**-8, atol=1e-3)
@@ -138,10 +180,32 @@ def test_masked_classes(device):
     assert_exact((logits.masked_fill(masked, -inf), labels, counts, teacher), reduction="none")
     # the count of a label's class is 0
     counts = counts.index_fill(0, labels[:1], 0.0)
-    loss, grad = value_and_gradient(balanced_softmax_kl, logits, labels, counts, None, reduction="none")
-    assert loss[0] == inf
+    for smoothing in SMOOTHING:
+        options = {"reduction": "none", "label_smoothing": smoothing}
+        loss, grad = value_and_gradient(balanced_softmax_kl, logits, labels, counts, None, **options)
+        assert loss[0] == inf
+        assert grad.isfinite().all()
+        assert_exact((logits, labels, counts, None), **options)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("teacher", [False, True], ids=["bsl", "bsl+kl"])
+@pytest.mark.parametrize("classes", [7, 41, 300])
+def test_a_masked_class_makes_a_smoothed_loss_infinite_unless_it_is_excluded(classes, teacher, device):
+    """As torch's cross-entropy: a smoothed label gives a part to every class, and here one of them is impossible."""
+    logits, labels, counts, teacher_logits = case(4, classes, device=device, teacher=teacher)
+    labels[:] = 0
+    excluded, masked = classes // 2, classes - 1
+    for row, column in ((1, excluded), (2, masked)):
+        logits[row, column] = -float("inf")
+        if teacher:
+            teacher_logits[row, column] = -float("inf")
+    inputs = (logits, labels, counts, teacher_logits)
+    options = {"reduction": "none", "label_smoothing": 0.3}
+    loss, grad = value_and_gradient(balanced_softmax_kl, *inputs, **options)
+    assert loss.isinf().tolist() == [False, False, True, False]
     assert grad.isfinite().all()
-    assert_exact((logits, labels, counts, None), reduction="none")
+    assert_exact(inputs, **options)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -150,11 +214,13 @@ def test_masked_classes(device):
 def test_nan_or_plus_infinity_in_a_row_makes_only_that_row_nan(value, where, device):
     logits, labels, counts, teacher = case(4, 20, device=device)
     (logits if where == "logits" else teacher)[1, 3] = value
-    loss, grad = value_and_gradient(balanced_softmax_kl, logits, labels, counts, teacher, reduction="none")
-    assert loss.isnan().tolist() == [False, True, False, False]
-    assert grad.isnan().any(1).tolist() == [False, True, False, False]
-    logits = torch.full((1, 5), -float("inf"), device=device)
-    assert balanced_softmax_kl(logits, labels[:1] * 0, [1] * 5).isnan()
+    inputs = (logits, labels, counts, teacher)
+    lost = torch.full((1, 5), -float("inf"), device=device)
+    for s in SMOOTHING:
+        loss, grad = value_and_gradient(balanced_softmax_kl, *inputs, reduction="none", label_smoothing=s)
+        assert loss.isnan().tolist() == [False, True, False, False]
+        assert grad.isnan().any(1).tolist() == [False, True, False, False]
+        assert balanced_softmax_kl(lost, labels[:1] * 0, [1] * 5, label_smoothing=s).isnan()
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -252,17 +318,19 @@ def test_the_number_of_threads_does_not_change_the_result():
 # --- registration -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("smoothing", SMOOTHING)
 @pytest.mark.parametrize("teacher", [False, True], ids=["bsl", "bsl+kl"])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_gradcheck(reduction, teacher):
+def test_gradcheck(reduction, teacher, smoothing):
     logits, labels, counts, teacher_logits = case(3, 7, torch.float64, teacher=teacher)
     logits.requires_grad_()
+    options = SCALARS | {"label_smoothing": smoothing}
 
     def loss(logits):
-        return balanced_softmax_kl(logits, labels, counts, teacher_logits, reduction=reduction, **SCALARS)
+        return balanced_softmax_kl(logits, labels, counts, teacher_logits, reduction=reduction, **options)
 
     def dispatched(logits):
-        args = (*SCALARS.values(), reduction)
+        args = (*options.values(), reduction)
         return torch.ops.ltat.balanced_softmax_kl(logits, labels, counts, teacher_logits, *args)[0]
 
     assert torch.autograd.gradcheck(loss, (logits,))
@@ -271,10 +339,10 @@ def test_gradcheck(reduction, teacher):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("teacher", [False, True], ids=["bsl", "bsl+kl"])
-def test_opcheck(teacher, reduction, device):
+@pytest.mark.parametrize(("teacher", "smoothing"), [(False, 0.0), (True, 0.3)], ids=["bsl", "smoothed bsl+kl"])
+def test_opcheck(teacher, smoothing, reduction, device):
     logits, labels, counts, teacher_logits = case(5, 17, device=device, teacher=teacher)
-    args = (labels, counts, teacher_logits, *SCALARS.values(), reduction)
+    args = (labels, counts, teacher_logits, *(SCALARS | {"label_smoothing": smoothing}).values(), reduction)
     op, backward = torch.ops.ltat.balanced_softmax_kl.default, torch.ops.ltat.balanced_softmax_kl_backward.default
     for z in (logits, logits.clone().requires_grad_(), logits.T.contiguous().T):
         torch.library.opcheck(op, (z, *args))
@@ -289,7 +357,7 @@ def test_compiled_fullgraph_equals_eager(backend, device):
 
     def loss(logits, labels, counts, teacher):  # one call with counts as a tensor, one with a list
         first = balanced_softmax_kl(logits, labels, counts, teacher, **SCALARS)
-        return first + balanced_softmax_kl(logits, labels, [3.0] * 17, reduction="none").sum()
+        return first + balanced_softmax_kl(logits, labels, [3.0] * 17, label_smoothing=0.3, reduction="none").sum()
 
     compiled = torch.compile(loss, fullgraph=True, backend=backend)
     for actual, expected in zip(value_and_gradient(compiled, *inputs), value_and_gradient(loss, *inputs), strict=True):
@@ -301,9 +369,9 @@ def test_function_transforms(device):
     logits, labels, counts, teacher = case(6, 10, device=device)
 
     def loss(logits):
-        return balanced_softmax_kl(logits, labels, counts, teacher)
+        return balanced_softmax_kl(logits, labels, counts, teacher, label_smoothing=0.3)
 
-    _, expected = value_and_gradient(balanced_softmax_kl, logits, labels, counts, teacher)
+    _, expected = value_and_gradient(balanced_softmax_kl, logits, labels, counts, teacher, label_smoothing=0.3)
     torch.testing.assert_close(torch.func.grad(loss)(logits), expected)
     torch.testing.assert_close(torch.compile(torch.func.grad(loss), fullgraph=True, backend="eager")(logits), expected)
     batch = torch.stack([logits, 2 * logits])
@@ -322,7 +390,7 @@ def test_differentiating_twice_is_an_error(device):
     logits.requires_grad_()
     losses = [
         balanced_softmax_kl(logits, labels, counts, teacher),
-        torch.ops.ltat.balanced_softmax_kl(logits, labels, counts, teacher, 1.0, 1.0, 1.0, "mean")[0],
+        torch.ops.ltat.balanced_softmax_kl(logits, labels, counts, teacher, 1.0, 1.0, 1.0, 0.0, "mean")[0],
     ]
     for loss in losses:
         (grad,) = torch.autograd.grad(loss, logits, create_graph=True)
@@ -410,3 +478,5 @@ def test_errors():
     refuses(ValueError, "reduction must be", logits, labels, counts, reduction="batchmean")
     for option in ({"tau": -1.0}, {"temperature": 0.0}, {"temperature": -1.0}, {"tau": float("nan")}):
         refuses(ValueError, "need tau >= 0, temperature > 0", logits, labels, counts, teacher, **option)
+    for s in (-0.1, 1.0, float("nan")):
+        refuses(ValueError, r"label_smoothing must be in \[0, 1\), got", logits, labels, counts, label_smoothing=s)

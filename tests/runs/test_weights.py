@@ -106,6 +106,30 @@ def test_a_weights_file_knows_its_network(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("card", "argument", "computes"),
+    [
+        ({"arch": "smallresnet", "activation": "silu"}, "relu", "silu"),
+        ({"arch": "smallresnet", "activation": "relu"}, "silu", "relu"),
+        ({"arch": "smallresnet"}, "silu", "relu"),  # of a version that had only ReLU
+        ({}, "silu", "silu"),  # of another program
+    ],
+    ids=str,
+)
+def test_a_weights_file_knows_its_activation(card, argument, computes, tmp_path):
+    data, x = data_of([5, 4, 3]), torch.rand(2, 3, 8, 8)
+    model = build_model("smallresnet", 3, activation=computes).eval()
+    write_weights(tmp_path / "m.safetensors", model.state_dict(), card)
+    loaded = load_model(tmp_path / "m.safetensors", CPU, "smallresnet", data, activation=argument).eval()
+    torch.testing.assert_close(loaded(x), model(x))
+
+
+def test_the_card_of_a_run_names_the_activation():
+    data = data_of([5, 4, 3])
+    for activation in ("relu", "silu"):
+        assert weights_card(Config(activation=activation), data, Ltat(), epoch=1)["activation"] == activation
+
+
+@pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"num_classes": 4}, "has 4 classes, the data has 3"),
@@ -113,6 +137,7 @@ def test_a_weights_file_knows_its_network(tmp_path):
         ({"class_names": ["class 0", "class 2", "class 1"]}, "'class 2' where the data has 'class 1'"),
         ({"arch": "resnet18"}, "does not fit resnet18"),
         ({"arch": "vgg"}, "unknown architecture 'vgg'"),
+        ({"activation": "gelu"}, "unknown activation 'gelu'"),
         ({"method": "of-tomorrow"}, "of the method 'of-tomorrow', which this version does not know"),
         ({"method_options": {"omega": 1}}, "of the method 'ltat', which this version does not know"),
     ],

@@ -153,10 +153,11 @@ def test_the_method_gets_the_class_counts_and_the_teacher(monkeypatch, tmp_path,
     monkeypatch.setattr(pipeline, "evaluate_run", lambda *args: None)
     monkeypatch.setattr(pipeline.tables, "render", lambda runs: "")
     method = METHODS["ltat"]()
-    pipeline.train(config_of("ltat", tmp_path), method, HARDWARE)
+    pipeline.train(config_of("ltat", tmp_path, label_smoothing=0.2), method, HARDWARE)
     teacher, student = trained
     assert (teacher.name, student.name) == ("teacher", "student")
     assert student.method is method
     assert method.context.class_counts.tolist() == data.counts
+    assert (teacher.method.context.label_smoothing, method.context.label_smoothing) == (0.0, 0.2)
     x = data.test.images[:4] / 255
     torch.testing.assert_close(method.context.teacher(x), teacher.model.eval()(x), rtol=1e-4, atol=1e-4)

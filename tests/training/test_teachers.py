@@ -255,6 +255,12 @@ def test_a_plain_state_dict_as_teacher_has_the_architecture_of_the_run(data, tmp
         teachers.load(str(tmp_path / "w.safetensors"), "resnet18", data, FP32)
 
 
+def test_weights_of_another_program_have_the_activation_of_the_run(data, tmp_path):
+    net = untrained(build_model, arch="smallresnet", num_classes=3, activation="silu")
+    save_file(net.state_dict(), tmp_path / "w.safetensors")
+    assert_computes(teachers.load(str(tmp_path / "w.safetensors"), "smallresnet", data, FP32, "silu"), net, data)
+
+
 def test_a_missing_path_is_refused_as_teacher():
     with pytest.raises(UserError, match="nowhere has no finished weights"):
         teachers.find("nowhere", "resnet18")

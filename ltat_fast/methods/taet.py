@@ -32,7 +32,8 @@ from ltat_fast.methods.distillation import widen
 
 @dataclass
 class Taet(Method):
-    """min_w  CE(f(x), y), then a mean_c L_c + b mean_c (L_c - mean L)^2 + g sum_c (L_c / sum L)^2 on x'."""
+    """min_w  CE(f(x), y), then a mean_c L_c + b mean_c (L_c - mean L)^2 + g sum_c (L_c / sum L)^2 on x',
+    a = mean_weight, b = variance_weight, g = share_weight."""
 
     name: ClassVar[str] = "taet"
     noise: ClassVar[Noise] = "gaussian"

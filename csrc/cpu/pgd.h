@@ -1,7 +1,7 @@
 // Start noise and ascent step of PGD. Formulas: ltat_fast/ops/pgd.py.
 #pragma once
 
-#include "dispatch.h"
+#include "limits.h"
 
 namespace ltat {
 
@@ -10,7 +10,7 @@ enum class Noise { uniform, gaussian };
 struct PgdStep {
   const void *x_adv, *grad, *x;
   void* out;  // may be x_adv
-  double step_size, eps, lower, upper;
+  Limits limits;
   Dtype dtype, grad_dtype;
 };
 
@@ -19,7 +19,8 @@ struct PgdInit {
   void* out;  // may be x
   int64_t numel;
   uint64_t seed;
-  double eps, std, lower, upper;
+  double std;
+  Limits limits;  // the step size is not used
   Noise noise;
   Dtype dtype;
 };
@@ -35,8 +36,18 @@ LTAT_CPU_KERNEL(pgd_init, PgdInit)  // a unit is four elements, which share one 
 namespace ltat::LTAT_ISA {
 namespace {
 
-template <typename T, typename G>
-void pgd_step_loop(const PgdStep& a, int64_t begin, int64_t end) {
+template <typename W>
+LTAT_INLINE W project(W v, W x, W eps, W lower, W upper) {
+  const W low = x - eps, high = x + eps;
+  v = v < low ? low : v;  // comparisons with NaN are false: a NaN in v stays
+  v = v > high ? high : v;
+  v = v < lower ? lower : v;
+  v = v > upper ? upper : v;
+  return low == low && high == high ? v : low + high;  // a NaN in x or eps, or inf - inf, gives NaN
+}
+
+template <typename T, typename G, typename V>
+void pgd_step_piece(const PgdStep& a, Piece<V> limits, int64_t begin, int64_t end) {
   using W = work_t<T>;
   // No __restrict__, because out may be x_adv. An iteration reads index i before it writes it, so iterations are
   // independent.
@@ -44,18 +55,13 @@ void pgd_step_loop(const PgdStep& a, int64_t begin, int64_t end) {
   const G* grad = static_cast<const G*>(a.grad);
   const T* x = static_cast<const T*>(a.x);
   T* out = static_cast<T*>(a.out);
-  const W step = a.step_size, eps = a.eps, lower = a.lower, upper = a.upper;
 #pragma omp simd
   for (int64_t i = begin; i < end; ++i) {
-    const W centre = load(x[i]), low = centre - eps, high = centre + eps;
+    const W step = limits.step_size[i - begin];
     const auto g = load(grad[i]);
-    W v = load(x_adv[i]);
-    v += (g > 0 ? step : W{0}) - (g < 0 ? step : W{0});  // sign(0) = sign(NaN) = 0, as torch.sign
-    v = v < low ? low : v;                               // comparisons with NaN are false: a NaN in v stays
-    v = v > high ? high : v;
-    v = v < lower ? lower : v;
-    v = v > upper ? upper : v;
-    out[i] = store<T>(low == low && high == high ? v : low + high);  // a NaN in x, or inf - inf, gives NaN
+    const W v = load(x_adv[i]) + ((g > 0 ? step : W{0}) - (g < 0 ? step : W{0}));  // sign(0) = sign(NaN) = 0
+    const W eps = limits.eps[i - begin], lower = limits.lower[i - begin], upper = limits.upper[i - begin];
+    out[i] = store<T>(project<W>(v, load(x[i]), eps, lower, upper));
   }
 }
 
@@ -94,8 +100,9 @@ void pgd_init_loop(const PgdInit& a, int64_t begin, int64_t end) {
   constexpr int64_t kQuads = 64;  // quads per iteration: full vectors, and the draws stay in the L1 cache
   const T* x = static_cast<const T*>(a.x);
   T* out = static_cast<T*>(a.out);
-  const W eps = a.eps, lower = a.lower, upper = a.upper;
-  const W scale = a.noise == Noise::uniform ? a.eps : a.std;
+  const bool uniform = a.noise == Noise::uniform;
+  const W std = a.std;
+  Pieces<W> pieces(a.limits);
   const uint64_t seed = a.seed;
   uint32_t w0[kQuads], w1[kQuads], w2[kQuads], w3[kQuads];
   float draws[4 * kQuads];
@@ -105,23 +112,21 @@ void pgd_init_loop(const PgdInit& a, int64_t begin, int64_t end) {
       float u0 = uniform01(w0[l]), u1 = uniform01(w1[l]), u2 = uniform01(w2[l]), u3 = uniform01(w3[l]);
       draws[4 * l + 0] = u0, draws[4 * l + 1] = u1, draws[4 * l + 2] = u2, draws[4 * l + 3] = u3;
     }
-    if (a.noise == Noise::uniform) {
+    if (uniform) {
       for (int64_t i = 0; i < 4 * kQuads; ++i) draws[i] = 2.f * draws[i] - 1.f;
     } else {
       for (int64_t i = 0; i < 4 * kQuads; i += 2) normal_pair(draws[i], draws[i + 1]);
     }
     const int64_t first = 4 * q, last = 4 * (q + kQuads < end ? q + kQuads : end);
     const int64_t stop = last < a.numel ? last : a.numel;
+    pieces.each(first, stop, [&](auto limits, int64_t piece, int64_t piece_end) {
 #pragma omp simd
-    for (int64_t i = first; i < stop; ++i) {
-      const W centre = load(x[i]), low = centre - eps, high = centre + eps;
-      W v = centre + scale * draws[i - first];  // a NaN in x stays: every comparison below is false
-      v = v < low ? low : v;
-      v = v > high ? high : v;
-      v = v < lower ? lower : v;
-      v = v > upper ? upper : v;
-      out[i] = store<T>(v);
-    }
+      for (int64_t i = piece; i < piece_end; ++i) {
+        const W centre = load(x[i]), eps = limits.eps[i - piece];
+        const W v = centre + (uniform ? eps : std) * draws[i - first];
+        out[i] = store<T>(project<W>(v, centre, eps, limits.lower[i - piece], limits.upper[i - piece]));
+      }
+    });
   }
 }
 
@@ -129,7 +134,12 @@ void pgd_init_loop(const PgdInit& a, int64_t begin, int64_t end) {
 
 void pgd_step(const PgdStep& a, int64_t begin, int64_t end) {
   with_dtype(a.dtype, [&](auto t) {
-    with_dtype(a.grad_dtype, [&](auto g) { pgd_step_loop<decltype(t), decltype(g)>(a, begin, end); });
+    Pieces<work_t<decltype(t)>> pieces(a.limits);
+    with_dtype(a.grad_dtype, [&](auto g) {
+      pieces.each(begin, end, [&](auto limits, int64_t first, int64_t last) {
+        pgd_step_piece<decltype(t), decltype(g)>(a, limits, first, last);
+      });
+    });
   });
 }
 

@@ -21,6 +21,9 @@ from ltat_fast.ops._operator import Operator, check_dense, check_float, check_li
 
 GAUSSIAN_STD = 1e-3  # standard deviation of the start noise of TRADES, MART and AT-BSL; it does not depend on eps
 Limit = float | Tensor
+# The limits in the order of the operators, and the numbers that take the place of tensors.
+_LIMITS = {"step_size": 0.0, "eps": 0.0, "lower": -float("inf"), "upper": float("inf")}
+_NUMBERS = {float, int}
 
 
 def pgd_init_ref(
@@ -73,18 +76,6 @@ def _spread(limit: Limit, x: Tensor) -> Limit:
         return limit
     limit = limit.detach()
     return limit.view(-1, *[1] * (x.dim() - 1)) if limit.dim() == 1 else limit
-
-
-# An operator takes a number for each limit, and then a tensor for each, which holds in place of the number if it is
-# given. A call without tensors leaves them out.
-
-
-def _split(*limits: Limit) -> tuple[Sequence[float], Sequence[Tensor | None]]:
-    """Return the numbers and the tensors for an operator. There are no tensors if every limit is a number."""
-    if not any(isinstance(limit, Tensor) for limit in limits):
-        return limits, ()
-    numbers = [0.0 if isinstance(limit, Tensor) else limit for limit in limits]
-    return numbers, [limit.detach().resolve_neg() if isinstance(limit, Tensor) else None for limit in limits]
 
 
 def _join(numbers: Sequence[float], tensors: Sequence[Tensor | None]) -> list[Limit]:
@@ -174,21 +165,20 @@ def pgd_init(
     The result does not require grad. The noise is a function of the drawn number and of the position in memory. So it
     does not depend on the number of threads, and channels_last images get other noise than contiguous images.
 
-    Raises TypeError for another dtype, ValueError for a negative eps, an empty range, an unknown noise or a tensor whose
-    shape or device does not fit.
+    Raises TypeError for another dtype, ValueError for a negative eps, an empty range, an unknown noise, or a tensor
+    whose shape or device does not fit.
     """
     check_float("x", x)
-    _check_ball(x, eps, lower, upper)
+    numbers, tensors = _split(x, eps, lower, upper)
     if noise not in ("uniform", "gaussian"):
         raise ValueError(f"noise must be 'uniform' or 'gaussian', got {noise!r}")
-    if not isinstance(eps, Tensor) and eps == float("inf"):
+    if numbers[0] == float("inf"):
         raise ValueError("eps must be finite to draw a start point, got inf")
     x = x.detach()
     if not _pgd_init.runs_on(x):
         return pgd_init_ref(x, eps, noise, generator, lower=lower, upper=upper)
     seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=x.device, generator=generator)
-    (eps, lower, upper), tensors = _split(eps, lower, upper)
-    return _pgd_init(x, seed, eps, GAUSSIAN_STD, lower, upper, noise, *tensors)
+    return _pgd_init(x, seed, numbers[0], GAUSSIAN_STD, *numbers[1:], noise, *tensors)
 
 
 def pgd_step(
@@ -228,13 +218,11 @@ def pgd_step(
     check_like("x", x, "x_adv", x_adv)
     if x.dtype != x_adv.dtype:
         raise TypeError(f"x is {x.dtype}, but x_adv is {x_adv.dtype}")
-    _check_limit("step_size", step_size, x)
-    _check_ball(x, eps, lower, upper)
+    numbers, tensors = _split(x, step_size, eps, lower, upper)
     x_adv, grad, x = x_adv.detach(), grad.detach(), x.detach()
     if out is None:
         if not _pgd_step.runs_on(x_adv):
             return pgd_step_ref(x_adv, grad, x, step_size, eps, lower, upper)
-        numbers, tensors = _split(step_size, eps, lower, upper)
         return _pgd_step(x_adv, grad, x, *numbers, *tensors)
 
     check_like("out", out, "x_adv", x_adv)
@@ -244,7 +232,6 @@ def pgd_step(
     if not _pgd_step_out.runs_on(out):
         target.copy_(pgd_step_ref(x_adv, grad, x, step_size, eps, lower, upper))
         return out
-    numbers, tensors = _split(step_size, eps, lower, upper)
     if is_plain_call(x_adv, grad, x, out, *tensors):
         _check_overlap(target, x_adv, grad, x, *(t for t in tensors if t is not None))
         torch.autograd.graph.increment_version(target)
@@ -252,38 +239,50 @@ def pgd_step(
     return out
 
 
-def _check_ball(x: Tensor, eps: Limit, lower: Limit, upper: Limit) -> None:
-    if isinstance(eps, Tensor):
-        _check_limit("eps", eps, x)
-    elif not eps >= 0:
-        raise ValueError(f"eps must be >= 0, got {eps}")
-    if isinstance(lower, Tensor) or isinstance(upper, Tensor):
-        _check_limit("lower", lower, x)
-        _check_limit("upper", upper, x)
-    elif not lower <= upper:
+def _split(x: Tensor, *limits: Limit) -> tuple[Sequence[float], Sequence[Tensor | None]]:
+    """Check eps, lower and upper, or step_size and these, and return them as arguments of an operator.
+
+    An operator takes a number for each limit, and then a tensor for each, which holds in place of the number unless it
+    is None. If all limits are numbers, the tensors may be left out.
+    """
+    tensors = ()
+    if not _NUMBERS.issuperset(
+        map(type, limits)
+    ):  # much faster than isinstance(limit, Tensor), which is slow for floats
+        names = list(_LIMITS)[-len(limits) :]
+        tensors = [_tensor(name, limit, x) for name, limit in zip(names, limits, strict=True)]
+        limits = [
+            limit if tensor is None else _LIMITS[name]
+            for name, limit, tensor in zip(names, limits, tensors, strict=True)
+        ]
+    *step_size, eps, lower, upper = limits
+    if step_size and not -float("inf") <= step_size[0] <= float("inf"):
+        raise ValueError(f"step_size must be a number and not NaN, got {step_size[0]}")
+    if not eps >= 0:
+        raise ValueError(f"eps must be a number >= 0, got {eps}")
+    if not lower <= upper:
         raise ValueError(f"lower must not exceed upper, got [{lower}, {upper}]")
+    return limits, tensors
 
 
-def _check_limit(name: str, limit: Limit, x: Tensor) -> None:
-    """Raise unless the limit is a number and not NaN, or a tensor that fits the images ``x``."""
+def _tensor(name: str, limit: Limit, x: Tensor) -> Tensor | None:
+    """Return a limit that is a tensor and fits the images ``x``, or None for a number."""
     if not isinstance(limit, Tensor):
-        if not -float("inf") <= limit <= float("inf"):
-            raise ValueError(f"{name} must be a number and not NaN, got {limit}")
-        return
+        return None
     check_dense(name, limit)
     work = torch.promote_types(x.dtype, torch.float32)
     if limit.dtype != work:
         raise TypeError(f"{name} must be {work} for images of dtype {x.dtype}, got {limit.dtype}")
     if limit.device != x.device:
         raise ValueError(f"{name} is on {limit.device}, but the images are on {x.device}")
-    largest = (*x.shape[:2], *[1] * (x.dim() - 2))
-    if (limit.dim() > x.dim() or limit.dim() not in (0, 1, x.dim())) or any(
-        size not in (1, most) for size, most in zip(limit.shape, largest, strict=False)
-    ):
+    full = (*x.shape[:2], *[1] * (x.dim() - 2))
+    dimensions = (0, min(1, x.dim()), x.dim())
+    if limit.dim() not in dimensions or any(size not in (1, n) for size, n in zip(limit.shape, full, strict=False)):
         raise ValueError(
-            f"{name} must have one value, one per image or one per channel: shape (), {largest[:1]} or "
-            f"{(1, *largest[1:])}, got {tuple(limit.shape)}"
+            f"{name} must have one value, one per image, shape {full[:1]}, or one per channel, shape {(1, *full[1:])}, "
+            f"got shape {tuple(limit.shape)}"
         )
+    return limit.detach().resolve_neg()
 
 
 def _check_overlap(out: Tensor, *inputs: Tensor) -> None:

@@ -162,6 +162,7 @@ def _axes(limit: Limit, images: torch.Tensor) -> tuple[tuple[int, int, int], ...
     axes = []
     for size, stride, along in zip(limit.shape, limit.stride(), images.stride(), strict=False):
         if size > 1 and stride:
+            assert along < 2**31, "the kernel computes indices inside an image with 32 bits"
             axes.append((stride, along, 0 if along * size == images.numel() else size))
     return tuple(axes)
 

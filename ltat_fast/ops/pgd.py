@@ -38,12 +38,12 @@ def pgd_init_ref(
     """Plain-torch :func:`pgd_init`. It has the same distribution, but draws other numbers."""
     centre = x.detach().to(torch.promote_types(x.dtype, torch.float32))
     draw = torch.empty_like(centre)
-    if noise == "uniform" and isinstance(eps, Tensor):
-        draw.uniform_(-1, 1, generator=generator).mul_(_spread(eps, x))
-    elif noise == "uniform":
-        draw.uniform_(-eps, eps, generator=generator)
-    else:
+    if noise == "gaussian":
         draw.normal_(0.0, GAUSSIAN_STD, generator=generator)
+    elif isinstance(eps, Tensor):
+        draw.uniform_(-1, 1, generator=generator).mul_(_spread(eps, x))
+    else:
+        draw.uniform_(-eps, eps, generator=generator)
     return _project(centre + draw, centre, eps, lower, upper).to(x.dtype)
 
 
@@ -65,7 +65,7 @@ def pgd_step_ref(
 def _project(v: Tensor, x: Tensor, eps: Limit, lower: Limit, upper: Limit) -> Tensor:
     eps, lower, upper = (_spread(limit, x) for limit in (eps, lower, upper))
     v = torch.minimum(torch.maximum(v, x - eps), x + eps)
-    if isinstance(lower, Tensor) != isinstance(upper, Tensor):  # torch.clamp takes two numbers or two tensors
+    if isinstance(lower, Tensor) or isinstance(upper, Tensor):  # torch.clamp takes no tensor together with a number
         return v.clamp(min=lower).clamp(max=upper)
     return v.clamp(lower, upper)
 
@@ -239,36 +239,29 @@ def pgd_step(
     return out
 
 
-def _split(x: Tensor, *limits: Limit) -> tuple[Sequence[float], Sequence[Tensor | None]]:
+def _split(x: Tensor, *limits) -> tuple[Sequence[float], Sequence[Tensor | None]]:
     """Check eps, lower and upper, or step_size and these, and return them as arguments of an operator.
 
     An operator takes a number for each limit, and then a tensor for each, which holds in place of the number unless it
     is None. If all limits are numbers, the tensors may be left out.
     """
-    tensors = ()
-    if not _NUMBERS.issuperset(
-        map(type, limits)
-    ):  # much faster than isinstance(limit, Tensor), which is slow for floats
+    numbers, tensors = limits, ()
+    if not _NUMBERS.issuperset(map(type, limits)):  # isinstance(0.1, Tensor) takes ten times as long
         names = list(_LIMITS)[-len(limits) :]
-        tensors = [_tensor(name, limit, x) for name, limit in zip(names, limits, strict=True)]
-        limits = [
-            limit if tensor is None else _LIMITS[name]
-            for name, limit, tensor in zip(names, limits, tensors, strict=True)
-        ]
-    *step_size, eps, lower, upper = limits
+        numbers = [_LIMITS[n] if isinstance(v, Tensor) else v for n, v in zip(names, limits, strict=True)]
+        tensors = [_checked(n, v, x) if isinstance(v, Tensor) else None for n, v in zip(names, limits, strict=True)]
+    *step_size, eps, lower, upper = numbers
     if step_size and not -float("inf") <= step_size[0] <= float("inf"):
         raise ValueError(f"step_size must be a number and not NaN, got {step_size[0]}")
     if not eps >= 0:
         raise ValueError(f"eps must be a number >= 0, got {eps}")
     if not lower <= upper:
         raise ValueError(f"lower must not exceed upper, got [{lower}, {upper}]")
-    return limits, tensors
+    return numbers, tensors
 
 
-def _tensor(name: str, limit: Limit, x: Tensor) -> Tensor | None:
-    """Return a limit that is a tensor and fits the images ``x``, or None for a number."""
-    if not isinstance(limit, Tensor):
-        return None
+def _checked(name: str, limit: Tensor, x: Tensor) -> Tensor:
+    """Return the limit, detached. Raise unless it fits the images ``x``."""
     check_dense(name, limit)
     work = torch.promote_types(x.dtype, torch.float32)
     if limit.dtype != work:

@@ -131,6 +131,14 @@ def test_tensors_of_one_value_equal_numbers_bit_for_bit(shape, layout, device):
         assert_same(start, pgd_init(x, EPS, noise, lower=0.1, upper=0.9))
 
 
+def test_a_step_on_normalised_images_is_the_step_on_pixels():
+    x_adv, grad, x = image_batch((4, 3, 6, 8), torch.float64)
+    mean, std = torch.tensor([[0.4, 0.5, 0.6], [0.2, 0.25, 0.3]], dtype=torch.float64).view(2, 1, 3, 1, 1)
+    ball = {"step_size": STEP / std, "eps": EPS / std, "lower": (0 - mean) / std, "upper": (1 - mean) / std}
+    stepped = pgd_step((x_adv - mean) / std, grad, (x - mean) / std, **ball)
+    torch.testing.assert_close(stepped * std + mean, pgd_step(x_adv, grad, x, STEP, EPS), rtol=0, atol=1e-14)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("step", [pgd_step, pgd_step_ref])
 def test_values_of_tensors_that_are_not_checked(step, device):

@@ -32,14 +32,14 @@ Limit limit_of(const char* name, double number, const MaybeTensor& tensor, const
                    tensor->scalar_type());
   TORCH_CHECK_VALUE(tensor->is_cpu(), name, " is on ", tensor->device(), ", expected cpu");
   Limit limit{0, tensor->const_data_ptr(), {0, 0}};
-  const bool per_image = tensor->dim() == 1;
-  bool fits = per_image || tensor->dim() == 0 || tensor->dim() == images.dim();
+  bool fits = tensor->dim() <= 1 || tensor->dim() == images.dim();
   for (int64_t d = 0; fits && d < tensor->dim(); ++d) {
     if (tensor->size(d) == 1) continue;
     fits = d < 2 && d < images.dim() && tensor->size(d) == images.size(d);
     if (fits) limit.strides[d] = tensor->stride(d);
   }
-  TORCH_CHECK_VALUE(fits, name, " has shape ", tensor->sizes(), ", which does not fit images of shape ", images.sizes());
+  TORCH_CHECK_VALUE(fits, name, " has shape ", tensor->sizes(), ", which does not fit images of shape ",
+                    images.sizes());
   return limit;
 }
 
@@ -47,9 +47,10 @@ Limit limit_of(const char* name, double number, const MaybeTensor& tensor, const
 Limits limits_of(const Tensor& out, Limit step_size, Limit eps, Limit lower, Limit upper) {
   Limits limits{step_size, eps, lower, upper, {}, {}};
   Limit* const all[] = {&limits.step_size, &limits.eps, &limits.lower, &limits.upper};
-  const auto axis = [&](int64_t d) {
-    const bool differ = std::any_of(std::begin(all), std::end(all), [&](Limit* limit) { return limit->strides[d] != 0; });
-    return differ ? Axis{out.stride(d), out.size(d)} : Axis{INT64_MAX, 1};  // no position has an index above 0
+  const auto axis = [&](int64_t d) -> Axis {
+    const auto differs = [&](const Limit* limit) { return limit->strides[d] != 0; };
+    if (std::any_of(std::begin(all), std::end(all), differs)) return {out.stride(d), out.size(d)};
+    return {INT64_MAX, 1};  // every position has index 0
   };
   limits.outer = axis(0), limits.inner = axis(1);
   if (limits.outer.stride < limits.inner.stride) {
@@ -67,12 +68,13 @@ Tensor pgd_init_cpu(const Tensor& x, const Tensor& seed, double eps, double std,
   TORCH_CHECK_VALUE(noise == "uniform" || noise == "gaussian", "noise must be 'uniform' or 'gaussian', got '",
                     std::string(noise), "'");
   const Tensor out = at::empty_like(x), source = in_layout_of(x, out);
+  const Limit radius = limit_of("eps", eps, epsilons, x);
+  const Limit scale = noise == "uniform" ? radius : Limit{std, nullptr, {0, 0}};
   const PgdInit args{source.const_data_ptr(),
                      out.mutable_data_ptr(),
                      x.numel(),
                      static_cast<uint64_t>(seed.item<int64_t>()),
-                     std,
-                     limits_of(out, Limit{}, limit_of("eps", eps, epsilons, x), limit_of("lower", lower, lowers, x),
+                     limits_of(out, scale, radius, limit_of("lower", lower, lowers, x),
                                limit_of("upper", upper, uppers, x)),
                      noise == "uniform" ? Noise::uniform : Noise::gaussian,
                      dtype_of(x)};

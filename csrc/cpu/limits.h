@@ -5,13 +5,13 @@
 
 namespace ltat {
 
-// A dimension of the images along which a limit differs. The element at position p of memory has index p / stride % size.
+// A dimension along which a limit differs. The element at position p of memory has the index p / stride % size.
 struct Axis {
   int64_t stride, size;
 };
 
-// A number (data is null), or values in the dtype of the arithmetic: data[o * strides[0] + i * strides[1]] at the indices
-// (o, i) of the outer and of the inner axis.
+// A number (data is null), or values in the dtype of the arithmetic: data[o * strides[0] + i * strides[1]], where o and
+// i are the indices along the outer and the inner axis.
 struct Limit {
   double number;
   const void* data;
@@ -90,10 +90,10 @@ class Pieces {
   }
 
   void set(int64_t l, int64_t o, int64_t i) {
-    step_size_[l] = value(limits_.step_size, o, i);
+    step_size_[l] = value(limits_.step_size, o, i), eps_[l] = value(limits_.eps, o, i);
     lower_[l] = value(limits_.lower, o, i), upper_[l] = value(limits_.upper, o, i);
-    const bool range = lower_[l] == lower_[l] && upper_[l] == upper_[l];
-    eps_[l] = range ? value(limits_.eps, o, i) : static_cast<W>(NAN);  // the loops look for NaN only in x - eps, x + eps
+    const bool numbers = eps_[l] == eps_[l] && lower_[l] == lower_[l] && upper_[l] == upper_[l];
+    if (!numbers) step_size_[l] = eps_[l] = NAN;  // the comparisons of the loops do not see a NaN in the others
   }
 
   static W value(const Limit& limit, int64_t o, int64_t i) {

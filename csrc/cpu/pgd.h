@@ -19,8 +19,7 @@ struct PgdInit {
   void* out;  // may be x
   int64_t numel;
   uint64_t seed;
-  double std;
-  Limits limits;  // the step size is not used
+  Limits limits;  // in place of the step size: half-width of the uniform noise, or standard deviation of the gaussian
   Noise noise;
   Dtype dtype;
 };
@@ -37,13 +36,9 @@ namespace ltat::LTAT_ISA {
 namespace {
 
 template <typename W>
-LTAT_INLINE W project(W v, W x, W eps, W lower, W upper) {
-  const W low = x - eps, high = x + eps;
+LTAT_INLINE W clamp(W v, W low, W high) {
   v = v < low ? low : v;  // comparisons with NaN are false: a NaN in v stays
-  v = v > high ? high : v;
-  v = v < lower ? lower : v;
-  v = v > upper ? upper : v;
-  return low == low && high == high ? v : low + high;  // a NaN in x or eps, or inf - inf, gives NaN
+  return v > high ? high : v;
 }
 
 template <typename T, typename G, typename V>
@@ -57,11 +52,13 @@ void pgd_step_piece(const PgdStep& a, Piece<V> limits, int64_t begin, int64_t en
   T* out = static_cast<T*>(a.out);
 #pragma omp simd
   for (int64_t i = begin; i < end; ++i) {
-    const W step = limits.step_size[i - begin];
+    const W step = limits.step_size[i - begin], eps = limits.eps[i - begin];
+    const W centre = load(x[i]), low = centre - eps, high = centre + eps;
     const auto g = load(grad[i]);
-    const W v = load(x_adv[i]) + ((g > 0 ? step : W{0}) - (g < 0 ? step : W{0}));  // sign(0) = sign(NaN) = 0
-    const W eps = limits.eps[i - begin], lower = limits.lower[i - begin], upper = limits.upper[i - begin];
-    out[i] = store<T>(project<W>(v, load(x[i]), eps, lower, upper));
+    W v = load(x_adv[i]);
+    v += (g > 0 ? step : W{0}) - (g < 0 ? step : W{0});  // sign(0) = sign(NaN) = 0, as torch.sign
+    v = clamp<W>(clamp<W>(v, low, high), limits.lower[i - begin], limits.upper[i - begin]);
+    out[i] = store<T>(low == low && high == high ? v : low + high);  // a NaN in x or eps, or inf - inf, gives NaN
   }
 }
 
@@ -100,8 +97,6 @@ void pgd_init_loop(const PgdInit& a, int64_t begin, int64_t end) {
   constexpr int64_t kQuads = 64;  // quads per iteration: full vectors, and the draws stay in the L1 cache
   const T* x = static_cast<const T*>(a.x);
   T* out = static_cast<T*>(a.out);
-  const bool uniform = a.noise == Noise::uniform;
-  const W std = a.std;
   Pieces<W> pieces(a.limits);
   const uint64_t seed = a.seed;
   uint32_t w0[kQuads], w1[kQuads], w2[kQuads], w3[kQuads];
@@ -112,7 +107,7 @@ void pgd_init_loop(const PgdInit& a, int64_t begin, int64_t end) {
       float u0 = uniform01(w0[l]), u1 = uniform01(w1[l]), u2 = uniform01(w2[l]), u3 = uniform01(w3[l]);
       draws[4 * l + 0] = u0, draws[4 * l + 1] = u1, draws[4 * l + 2] = u2, draws[4 * l + 3] = u3;
     }
-    if (uniform) {
+    if (a.noise == Noise::uniform) {
       for (int64_t i = 0; i < 4 * kQuads; ++i) draws[i] = 2.f * draws[i] - 1.f;
     } else {
       for (int64_t i = 0; i < 4 * kQuads; i += 2) normal_pair(draws[i], draws[i + 1]);
@@ -123,8 +118,9 @@ void pgd_init_loop(const PgdInit& a, int64_t begin, int64_t end) {
 #pragma omp simd
       for (int64_t i = piece; i < piece_end; ++i) {
         const W centre = load(x[i]), eps = limits.eps[i - piece];
-        const W v = centre + (uniform ? eps : std) * draws[i - first];
-        out[i] = store<T>(project<W>(v, centre, eps, limits.lower[i - piece], limits.upper[i - piece]));
+        const W v = centre + limits.step_size[i - piece] * draws[i - first];  // NaN if x or a limit is
+        const W projected = clamp<W>(v, centre - eps, centre + eps);
+        out[i] = store<T>(clamp<W>(projected, limits.lower[i - piece], limits.upper[i - piece]));
       }
     });
   }

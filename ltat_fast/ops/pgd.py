@@ -21,8 +21,8 @@ from ltat_fast.ops._operator import Operator, check_dense, check_float, check_li
 
 GAUSSIAN_STD = 1e-3  # standard deviation of the start noise of TRADES, MART and AT-BSL; it does not depend on eps
 Limit = float | Tensor
-# The limits in the order of the operators, and the numbers that take the place of tensors.
-_LIMITS = {"step_size": 0.0, "eps": 0.0, "lower": -float("inf"), "upper": float("inf")}
+_INF = float("inf")
+_LIMITS = {"step_size": 0.0, "eps": 0.0, "lower": -_INF, "upper": _INF}  # the numbers that stand in for tensors
 _NUMBERS = {float, int}
 
 
@@ -169,16 +169,16 @@ def pgd_init(
     whose shape or device does not fit.
     """
     check_float("x", x)
-    numbers, tensors = _split(x, eps, lower, upper)
+    numbers, tensors = _split(x, 0.0, eps, lower, upper)
     if noise not in ("uniform", "gaussian"):
         raise ValueError(f"noise must be 'uniform' or 'gaussian', got {noise!r}")
-    if numbers[0] == float("inf"):
+    if numbers[1] == _INF:
         raise ValueError("eps must be finite to draw a start point, got inf")
     x = x.detach()
     if not _pgd_init.runs_on(x):
         return pgd_init_ref(x, eps, noise, generator, lower=lower, upper=upper)
     seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=x.device, generator=generator)
-    return _pgd_init(x, seed, numbers[0], GAUSSIAN_STD, *numbers[1:], noise, *tensors)
+    return _pgd_init(x, seed, numbers[1], GAUSSIAN_STD, *numbers[2:], noise, *tensors[1:])
 
 
 def pgd_step(
@@ -233,26 +233,26 @@ def pgd_step(
         target.copy_(pgd_step_ref(x_adv, grad, x, step_size, eps, lower, upper))
         return out
     if is_plain_call(x_adv, grad, x, out, *tensors):
-        _check_overlap(target, x_adv, grad, x, *(t for t in tensors if t is not None))
+        _check_overlap(target, x_adv, grad, x, *tensors)
         torch.autograd.graph.increment_version(target)
     _pgd_step_out(x_adv, grad, x, *numbers, target, *tensors)
     return out
 
 
-def _split(x: Tensor, *limits) -> tuple[Sequence[float], Sequence[Tensor | None]]:
-    """Check eps, lower and upper, or step_size and these, and return them as arguments of an operator.
+def _split(x: Tensor, step_size, eps, lower, upper) -> tuple[Sequence[float], Sequence[Tensor | None]]:
+    """Check the limits for the images ``x``. Return them as arguments of an operator.
 
     An operator takes a number for each limit, and then a tensor for each, which holds in place of the number unless it
     is None. If all limits are numbers, the tensors may be left out.
     """
-    numbers, tensors = limits, ()
-    if not _NUMBERS.issuperset(map(type, limits)):  # isinstance(0.1, Tensor) takes ten times as long
-        names = list(_LIMITS)[-len(limits) :]
-        numbers = [_LIMITS[n] if isinstance(v, Tensor) else v for n, v in zip(names, limits, strict=True)]
-        tensors = [_checked(n, v, x) if isinstance(v, Tensor) else None for n, v in zip(names, limits, strict=True)]
-    *step_size, eps, lower, upper = numbers
-    if step_size and not -float("inf") <= step_size[0] <= float("inf"):
-        raise ValueError(f"step_size must be a number and not NaN, got {step_size[0]}")
+    numbers, tensors = (step_size, eps, lower, upper), ()
+    if not _NUMBERS.issuperset(map(type, numbers)):  # isinstance(limit, Tensor) is slow for a float
+        limits = dict(zip(_LIMITS, numbers, strict=True))
+        tensors = [_checked(name, v, x) if isinstance(v, Tensor) else None for name, v in limits.items()]
+        numbers = [_LIMITS[name] if isinstance(v, Tensor) else v for name, v in limits.items()]
+        step_size, eps, lower, upper = numbers
+    if not -_INF <= step_size <= _INF:
+        raise ValueError(f"step_size must be a number and not NaN, got {step_size}")
     if not eps >= 0:
         raise ValueError(f"eps must be a number >= 0, got {eps}")
     if not lower <= upper:
@@ -278,7 +278,7 @@ def _checked(name: str, limit: Tensor, x: Tensor) -> Tensor:
     return limit.detach().resolve_neg()
 
 
-def _check_overlap(out: Tensor, *inputs: Tensor) -> None:
+def _check_overlap(out: Tensor, *inputs: Tensor | None) -> None:
     """Raise if ``out`` overlaps an input without being that input: the kernel would read values that it has written."""
 
     def span(t: Tensor) -> tuple[int, int]:
@@ -287,6 +287,8 @@ def _check_overlap(out: Tensor, *inputs: Tensor) -> None:
 
     first, last = span(out)
     for t in inputs if out.numel() else ():
+        if t is None:
+            continue
         start, stop = span(t)
         same = start == first and t.shape == out.shape and _same_strides(out, t) and t.dtype == out.dtype
         if start < last and first < stop and not same:

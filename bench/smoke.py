@@ -12,6 +12,7 @@ run the eager step, which only tests this program. Exit status: 0 if every check
 
 import argparse
 import functools
+import itertools
 import sys
 import time
 import traceback
@@ -105,14 +106,12 @@ def operator_calls() -> Iterator[Call]:
             limits = (*budgets, 0 * scales, scales)
             yield Call(f"pgd_step {kind} {where} with tensors", pgd_step, pgd_step_ref, images + limits)
         z = tuple(logits.to(dtype))
-        for taught in (False, True):
+        for taught, s in itertools.product((False, True), (0.0, 0.1)):
             inputs = (z[0], labels, counts, *(z[1:2] if taught else ()))
-            name = f"balanced_softmax_kl {kind}{' with teacher' if taught else ''}"
-            yield Call(name, balanced_softmax_kl, balanced_softmax_kl_ref, inputs, gradients=1)
-            smoothed = (
-                functools.partial(f, label_smoothing=0.1) for f in (balanced_softmax_kl, balanced_softmax_kl_ref)
-            )
-            yield Call(f"{name}, smoothed labels", *smoothed, inputs, gradients=1)
+            name = f"balanced_softmax_kl {kind}{' with teacher' if taught else ''}{', smoothed labels' if s else ''}"
+            both = (balanced_softmax_kl, balanced_softmax_kl_ref)
+            ours, reference = (functools.partial(f, label_smoothing=s) for f in both)
+            yield Call(name, ours, reference, inputs, gradients=1)
         for divergence in ("kl", "l1", "l2"):
             ours, reference = (functools.partial(f, divergence=divergence) for f in (igdm_loss, igdm_loss_ref))
             yield Call(f"igdm_loss {kind} {divergence}", ours, reference, z, gradients=2)

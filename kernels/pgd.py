@@ -8,6 +8,9 @@ Both kernels walk memory in storage order, so contiguous and channels_last tenso
 caller guarantees that all tensors of a call have the same dense layout. Arithmetic is fp32 for every dtype, with one
 rounding at the end. sign(0) = sign(NaN) = 0, as in torch.sign. A NaN in x or x_adv stays NaN, as in torch.minimum and
 torch.clamp.
+
+step_size, eps, lower and upper are numbers, or pointers to values that differ between images or channels. Each
+combination is a kernel of its own: one with numbers alone computes no index.
 """
 
 import torch
@@ -22,12 +25,40 @@ NUM_WARPS = 4
 @triton.jit
 def _project(v, x, eps, lower, upper):
     """Project v on [x - eps, x + eps], then on [lower, upper]. NaN stays NaN."""
-    # The casts are needed because a Python float is fp64 when Inductor, and not Triton, types the call.
-    eps, lower, upper = tl.cast(eps, tl.float32), tl.cast(lower, tl.float32), tl.cast(upper, tl.float32)
     v = tl.maximum(v, x - eps, propagate_nan=tl.PropagateNan.ALL)
     v = tl.minimum(v, x + eps, propagate_nan=tl.PropagateNan.ALL)
     v = tl.maximum(v, lower, propagate_nan=tl.PropagateNan.ALL)
     return tl.minimum(v, upper, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _index(start, last, STRIDE: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Return the indices of the positions start ... start + last along a dimension. start is a multiple of BLOCK.
+
+    Later positions of the block repeat the index of the last. All 64-bit arithmetic is scalar. If the whole block has
+    one index, as for images of 3x32x32, the result is a scalar.
+    """
+    first = start // STRIDE
+    if SIZE:
+        first %= SIZE
+    index = first.to(tl.int32)
+    if STRIDE % BLOCK != 0:
+        index += ((start % STRIDE).to(tl.int32) + tl.minimum(tl.arange(0, BLOCK), last)) // STRIDE
+        if SIZE:
+            index %= SIZE
+    return index
+
+
+@triton.jit
+def _limit(limit, AXES: tl.constexpr, start, last, BLOCK: tl.constexpr):
+    """Return a limit for the block at ``start`` in fp32: a number, or the values of its elements. AXES: see _axes."""
+    if AXES is None:
+        value = tl.cast(limit, tl.float32)  # a Python float is fp64 when Inductor, and not Triton, types the call
+    else:
+        for axis in tl.static_range(len(AXES)):
+            limit += AXES[axis][0] * _index(start, last, AXES[axis][1], AXES[axis][2], BLOCK)
+        value = tl.load(limit)
+    return value
 
 
 @triton.jit
@@ -51,10 +82,13 @@ def _init_kernel(
     out_ptr,  # [n] start point
     seed_ptr,  # [1] int64 on the device: refill it to give a replayed CUDA graph new noise
     eps,
-    scale,  # half-width of the uniform noise, or standard deviation of the gaussian
     lower,
     upper,
+    std,  # of the gaussian noise
     n,
+    EPS_AXES: tl.constexpr,
+    LOWER_AXES: tl.constexpr,
+    UPPER_AXES: tl.constexpr,
     GAUSSIAN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -67,11 +101,16 @@ def _init_kernel(
         n2, n3 = _normal_pair(n2, n3)
     else:
         n0, n1, n2, n3 = 2 * n0 - 1, 2 * n1 - 1, 2 * n2 - 1, 2 * n3 - 1
-    noise = tl.cast(scale, tl.float32) * tl.interleave(tl.interleave(n0, n2), tl.interleave(n1, n3))
+    noise = tl.interleave(tl.interleave(n0, n2), tl.interleave(n1, n3))
 
     offsets = tl.arange(0, BLOCK)
     mask = offsets < n - start
     x = tl.load(x_ptr + start + offsets, mask=mask).to(tl.float32)
+    last = tl.minimum(n - start, BLOCK).to(tl.int32) - 1
+    eps = _limit(eps, EPS_AXES, start, last, BLOCK)
+    lower = _limit(lower, LOWER_AXES, start, last, BLOCK)
+    upper = _limit(upper, UPPER_AXES, start, last, BLOCK)
+    noise *= tl.cast(std, tl.float32) if GAUSSIAN else eps
     tl.store(out_ptr + start + offsets, _project(x + noise, x, eps, lower, upper), mask=mask)
 
 
@@ -86,6 +125,10 @@ def _step_kernel(
     lower,
     upper,
     n,
+    STEP_AXES: tl.constexpr,
+    EPS_AXES: tl.constexpr,
+    LOWER_AXES: tl.constexpr,
+    UPPER_AXES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     # The base of the block is a 64-bit scalar, the offsets in the block are 32-bit. So tensors with more than 2^31
@@ -96,24 +139,49 @@ def _step_kernel(
     x_adv = tl.load(x_adv_ptr + start + offsets, mask=mask).to(tl.float32)
     grad = tl.load(grad_ptr + start + offsets, mask=mask).to(tl.float32)
     x = tl.load(x_ptr + start + offsets, mask=mask).to(tl.float32)
-    step_size = tl.cast(step_size, tl.float32)
+    last = tl.minimum(n - start, BLOCK).to(tl.int32) - 1
+    step_size = _limit(step_size, STEP_AXES, start, last, BLOCK)
+    eps = _limit(eps, EPS_AXES, start, last, BLOCK)
+    lower = _limit(lower, LOWER_AXES, start, last, BLOCK)
+    upper = _limit(upper, UPPER_AXES, start, last, BLOCK)
     v = x_adv + tl.where(grad > 0, step_size, tl.where(grad < 0, -step_size, 0.0))
     tl.store(out_ptr + start + offsets, _project(v, x, eps, lower, upper), mask=mask)
+
+
+Limit = float | torch.Tensor
+
+
+def _axes(limit: Limit, images: torch.Tensor) -> tuple[tuple[int, int, int], ...] | None:
+    """Return (stride of the limit, stride of the images, size) for each dimension along which a tensor varies.
+
+    A size of 0 stands for an outermost dimension, whose index needs no modulo. So there is no new kernel for each size
+    of a batch. For a number, return None.
+    """
+    if not isinstance(limit, torch.Tensor):
+        return None
+    axes = []
+    for size, stride, along in zip(limit.shape, limit.stride(), images.stride(), strict=False):
+        if size > 1 and stride:
+            assert along < 2**31, "the kernel computes indices inside an image with 32 bits"
+            axes.append((stride, along, 0 if along * size == images.numel() else size))
+    return tuple(axes)
 
 
 def launch_init(
     x: torch.Tensor,
     out: torch.Tensor,
     seed: torch.Tensor,
-    eps: float,
-    lower: float,
-    upper: float,
+    eps: Limit,
+    lower: Limit,
+    upper: Limit,
     noise: str,
     std: float = 0.001,
 ) -> None:
     """Write the start point of an attack on ``x`` into ``out``, which may be ``x``.
 
     seed: int64, (1,), on the device.
+    eps, lower, upper: numbers, or fp32 tensors with shape (), (B,) or the number of dimensions of ``x``, of which only
+        the first two may have a size above 1.
     noise: "uniform", U(-eps, eps), or "gaussian", std * N(0, 1), which is projected on the ball as well.
     """
     n = x.numel()
@@ -122,11 +190,12 @@ def launch_init(
     assert noise in ("uniform", "gaussian")
     if n == 0:
         return
-    gaussian = noise == "gaussian"
-    # Always float: Triton would compile another kernel for an int, and another one for the constant 1.
-    scalars = map(float, (eps, std if gaussian else eps, lower, upper))
+    limits = [_argument(limit) for limit in (eps, lower, upper)]
+    axes = [_axes(limit, x) for limit in limits]
     with torch.cuda.device_of(x):
-        _init_kernel[(triton.cdiv(n, BLOCK),)](x, out, seed, *scalars, n, gaussian, BLOCK, num_warps=NUM_WARPS)
+        _init_kernel[(triton.cdiv(n, BLOCK),)](
+            x, out, seed, *limits, float(std), n, *axes, noise == "gaussian", BLOCK, num_warps=NUM_WARPS
+        )
 
 
 def launch_step(
@@ -134,16 +203,25 @@ def launch_step(
     grad: torch.Tensor,
     x: torch.Tensor,
     out: torch.Tensor,
-    step_size: float,
-    eps: float,
-    lower: float,
-    upper: float,
+    step_size: Limit,
+    eps: Limit,
+    lower: Limit,
+    upper: Limit,
 ) -> None:
-    """Write one sign-ascent step from ``x_adv``, projected and clamped, into ``out``, which may be ``x_adv``."""
+    """Write one sign-ascent step from ``x_adv``, projected and clamped, into ``out``, which may be ``x_adv``.
+
+    step_size, eps, lower, upper: as eps of :func:`launch_init`.
+    """
     n = x.numel()
     assert x_adv.numel() == grad.numel() == out.numel() == n
     if n == 0:
         return
-    scalars = map(float, (step_size, eps, lower, upper))
+    limits = [_argument(limit) for limit in (step_size, eps, lower, upper)]
+    axes = [_axes(limit, x) for limit in limits]
     with torch.cuda.device_of(x):
-        _step_kernel[(triton.cdiv(n, BLOCK),)](x_adv, grad, x, out, *scalars, n, BLOCK, num_warps=NUM_WARPS)
+        _step_kernel[(triton.cdiv(n, BLOCK),)](x_adv, grad, x, out, *limits, n, *axes, BLOCK, num_warps=NUM_WARPS)
+
+
+def _argument(limit: Limit) -> Limit:
+    # A number is always float: Triton would compile another kernel for an int, and another one for the constant 1.
+    return limit if isinstance(limit, torch.Tensor) else float(limit)

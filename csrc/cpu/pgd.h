@@ -1,7 +1,7 @@
 // Start noise and ascent step of PGD. Formulas: ltat_fast/ops/pgd.py.
 #pragma once
 
-#include "dispatch.h"
+#include "limits.h"
 
 namespace ltat {
 
@@ -10,7 +10,7 @@ enum class Noise { uniform, gaussian };
 struct PgdStep {
   const void *x_adv, *grad, *x;
   void* out;  // may be x_adv
-  double step_size, eps, lower, upper;
+  Limits limits;
   Dtype dtype, grad_dtype;
 };
 
@@ -19,7 +19,7 @@ struct PgdInit {
   void* out;  // may be x
   int64_t numel;
   uint64_t seed;
-  double eps, std, lower, upper;
+  Limits limits;  // in place of the step size: half-width of the uniform noise, or standard deviation of the gaussian
   Noise noise;
   Dtype dtype;
 };
@@ -35,8 +35,14 @@ LTAT_CPU_KERNEL(pgd_init, PgdInit)  // a unit is four elements, which share one 
 namespace ltat::LTAT_ISA {
 namespace {
 
-template <typename T, typename G>
-void pgd_step_loop(const PgdStep& a, int64_t begin, int64_t end) {
+template <typename W>
+LTAT_INLINE W clamp(W v, W low, W high) {
+  v = v < low ? low : v;  // comparisons with NaN are false: a NaN in v stays
+  return v > high ? high : v;
+}
+
+template <typename T, typename G, typename V>
+void pgd_step_piece(const PgdStep& a, Piece<V> limits, int64_t begin, int64_t end) {
   using W = work_t<T>;
   // No __restrict__, because out may be x_adv. An iteration reads index i before it writes it, so iterations are
   // independent.
@@ -44,18 +50,15 @@ void pgd_step_loop(const PgdStep& a, int64_t begin, int64_t end) {
   const G* grad = static_cast<const G*>(a.grad);
   const T* x = static_cast<const T*>(a.x);
   T* out = static_cast<T*>(a.out);
-  const W step = a.step_size, eps = a.eps, lower = a.lower, upper = a.upper;
 #pragma omp simd
   for (int64_t i = begin; i < end; ++i) {
+    const W step = limits.step_size[i - begin], eps = limits.eps[i - begin];
     const W centre = load(x[i]), low = centre - eps, high = centre + eps;
     const auto g = load(grad[i]);
     W v = load(x_adv[i]);
     v += (g > 0 ? step : W{0}) - (g < 0 ? step : W{0});  // sign(0) = sign(NaN) = 0, as torch.sign
-    v = v < low ? low : v;                               // comparisons with NaN are false: a NaN in v stays
-    v = v > high ? high : v;
-    v = v < lower ? lower : v;
-    v = v > upper ? upper : v;
-    out[i] = store<T>(low == low && high == high ? v : low + high);  // a NaN in x, or inf - inf, gives NaN
+    v = clamp<W>(clamp<W>(v, low, high), limits.lower[i - begin], limits.upper[i - begin]);
+    out[i] = store<T>(low == low && high == high ? v : low + high);  // a NaN in x or eps, or inf - inf, gives NaN
   }
 }
 
@@ -94,8 +97,7 @@ void pgd_init_loop(const PgdInit& a, int64_t begin, int64_t end) {
   constexpr int64_t kQuads = 64;  // quads per iteration: full vectors, and the draws stay in the L1 cache
   const T* x = static_cast<const T*>(a.x);
   T* out = static_cast<T*>(a.out);
-  const W eps = a.eps, lower = a.lower, upper = a.upper;
-  const W scale = a.noise == Noise::uniform ? a.eps : a.std;
+  Pieces<W> pieces(a.limits);
   const uint64_t seed = a.seed;
   uint32_t w0[kQuads], w1[kQuads], w2[kQuads], w3[kQuads];
   float draws[4 * kQuads];
@@ -112,16 +114,15 @@ void pgd_init_loop(const PgdInit& a, int64_t begin, int64_t end) {
     }
     const int64_t first = 4 * q, last = 4 * (q + kQuads < end ? q + kQuads : end);
     const int64_t stop = last < a.numel ? last : a.numel;
+    pieces.each(first, stop, [&](auto limits, int64_t piece, int64_t piece_end) {
 #pragma omp simd
-    for (int64_t i = first; i < stop; ++i) {
-      const W centre = load(x[i]), low = centre - eps, high = centre + eps;
-      W v = centre + scale * draws[i - first];  // a NaN in x stays: every comparison below is false
-      v = v < low ? low : v;
-      v = v > high ? high : v;
-      v = v < lower ? lower : v;
-      v = v > upper ? upper : v;
-      out[i] = store<T>(v);
-    }
+      for (int64_t i = piece; i < piece_end; ++i) {
+        const W centre = load(x[i]), eps = limits.eps[i - piece];
+        const W v = centre + limits.step_size[i - piece] * draws[i - first];  // NaN if x or a limit is
+        const W projected = clamp<W>(v, centre - eps, centre + eps);
+        out[i] = store<T>(clamp<W>(projected, limits.lower[i - piece], limits.upper[i - piece]));
+      }
+    });
   }
 }
 
@@ -129,7 +130,12 @@ void pgd_init_loop(const PgdInit& a, int64_t begin, int64_t end) {
 
 void pgd_step(const PgdStep& a, int64_t begin, int64_t end) {
   with_dtype(a.dtype, [&](auto t) {
-    with_dtype(a.grad_dtype, [&](auto g) { pgd_step_loop<decltype(t), decltype(g)>(a, begin, end); });
+    Pieces<work_t<decltype(t)>> pieces(a.limits);
+    with_dtype(a.grad_dtype, [&](auto g) {
+      pieces.each(begin, end, [&](auto limits, int64_t first, int64_t last) {
+        pgd_step_piece<decltype(t), decltype(g)>(a, limits, first, last);
+      });
+    });
   });
 }
 

@@ -11,6 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from helpers.op_cases import everywhere, limit_shape
 from ltat_fast.ops import balanced_softmax_kl, igdm_loss, pgd_init, pgd_step
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -194,6 +195,18 @@ def test_igdm_loss(case):
 
 
 @st.composite
+def limit_of(draw, x: torch.Tensor, values: list[float]):
+    """Return one of the values, or a tensor with some of them that fits the images ``x``, with any strides."""
+    kind = draw(st.sampled_from([None, None, "one", "image", "channel", "both"]))
+    if kind is None:
+        return draw(st.sampled_from(values))
+    shape = limit_shape(kind, x.shape)
+    picked = draw(st.lists(st.sampled_from(values), min_size=1, max_size=5))
+    tensor = torch.tensor(picked, dtype=torch.promote_types(x.dtype, torch.float32))
+    return draw(laid_out(tensor.repeat(1 + math.prod(shape))[: math.prod(shape)].view(shape)))
+
+
+@st.composite
 def step_case(draw):
     shape = tuple(draw(st.lists(st.sampled_from([0, 1, 2, 3, 5, 17]), max_size=4)))
     seed, dtype, scale = draw(seeds), draw(st.sampled_from(FLOATS)), draw(scales)
@@ -202,19 +215,20 @@ def step_case(draw):
     special = draw(st.sampled_from([None, math.nan, INF, -INF]))
     if special is not None and grad.numel():
         grad.view(-1)[seed % grad.numel()] = special
-    numbers = {
-        "step_size": draw(st.sampled_from([0.0, 2 / 255, 0.5, -0.1, 1e4, INF])),
-        "eps": draw(st.sampled_from([0.0, 8 / 255, 1.0, 1e4, INF])),
-        "lower": draw(st.sampled_from([0.0, -1.0, -INF])),
-        "upper": draw(st.sampled_from([1.0, 0.0, 255.0, INF])),
+    limits = {
+        "step_size": draw(limit_of(x, [0.0, 2 / 255, 0.5, -0.1, 1e4, INF])),
+        "eps": draw(limit_of(x, [0.0, 8 / 255, 1.0, 1e4, INF])),
+        "lower": draw(limit_of(x, [0.0, -1.0, -INF])),
+        "upper": draw(limit_of(x, [1.0, 0.0, 255.0, INF])),
     }
-    return draw(laid_out(x_adv)), draw(laid_out(grad)), draw(laid_out(x)), numbers, draw(st.booleans())
+    return draw(laid_out(x_adv)), draw(laid_out(grad)), draw(laid_out(x)), limits, draw(st.booleans())
 
 
-@examples(200)
+@examples(300)
 @given(step_case())
 def test_pgd_step(case):
-    x_adv, grad, x, numbers, in_place = case
+    x_adv, grad, x, limits, in_place = case
+    numbers = {name: everywhere(limit, x.shape).numpy() for name, limit in limits.items()}
     centre, start = x.double().numpy(), x_adv.double().numpy()
     with np.errstate(all="ignore"):
         sign = np.nan_to_num(np.sign(grad.double().numpy()))
@@ -222,17 +236,18 @@ def test_pgd_step(case):
         ball = np.minimum(np.maximum(moved, centre - numbers["eps"]), centre + numbers["eps"])
     expected = np.clip(ball, numbers["lower"], numbers["upper"])
     out = x_adv.clone() if in_place else None
-    result = pgd_step(out if in_place else x_adv, grad, x, **numbers, out=out)
+    result = pgd_step(out if in_place else x_adv, grad, x, **limits, out=out)
     assert result.dtype == x_adv.dtype
-    if numbers["step_size"] == INF:  # inf * 0 is NaN where the gradient is 0, as in torch
-        keep = np.asarray(sign != 0)
-        result, expected = result[torch.from_numpy(keep)], expected[keep]
+    keep = np.asarray(
+        (numbers["step_size"] != INF) | (sign != 0)
+    )  # inf * 0 is NaN where the gradient is 0, as in torch
+    result, expected = result[torch.from_numpy(keep)], expected[keep]
     error = ROUNDING[x_adv.dtype] + 2.0**-23
-    finite = [numbers[name] for name in ("step_size", "eps") if math.isfinite(numbers[name])]
-    size = max(1.0, float(np.abs(centre).max(initial=0)), float(np.abs(start).max(initial=0)), *map(abs, finite))
+    values = (centre, start, numbers["step_size"], numbers["eps"])
+    size = max(1.0, *(float(np.abs(value[np.isfinite(value)]).max(initial=0)) for value in values))
     close(result, expected, 2.0**-22 * size if x_adv.dtype != torch.float64 else 1e-11, error)
-    assert (result >= numbers["lower"]).all()
-    assert (result <= numbers["upper"]).all()
+    assert (result.double().numpy() >= numbers["lower"][keep]).all()
+    assert (result.double().numpy() <= numbers["upper"][keep]).all()
 
 
 @examples(100)
@@ -241,19 +256,19 @@ def test_pgd_step(case):
     seeds,
     st.sampled_from(FLOATS),
     scales,
-    st.sampled_from([0.0, 1e-3, 8 / 255, 1.0, 1e4]),
     st.sampled_from(["uniform", "gaussian"]),
     st.data(),
 )
-def test_pgd_init(shape, seed, dtype, scale, eps, noise, data):
+def test_pgd_init(shape, seed, dtype, scale, noise, data):
     x = data.draw(laid_out(drawn(seed, tuple(shape), scale, dtype)))
+    eps = data.draw(limit_of(x, [0.0, 1e-3, 8 / 255, 1.0, 1e4]))
     start = pgd_init(x, eps, noise, torch.Generator().manual_seed(seed))
     assert start.shape == x.shape
     assert start.dtype == x.dtype
     assert not start.requires_grad
     assert ((start >= 0) & (start <= 1)).all()
     away = (start.double() - x.double().clamp(0, 1)).abs()
-    assert (away <= eps + ROUNDING[dtype] + 2.0**-22).all()
+    assert (away <= everywhere(eps, x.shape) + ROUNDING[dtype] + 2.0**-22).all()
     assert torch.equal(start, pgd_init(x, eps, noise, torch.Generator().manual_seed(seed)))
 
 
@@ -272,6 +287,8 @@ WRONG_TENSORS = [
     torch.zeros(3, 4, 1),
     torch.zeros(3, 4, device="meta"),
 ]
+WRONG_LIMITS = [tensor for tensor in WRONG_TENSORS if tensor.dim()]
+WRONG_LIMITS += [torch.ones(4), torch.ones(3, 1, 1), torch.ones(1, 3), torch.ones(3).double()]
 CALLS = {
     "balanced_softmax_kl": (
         balanced_softmax_kl,
@@ -304,10 +321,10 @@ CALLS = {
         pgd_step,
         {"x_adv": LOGITS, "grad": LOGITS, "x": LOGITS, "step_size": 0.1, "eps": 0.1},
         {
-            "step_size": [math.nan, "a", None, torch.ones(()), []],
-            "eps": [-0.1, math.nan, "a", None, torch.ones(())],
-            "lower": [2.0, math.nan, "a", None],
-            "upper": [-1.0, math.nan, "a", None],
+            "step_size": [math.nan, "a", None, [], *WRONG_LIMITS],
+            "eps": [-0.1, math.nan, "a", None, *WRONG_LIMITS],
+            "lower": [2.0, math.nan, "a", None, *WRONG_LIMITS],
+            "upper": [-1.0, math.nan, "a", None, *WRONG_LIMITS],
             "out": [
                 LOGITS.double(),
                 LOGITS[:2].clone(),
@@ -322,10 +339,10 @@ CALLS = {
         pgd_init,
         {"x": LOGITS, "eps": 0.1},
         {
-            "eps": [-0.1, math.nan, INF, "a", None],
+            "eps": [-0.1, math.nan, INF, "a", None, *WRONG_LIMITS],
             "noise": ["normal", None, 1],
             "generator": [5, "a"],
-            "lower": [2.0, math.nan, "a"],
+            "lower": [2.0, math.nan, "a", *WRONG_LIMITS],
         },
         {"x": [tensor for tensor in WRONG_TENSORS if tensor.dtype == torch.float32 and tensor.layout is torch.strided]},
     ),

@@ -34,6 +34,47 @@ def gradient_tolerance(dtype):
     return {"rtol": 2e-5 + EPS[dtype], "atol": 1e-6 if dtype == torch.float32 else 2e-6}
 
 
+# The shapes of step_size, eps, lower and upper of the PGD ops, for images of shape (B, C, ...). None is a number.
+LIMITS = {
+    "numbers": (None, None, None, None),
+    "per image": ("image", "image", None, None),
+    "per channel": ("channel", "channel", "channel", "channel"),
+    "mixed": ("image", "channel", "one", "both"),
+    "eps of each channel of each image": (None, "both", None, None),
+}
+
+
+def limit_shape(kind, shape):
+    ones = [1] * (len(shape) - 2)
+    images, channels = (*shape, 1, 1)[:2]
+    return {
+        "one": (),
+        "image": (images,) if shape else (),
+        "channel": (1, channels, *ones)[: len(shape)],
+        "both": (images, channels, *ones)[: len(shape)],
+    }[kind]
+
+
+def pgd_limits(name, shape, dtype=torch.float32, device="cpu"):
+    """Return step_size, eps, lower and upper for images of this shape and dtype. The first eps of a tensor is 0."""
+    gen, values = generator(4), []
+    for kind, low, high in zip(LIMITS[name], (0.002, 0.01, 0.0, 0.8), (0.02, 0.06, 0.2, 1.0), strict=True):
+        if kind is None:
+            values.append((low + high) / 2)
+        else:
+            value = low + (high - low) * torch.rand(limit_shape(kind, shape), generator=gen, dtype=torch.float64)
+            values.append(value.to(device, torch.promote_types(dtype, torch.float32)))
+    if isinstance(values[1], torch.Tensor) and values[1].numel():
+        values[1].view(-1)[0] = 0
+    return values
+
+
+def everywhere(limit, shape):
+    """Return the value of a limit at each element of images of this shape, in float64."""
+    limit = torch.as_tensor(limit, dtype=torch.float64, device="cpu")
+    return limit.view(limit.shape + (1,) * (len(shape) - limit.dim())).expand(shape)
+
+
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from ltat_fast.kernels.pgd import launch_init, launch_step
+from helpers.op_cases import LIMITS, everywhere, pgd_limits
+from ltat_fast.kernels.pgd import BLOCK, launch_init, launch_step
 from ltat_fast.ops import pgd, pgd_step_ref
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -138,6 +139,102 @@ def test_step_beyond_2_to_31_elements():
     launch_step(x, grad, x, out, 0.25, 0.25, 0.0, 1.0)
     assert out[:-1].eq(0.75).all()
     assert out[-1] == 0.25
+
+
+# ---- limits that differ between images and channels
+
+
+# Images with less than a block each, with a whole number of blocks and with other numbers; channels with one and with
+# half a block, so that an index is constant in a block or not; more than one block, the last one not full.
+LIMIT_SHAPES = [
+    (1, 1, 1, 1),
+    (5, 3, 9, 7),
+    (3, 2, 32, 32),
+    (2, 3, 16, 32),
+    (2, 4, 25, 23),
+    (700, 3),
+    (1300,),
+    (4, 400, 2),
+]
+FORMATS = {
+    "contiguous": lambda t: t,
+    "channels_last": lambda t: t.movedim(1, -1).contiguous().movedim(-1, 1),
+    "batch last": lambda t: t.movedim(0, -1).contiguous().movedim(-1, 0),
+}
+
+
+LAID_OUT = [
+    (shape, layout) for shape in LIMIT_SHAPES for layout in FORMATS if len(shape) == 4 or layout == "contiguous"
+]
+
+
+@pytest.mark.parametrize("name", [name for name in LIMITS if name != "numbers"])
+@pytest.mark.parametrize(("shape", "layout"), LAID_OUT, ids=str)
+def test_step_with_tensors_equals_torch_bit_for_bit(shape, layout, name):
+    x, x_adv, grad = (FORMATS[layout](f(shape)) for f in (images, images, normal))
+    x_adv.add_(EPS)
+    limits = pgd_limits(name, shape, device=DEVICE)
+    out = torch.full_like(x, float("nan"))
+    launch_step(x_adv, grad, x, out, *limits)
+    everywhere_ = (everywhere(limit, shape).float().to(DEVICE) for limit in limits)
+    assert torch.equal(out, step_reference(x_adv, grad, x, *everywhere_))
+
+
+@pytest.mark.parametrize("name", ["per image", "per channel", "mixed"])
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("shape", LIMIT_SHAPES[1:3], ids=str)
+def test_start_with_tensors_has_the_noise_of_each_ball(shape, layout, name):
+    x = FORMATS[layout](images(shape))
+    _, eps, lower, upper = pgd_limits(name, shape, device=DEVICE)
+    radius, low, high = (everywhere(limit, shape).float().to(DEVICE) for limit in (eps, lower, upper))
+    noise = start(torch.zeros_like(x), 5, eps=1.0, lower=-1.0)
+    expected = torch.minimum(torch.maximum(x + radius * noise, low), high)
+    torch.testing.assert_close(start(x, 5, "uniform", eps, lower, upper), expected, rtol=0, atol=2**-23)
+    noise = start(torch.zeros_like(x), 5, "gaussian", eps=1.0, lower=-1.0, std=0.03)
+    noise = torch.minimum(torch.maximum(noise, -radius), radius)
+    expected = torch.minimum(torch.maximum(x + noise, low), high)
+    torch.testing.assert_close(start(x, 5, "gaussian", eps, lower, upper, std=0.03), expected, rtol=0, atol=2**-23)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tensors_stay_float32_for_images_in_half_precision(dtype):
+    x, x_adv, grad = (t.to(dtype) for t in (images(1271), images(1271, seed=2), normal(1271)))
+    step_size, eps = 0.1 + 0.1 * images(1271, seed=3), 0.2 * images(1271, seed=4)
+    out = torch.empty_like(x)
+    launch_step(x_adv, grad, x, out, step_size, eps, 0.0, 1.0)
+    assert torch.equal(out, step_reference(x_adv, grad, x, step_size, eps, 0.0, 1.0))
+
+
+def test_tensors_are_read_only_at_their_own_values():
+    """Each image and channel has a value of its own, between values that must not be read."""
+    x = images((5, 3, 7, 11))
+    assert x.numel() % BLOCK
+    per_image, per_channel = torch.full((5, 2), 9.0, device=DEVICE), torch.full((1, 6, 1, 1), 9.0, device=DEVICE)
+    per_image[:, 0] = torch.arange(5) / 100
+    per_channel[:, ::2] = 0.5 + torch.arange(3, device=DEVICE).view(1, 3, 1, 1) / 10
+    out = torch.empty_like(x)
+    launch_step(x, torch.ones_like(x), x, out, per_image[:, 0], 1.0, 0.0, per_channel[:, ::2])
+    step, upper = torch.arange(5).view(5, 1, 1, 1) / 100, 0.5 + torch.arange(3).view(1, 3, 1, 1) / 10
+    assert torch.equal(out, torch.minimum(x + step.to(DEVICE), upper.to(DEVICE)))
+
+
+def test_special_values_of_tensors():
+    """As the docstring of ops.pgd_step says. The values cannot be checked, because that would wait for the device."""
+    x, nan = images((3, 3, 4, 4)), float("nan")
+    eps, out = torch.tensor([0.0, -0.1, nan], device=DEVICE), torch.empty_like(x)
+    launch_step(x + 0.1, torch.ones_like(x), x, out, STEP, eps, 0.0, 1.0)
+    assert torch.equal(out[0], x[0])
+    assert torch.equal(out[1], (x[1] - 0.1).clamp(0, 1))
+    assert out[2].isnan().all()
+    for noise in ("uniform", "gaussian"):
+        out = start(x, 3, noise, eps)
+        assert torch.equal(out[0], x[0])
+        assert out[2].isnan().all()
+    bounds = torch.tensor([0.0, 0.6, nan], device=DEVICE).view(1, 3, 1, 1)
+    for lower, upper in ((bounds, 0.4), (0.9, 0.4 + 0 * bounds)):
+        launch_step(x, torch.ones_like(x), x, out, STEP, EPS, lower, upper)
+        assert out.isnan().any(3).any(2).any(0).tolist() == [False, False, True]
+        assert (out[:, 1] == torch.tensor(0.4)).all()
 
 
 # ---- the random start
@@ -281,6 +378,7 @@ LAYOUTS = {
     "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
     "permuted": lambda t: t.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0),
     "sliced": lambda t: torch.repeat_interleave(t, 2, 3)[..., ::2],
+    "batch last": lambda t: t.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
     "broadcast": lambda t: t,
 }
 
@@ -308,6 +406,24 @@ def test_registered_step_takes_any_layout(layout):
         pgd._pgd_step_out_cuda(*args, out)
         assert out.stride() == strides
         torch.testing.assert_close(out, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_registered_functions_take_tensors_and_any_layout(layout):
+    to_layout, x_adv, grad, x, centre = images_in(layout)
+    step_size, eps, lower, upper = pgd_limits("mixed", x.shape, device=DEVICE)
+    expected = pgd_step_ref(x_adv, grad, x, step_size, eps, lower, upper)
+    args, tensors = (to_layout(x_adv), grad, centre, 9.0, 9.0, 9.0, -9.0), (step_size, eps, lower, upper)
+    torch.testing.assert_close(pgd._pgd_step_cuda(*args, *tensors), expected, rtol=0, atol=0)
+    out = to_layout(torch.zeros_like(x))
+    pgd._pgd_step_out_cuda(*args, out, *tensors)
+    torch.testing.assert_close(out, expected, rtol=0, atol=0)
+    only_eps = pgd._pgd_step_cuda(*args[:3], 0.1, 9.0, 0.0, 1.0, None, eps, None, None)
+    torch.testing.assert_close(only_eps, pgd_step_ref(x_adv, grad, x, 0.1, eps), rtol=0, atol=0)
+    for noise in ("uniform", "gaussian"):
+        start = pgd._pgd_init_cuda(centre, seed_tensor(5), 9.0, 1e-3, 9.0, -9.0, noise, eps, lower, upper)
+        assert torch.equal(start, pgd_step_ref(start, torch.zeros_like(x), x, 0.0, eps, lower, upper))
+        assert (start != x).float().mean() > 0.5  # one of three channels has eps 0
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.skipif(
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from helpers.op_cases import LIMITS, pgd_limits  # noqa: E402
 from ltat_fast.kernels import balanced_softmax_kl, pgd  # noqa: E402
 
 CAPABILITIES = [80, 90]
@@ -96,6 +97,16 @@ def step(dtype, grad_dtype, n):
     return lambda: pgd.launch_step(state, grad, state, state, 2 / 255, 8 / 255, 0.0, 1.0)
 
 
+def limited(shape, layout, name):
+    """The launches of both kernels for images of this shape, with limits of this shape (helpers.op_cases)."""
+    x, seed = torch.empty(shape).contiguous(memory_format=layout), torch.zeros(1, dtype=torch.int64)
+    limits = pgd_limits(name, shape)
+    return (
+        lambda: pgd.launch_step(x, x, x, x, *limits),
+        lambda: pgd.launch_init(x, x, seed, *limits[1:], "uniform"),
+    )
+
+
 def init(dtype, noise, n):
     x, seed = torch.empty(1, dtype=dtype).expand(n), torch.zeros(1, dtype=torch.int64)
     return lambda: pgd.launch_init(x, x, seed, 8 / 255, 0.0, 1.0, noise)
@@ -128,6 +139,36 @@ def test_init(monkeypatch, tmp_path, dtype, noise, capability):
     vectors = pgd.BLOCK // (32 * pgd.NUM_WARPS) * dtype.itemsize // 16
     assert code.count("ld") == code.count("st") == vectors
     assert sum(code.accesses.values()) == 2 * vectors + 1, code.accesses  # and the seed
+
+
+@pytest.mark.parametrize("name", ["per image", "per channel", "mixed"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("size", [32, 28])
+def test_limits(monkeypatch, tmp_path, size, layout, name):
+    """The images are read and written as without tensors. A limit that a whole block shares is read once."""
+    per_thread = pgd.BLOCK // (32 * pgd.NUM_WARPS)
+    for launch, tensors in zip(limited((128, 3, size, size), layout, name), (3, 1), strict=True):
+        [(kernel, args, options)] = launches(monkeypatch, pgd, launch)
+        code = Code(kernel, args, 90, **options)
+        check_lean(code, tmp_path)
+        vectors = per_thread * 4 // 16
+        assert code.count("ld") == tensors * vectors
+        assert code.count("st") == vectors
+        kinds = [kind for kind in LIMITS[name][0 if tensors == 3 else 1 :] if kind]
+        blocks_share = size == 32 and layout == torch.contiguous_format
+        single = {"one": True, "image": size == 32, "channel": blocks_share, "both": blocks_share}
+        scalars = sum(1 if single[kind] else per_thread for kind in kinds) + (tensors == 1)  # and the seed
+        assert sum(code.accesses.values()) == (tensors + 1) * vectors + scalars, code.accesses
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_another_batch_size_compiles_no_other_kernel(monkeypatch, layout):
+    def constants(images, launch):
+        [(kernel, args, _)] = launches(monkeypatch, pgd, limited((images, 3, 28, 28), layout, "mixed")[launch])
+        return [value for param, value in zip(kernel.params, args, strict=True) if param.is_constexpr]
+
+    for launch in (0, 1):
+        assert constants(128, launch) == constants(80, launch)
 
 
 @pytest.mark.parametrize("n", [1, 7, 1271, 2**31 + 7])

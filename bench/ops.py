@@ -12,6 +12,7 @@ Predictions before any tuning, as eager time / our time (the CSV holds the measu
                                     against 4; torch.compile takes 1.0 to 1.1 of our time, with the same 4 passes
     pgd_step, 128x3x32x32           3x to 5x on the CPU, in cache; 4x on a GPU, 8 launches against 1; the guards of
                                     torch.compile take longer than the kernel
+    pgd_step and pgd_init with step_size, eps or the range as tensors, per image or per channel: as with numbers
     pgd_init                        1.5x on the CPU, where drawing the noise dominates; 3x on a GPU
     losses, 128x10 to 128x200       3x: dispatch of about 25 operations in both directions against 2; torch.compile
                                     takes 1.5 of our time
@@ -57,40 +58,57 @@ class Case:
     check: Callable[[Tensor], None] | None = None  # for a random op: replaces the comparison with the reference
 
 
-def pgd_init_case(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Case:
+def pgd_limits(kind: str, shape: tuple[int, ...], device: torch.device) -> dict[str, float | Tensor]:
+    """Return step_size, eps, lower and upper, of which none ("") or some ("per image", "per channel") are tensors."""
+    step_size, eps, lower, upper = STEP, EPS, 0.0, 1.0
+    if kind == "per image":  # as class-wise budgets
+        factors = torch.linspace(0.5, 1.5, shape[0], device=device)
+        step_size, eps = STEP * factors, EPS * factors
+    elif kind == "per channel":  # as for normalised images
+        factors = torch.linspace(0.5, 1.5, shape[1], device=device).view(1, -1, 1, 1)
+        step_size, eps, lower, upper = STEP * factors, EPS * factors, 0 * factors, torch.ones_like(factors)
+    return {"step_size": step_size, "eps": eps, "lower": lower, "upper": upper}
+
+
+def pgd_init_case(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, kind: str = "") -> Case:
     x = torch.rand(shape, device=device, dtype=dtype)
+    limits = pgd_limits(kind, shape, device)
+    del limits["step_size"]
+    radius = torch.as_tensor(limits["eps"], device=device)
+    radius = radius.view(-1, 1, 1, 1).double() if kind == "per image" else radius.double()
 
     def check(start):
         noise = start.double() - x.double()
         ulp = torch.finfo(dtype).eps / 2
-        assert noise.abs().max() <= EPS + ulp
+        assert (noise.abs() <= radius + ulp).all()
         assert start.min() >= 0
         assert start.max() <= 1
-        assert abs(noise.std().item() / (EPS / 3**0.5) - 1) < 0.05  # the clamp to [0, 1] reduces it by 2 %
+        assert abs((noise / radius).std().item() * 3**0.5 - 1) < 0.05  # the clamp to [0, 1] reduces it by 2 %
 
     return Case(
-        op="pgd_init",
+        op=f"pgd_init {kind}".strip(),
         shape=shape,
         dtype=dtype,
-        reference=functools.partial(pgd_init_ref, eps=EPS),
-        fused={"ours": functools.partial(pgd_init, eps=EPS)},
+        reference=functools.partial(pgd_init_ref, **limits),
+        fused={"ours": functools.partial(pgd_init, **limits)},
         inputs=(x,),
         traffic={"forward": 2 * x.nbytes},  # read x, write the start
         check=check,
     )
 
 
-def pgd_step_case(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Case:
+def pgd_step_case(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, kind: str = "") -> Case:
     x = torch.rand(shape, device=device, dtype=dtype)
     x_adv = (x + EPS * (2 * torch.rand_like(x) - 1)).clamp_(0, 1)
     grad = torch.randn_like(x)
     out = torch.empty_like(x)
-    fused = functools.partial(pgd_step, step_size=STEP, eps=EPS)
+    limits = pgd_limits(kind, shape, device)
+    fused = functools.partial(pgd_step, **limits)
     return Case(
-        op="pgd_step",
+        op=f"pgd_step {kind}".strip(),
         shape=shape,
         dtype=dtype,
-        reference=functools.partial(pgd_step_ref, step_size=STEP, eps=EPS),
+        reference=functools.partial(pgd_step_ref, **limits),
         fused={"ours": fused, "ours, out=": functools.partial(fused, out=out)},
         inputs=(x_adv, grad, x),
         traffic={"forward": 4 * x.nbytes},  # read x_adv, grad, x; write the iterate
@@ -131,9 +149,14 @@ def igdm_loss_case(shape: tuple[int, ...], dtype: torch.dtype, device: torch.dev
 
 def cases(device: torch.device, quick: bool) -> Iterator[Case]:
     """Yield the cases one at a time, because the largest hold gigabytes."""
+    images = IMAGES[:1] if quick else IMAGES
     for make, shapes in (
-        (pgd_init_case, IMAGES[:1] if quick else IMAGES),
-        (pgd_step_case, IMAGES[:1] if quick else IMAGES),
+        (pgd_init_case, images),
+        (functools.partial(pgd_init_case, kind="per image"), images[:2]),
+        (functools.partial(pgd_init_case, kind="per channel"), images[:2]),
+        (pgd_step_case, images),
+        (functools.partial(pgd_step_case, kind="per image"), images[:2]),
+        (functools.partial(pgd_step_case, kind="per channel"), images[:2]),
         (balanced_softmax_kl_case, LOGITS[1:2] if quick else LOGITS),
         (igdm_loss_case, LOGITS[1:2] if quick else LOGITS),
     ):
@@ -231,7 +254,7 @@ def measure(case: Case, device: torch.device, roof: float) -> list[dict[str, obj
 def show(rows: list[dict[str, object]]) -> None:
     for row in rows:
         print(
-            "{op:20}{shape:>18} {dtype:9}{direction:9}{launch:6}{provider:11}{median_ms:>11} ms "
+            "{op:21}{shape:>18} {dtype:9}{direction:9}{launch:6}{provider:11}{median_ms:>11} ms "
             "[{p20_ms}, {p80_ms}] {speedup_over_eager:>6}x {gb_per_s:>8} GB/s {share_of_copy:>6} of copy "
             "{launches!s:>4} launches {peak_mb:>9} MB".format(**row),
             flush=True,

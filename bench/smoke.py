@@ -93,6 +93,8 @@ def operator_calls() -> Iterator[Call]:
     labels = torch.randint(CLASSES, (ROWS,), generator=generator)
     counts = torch.linspace(500, 5, CLASSES)
     step = {"step_size": STEP_SIZE, "eps": EPS}
+    budgets = [size * torch.rand(IMAGES[0], generator=generator) for size in (STEP_SIZE, EPS)]  # per image
+    scales = torch.linspace(0.6, 1, IMAGES[1]).view(1, -1, 1, 1)  # per channel
     for dtype in DTYPES:
         kind = str(dtype).removeprefix("torch.")
         for layout in (torch.contiguous_format, torch.channels_last):
@@ -100,6 +102,8 @@ def operator_calls() -> Iterator[Call]:
             images = tuple(t.to(dtype, memory_format=layout) for t in (x_adv, grad, x))
             ours, reference = functools.partial(pgd_step, **step), functools.partial(pgd_step_ref, **step)
             yield Call(f"pgd_step {kind} {where}", ours, reference, images)
+            limits = (*budgets, 0 * scales, scales)
+            yield Call(f"pgd_step {kind} {where} with tensors", pgd_step, pgd_step_ref, images + limits)
         z = tuple(logits.to(dtype))
         for taught in (False, True):
             inputs = (z[0], labels, counts, *(z[1:2] if taught else ()))

@@ -2,12 +2,13 @@
 
 import difflib
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
-from ltat_fast.ops import pgd_init_ref
+from ltat_fast.ops import pgd_init, pgd_init_ref, pgd_step
 
 ROOT = Path(__file__).parents[2]
 NAMES = ["trades", "pgd_attack", "distillation"]
@@ -73,6 +74,23 @@ def test_distillation_agrees(versions):
         losses = [module.distillation_step(student, teacher, optimizer, x, y, counts) for _ in range(5)]
         results.append([*losses, *(p.detach() for p in student.parameters())])
     torch.testing.assert_close(*results)
+
+
+def test_budgets_of_the_page():
+    """The Python code in docs/ops.md: a budget per image, and PGD on normalised images."""
+    [code] = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "ops.md").read_text(), re.DOTALL)
+    x, grad, labels = torch.rand(8, 3, 5, 5), torch.randn(8, 3, 5, 5), torch.arange(8) % 4
+    class_eps, mean, std = torch.tensor([0.0, 0.02, 0.03, 0.04]), [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
+    names = {"x": x, "x_adv": x, "grad": grad, "labels": labels, "class_eps": class_eps, "MEAN": mean, "STD": std}
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (mean, std))
+    names |= {"z": (x - mean) / std, "torch": torch, "pgd_init": pgd_init, "pgd_step": pgd_step}
+    exec(code, names)
+    moved = (names["x_adv"] - x).abs().amax((1, 2, 3))
+    torch.testing.assert_close(moved, class_eps[labels] / 4)
+    pixels = names["z_adv"] * std + mean
+    assert ((pixels - x).abs() < 8 / 255 + 1e-6).all()
+    assert ((pixels > -1e-6) & (pixels < 1 + 1e-6)).all()
+    assert (pixels - x).abs().max() > 7.9 / 255
 
 
 @pytest.mark.parametrize("name", ["trades", "distillation"])

@@ -13,7 +13,7 @@ import torch
 
 # Raise this number when a schema or a C++ function changes its arguments, so that older libraries are refused. A new op
 # does not need it. setup.py compiles the number into the library.
-SCHEMA_VERSION = "3"
+SCHEMA_VERSION = "4"
 INSTALL = "pip install --no-build-isolation -e ."
 _STAMP = re.compile(rb"ltat-fast-build:schema=([^;\0]*);torch=([^;\0]*);")
 

@@ -110,9 +110,12 @@ def new_model(
     return model.to(device, memory_format=torch.channels_last)
 
 
-def weights_card(config: Config, splits: Splits, method: Method, epoch: int) -> dict:
-    """Return the card of a weights file: its network, data, method, epoch and, if there are any, modifiers."""
-    changed = changed_modifiers(dataclasses.asdict(config))
+def weights_card(config: Config, splits: Splits, method: Method, epoch: int, modified: bool = True) -> dict:
+    """Return the card of a weights file: its network, data, method and epoch.
+
+    modified: whether the stage has the modifiers of ``config``; the card names them, if there are any.
+    """
+    changed = changed_modifiers(dataclasses.asdict(config)) if modified else {}
     return {
         "arch": config.arch,
         "activation": config.activation,

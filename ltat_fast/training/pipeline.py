@@ -154,9 +154,10 @@ def _stage(
     # Teacher and student have different seeds, so that they do not start from the same weights.
     seed = seeding.stream_seed(config.seed, name, "weights")
     model = new_model(config.arch, splits, hardware.device, seed, method, config.activation)
-    card = functools.partial(weights_card, config, splits, method)
+    modified = name == "student" or config.modify_teacher
+    card = functools.partial(weights_card, config, splits, method, modified=modified)
     own = OFF
-    if name == "student" or config.modify_teacher:
+    if modified:
         counts = torch.bincount(splits.train.labels.cpu()[loader.indices], minlength=splits.num_classes)
         own = modifiers.build(
             method,

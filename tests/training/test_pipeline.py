@@ -114,8 +114,11 @@ def test_the_teacher_is_modified_if_wanted(data, tmp_path):
     plain = pipeline.teacher_or_stage(config_of("ltat", tmp_path, **MODIFIERS), "balanced", data, HARDWARE)
     assert plain.modifiers == OFF
     assert plain.trained is plain.model
+    assert "modifiers" not in plain.card(1)
     config = config_of("ltat", tmp_path, modify_teacher=True, **MODIFIERS)
-    modified = pipeline.teacher_or_stage(config, "balanced", data, HARDWARE).modifiers
+    stage = pipeline.teacher_or_stage(config, "balanced", data, HARDWARE)
+    assert stage.card(1)["modifiers"] == MODIFIERS | {"modify_teacher": True}
+    modified = stage.modifiers
     assert (modified.awp.gamma, modified.ema.decay) == (0.005, 0.9)
     assert modified.budget.share.tolist() == [1.0] * 10, "its images are balanced"
     robust = pipeline.teacher_or_stage(config, "robust", data, HARDWARE).modifiers

@@ -39,7 +39,7 @@ class WeightPerturbation:
 
     def __init__(self, gamma: float, first_epoch: int, device: torch.device):
         self.gamma, self.first_epoch = gamma, first_epoch
-        self.strength = torch.tensor(gamma, device=device)
+        self.strength = torch.tensor(gamma, dtype=torch.float32, device=device)
 
     def strength_in(self, epoch: int) -> float:
         """Return the gamma of ``epoch``, from 0."""

@@ -3,8 +3,8 @@
     theta_ema <- d theta_ema + (1 - d) theta   after every update
     d = 0 in the first 2.5 % of the steps, then min(decay, (1 + t) / (10 + t)),   t = steps since then
 
-Sources: Rebuffi et al., "Data Augmentation Can Improve Robustness", NeurIPS 2021, section 3.2 (weight averaging against
-robust overfitting); the schedule of d is that of the public code of Rade and Moosavi-Dezfooli (HAT, ICLR 2022).
+Source: the public code of DeepMind's adversarial training (adversarial_robustness, jax/experiment.py) and its port
+imrahulr/adversarial_robustness_pytorch (watrain.py), where the decay is 0.995.
 
 As in that code, the statistics of batch norm are not averaged. They are copied from the live network at the end of an
 epoch, before anything uses the average.

@@ -37,6 +37,7 @@ class Taet(Method):
 
     name: ClassVar[str] = "taet"
     noise: ClassVar[Noise] = "gaussian"
+    smooths_labels: ClassVar[bool] = True
 
     attack_begin: float = 0.4
     """share of the epochs that train on clean images with cross-entropy, without attack, before the second stage"""
@@ -54,7 +55,8 @@ class Taet(Method):
     def loss(self, model, x, x_adv, y, progress):
         # One captured step may serve both stages, so the choice is made on the device.
         first_stage = progress <= self.attack_begin
-        losses = F.cross_entropy(widen(model(torch.where(first_stage, x, x_adv))), y, reduction="none")
+        logits, smoothing = widen(model(torch.where(first_stage, x, x_adv))), self.context.label_smoothing
+        losses = F.cross_entropy(logits, y, reduction="none", label_smoothing=smoothing)
         ce = losses.mean()
         loss = torch.where(first_stage, ce, self.hierarchical(class_losses(losses, y, len(self.context.class_counts))))
         return loss, {"ce": ce.detach()}

@@ -22,13 +22,13 @@ from rich.table import Table
 from bench import common
 from bench.step import LR, Problem
 from ltat_fast.flags import parse_args
-from ltat_fast.methods import MethodContext, modifiers
+from ltat_fast.methods import MethodContext
 from ltat_fast.models import ARCHS
 from ltat_fast.models.joint_batch import allow_joint_calls
 from ltat_fast.reporting.recipes import recipes
 from ltat_fast.training.device import Hardware
 from ltat_fast.training.speed import FlopCounter
-from ltat_fast.training.stage import training_attack
+from ltat_fast.training.stage import build_modifiers, training_attack
 from ltat_fast.training.step import TrainStep, frozen_twin, make_optimizer
 
 PLAIN = "LTAT"
@@ -47,7 +47,7 @@ def build(problem: Problem, flags: list[str], hardware: Hardware) -> Callable[[]
         make_optimizer(model, LR, config.momentum, config.weight_decay),
         training_attack(config, method),
         hardware,
-        modifiers=modifiers.build(method, model, counts, config),
+        modifiers=build_modifiers(config, method, model, counts),
     )
     x, y = problem.batch()
     x = x.contiguous(memory_format=torch.channels_last)

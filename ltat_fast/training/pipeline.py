@@ -13,7 +13,7 @@ from ltat_fast.config import Config
 from ltat_fast.data import DeviceLoader
 from ltat_fast.errors import UserError
 from ltat_fast.files import write_json
-from ltat_fast.methods import METHODS, Method, MethodContext, modifiers
+from ltat_fast.methods import METHODS, Method, MethodContext
 from ltat_fast.methods.modifiers import OFF
 from ltat_fast.models.frozen import FrozenTwin
 from ltat_fast.runs import log, tables
@@ -26,7 +26,7 @@ from ltat_fast.training import distributed, teachers
 from ltat_fast.training.device import Hardware, make_deterministic
 from ltat_fast.training.evaluation import evaluate_model, evaluate_run, selection_twin
 from ltat_fast.training.fit import fit
-from ltat_fast.training.stage import Selection, Stage
+from ltat_fast.training.stage import Selection, Stage, build_modifiers
 from ltat_fast.training.step import frozen_twin
 from ltat_fast.training.tune import choose_for_cpu
 
@@ -159,14 +159,5 @@ def _stage(
     own = OFF
     if modified:
         counts = torch.bincount(splits.train.labels.cpu()[loader.indices], minlength=splits.num_classes)
-        own = modifiers.build(
-            method,
-            model,
-            counts.to(hardware.device),
-            awp=config.awp,
-            awp_from=config.awp_from,
-            ema=config.ema,
-            eps_balance=config.eps_balance,
-            eps_warmup=config.eps_warmup,
-        )
+        own = build_modifiers(config, method, model, counts.to(hardware.device))
     return Stage(name, config, model, method, loader, card, modifiers=own)

@@ -11,7 +11,7 @@ from ltat_fast import seeding
 from ltat_fast.attacks import AttackConfig, n_fgsm
 from ltat_fast.config import Config
 from ltat_fast.data import DeviceLoader
-from ltat_fast.methods import Method
+from ltat_fast.methods import Method, modifiers
 from ltat_fast.methods.modifiers import OFF, Modifiers
 from ltat_fast.schedule import learning_rate
 from ltat_fast.training import distributed
@@ -107,6 +107,23 @@ def training_attack(config: Config, method: Method) -> AttackConfig:
     if config.attack == "n-fgsm":
         return n_fgsm(config.attack_config.eps)
     return replace(config.attack_config, noise=method.noise)
+
+
+def build_modifiers(config: Config, method: Method, model: nn.Module, class_counts: Tensor) -> Modifiers:
+    """Return the modifiers that ``config`` switches on, for a stage that trains ``model`` with ``method``.
+
+    class_counts: int64 ``(C,)`` on the device of ``model``, images per class of the stage.
+    """
+    return modifiers.build(
+        method,
+        model,
+        class_counts,
+        awp=config.awp,
+        awp_from=config.awp_from,
+        ema=config.ema,
+        eps_balance=config.eps_balance,
+        eps_warmup=config.eps_warmup,
+    )
 
 
 def stage_folder(config: Config, name: str) -> Path:

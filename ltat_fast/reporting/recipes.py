@@ -10,7 +10,13 @@ PAPERS = {
     "class-wise eps": ("--eps-balance", "0.3", "--eps-warmup", "0.8"),
     "label smoothing": ("--label-smoothing", "0.1"),
 }
-CHOSEN: dict[str, dict[str, tuple[str, ...]]] = {}
+CHOSEN: dict[str, dict[str, tuple[str, ...]]] = {
+    "digits-lt": {
+        "EMA": ("--ema", "0.9"),
+        "class-wise eps": ("--eps-balance", "0.2", "--eps-warmup", "0.4"),
+        "label smoothing": ("--label-smoothing", "0.05"),
+    },
+}
 """Strengths that replace those of :data:`PAPERS`, by dataset and modifier."""
 
 

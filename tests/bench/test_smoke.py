@@ -19,7 +19,7 @@ def test_a_dry_run_passes_and_writes_what_it_prints(tmp_path, capfd):
     text = out.read_text()
     assert text.splitlines() == [line for line in capfd.readouterr().out.splitlines() if line in text]
     assert "FAILED" not in text
-    assert text.count("ok      ") == 6 + 27 + 2  # starts, other calls of operators, captured step and profile
+    assert text.count("ok      ") == 6 + 33 + 2  # starts, other calls of operators, captured step and profile
     assert "0 checks failed" in text
     assert "aten::convolution_backward" in text
     assert "wall time" in text

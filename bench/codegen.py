@@ -42,7 +42,6 @@ from bench import common, generated_code, levers
 from bench.fake_cuda import INDUCTOR_WITHOUT_GPU, FakeDevice, built_with_cuda, fake_device
 from bench.generated_code import GeneratedCode
 from bench.step import COMPILED, GRAPH, LEVER_ROWS, Ours, Problem, Variant, ladder
-from ltat_fast.models import ARCHS
 from ltat_fast.models.frozen import FrozenTwin
 
 aten = torch.ops.aten
@@ -319,9 +318,7 @@ def show(title: str, rows: list[dict[str, str]]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", choices=sorted(ARCHS), default="resnet18")
-    parser.add_argument("--image-size", type=int, default=32)
-    parser.add_argument("--batch-size", type=int, default=128)
+    common.add_problem_flags(parser)
     parser.add_argument("--method", choices=["ltat", "at-bsl"], default="ltat")
     parser.add_argument("--attack-steps", type=int, default=10)
     parser.add_argument(

@@ -10,6 +10,7 @@ How the times are measured:
 - Reported are the median, the 20th and the 80th percentile.
 """
 
+import argparse
 import csv
 import datetime
 import os
@@ -23,9 +24,22 @@ from pathlib import Path
 
 import torch
 
+from ltat_fast.models import ARCHS
+
 L2_EVICTION_BYTES = 256 << 20  # five times the L2 of an H100
 CPU_SAMPLE_SECONDS = 2e-3
 BUDGET_SECONDS = 30
+
+
+def add_device_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def add_problem_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags for the network and the batch that a benchmark of the training step uses."""
+    parser.add_argument("--arch", choices=sorted(ARCHS), default="resnet18")
+    parser.add_argument("--image-size", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=128)
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,7 @@ def measure(layer: Layer, batch: int, device: torch.device) -> list[dict[str, ob
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    common.add_device_flag(parser)
     parser.add_argument("--arch", choices=sorted(ARCHS), default="resnet18")
     parser.add_argument("--image-size", type=int, default=32)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[32, 128, 256])

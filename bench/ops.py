@@ -296,7 +296,7 @@ def plot(rows: list[dict[str, object]], path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    common.add_device_flag(parser)
     parser.add_argument("--quick", action="store_true", help="one shape per op, float32")
     parser.add_argument("--out", type=Path, help="CSV to append to, default bench/results/ops-DEVICE.csv")
     args = parser.parse_args(argv)

@@ -23,7 +23,6 @@ from bench import common
 from bench.step import LR, Problem
 from ltat_fast.flags import parse_args
 from ltat_fast.methods import MethodContext
-from ltat_fast.models import ARCHS
 from ltat_fast.models.joint_batch import allow_joint_calls
 from ltat_fast.reporting.recipes import recipes
 from ltat_fast.training.device import Hardware
@@ -82,10 +81,8 @@ def measure(problem: Problem, hardware: Hardware, rounds: int) -> list[dict[str,
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--arch", choices=sorted(ARCHS), default="resnet18")
-    parser.add_argument("--image-size", type=int, default=32)
-    parser.add_argument("--batch-size", type=int, default=128)
+    common.add_device_flag(parser)
+    common.add_problem_flags(parser)
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16")
     parser.add_argument("--rounds", type=int, default=20, help="timing rounds; fewer, but at least 5, after 30 s")
     parser.add_argument("--out", type=Path, help="CSV to append to, default bench/results/recipes-DEVICE.csv")

@@ -27,7 +27,6 @@ from torch.autograd import DeviceType
 
 from bench import common
 from bench.step import Ours, Problem
-from ltat_fast.models import ARCHS
 from ltat_fast.ops import (
     backend_info,
     balanced_softmax_kl,
@@ -220,12 +219,10 @@ def profile(report: Report, variant: Ours, device: torch.device) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    common.add_device_flag(parser)
     parts = ["operators", "capture", "profile"]
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts, help="profile includes capture")
-    parser.add_argument("--arch", choices=sorted(ARCHS), default="resnet18")
-    parser.add_argument("--image-size", type=int, default=32)
-    parser.add_argument("--batch-size", type=int, default=128)
+    common.add_problem_flags(parser)
     parser.add_argument("--attack-steps", type=int, default=10)
     parser.add_argument("--out", type=Path, help="text file to append to")
     args = parser.parse_args(argv)

@@ -56,7 +56,7 @@ from bench import common, levers
 from bench.reference import ReferenceStep
 from ltat_fast.attacks import AttackConfig
 from ltat_fast.methods import METHODS, MethodContext
-from ltat_fast.models import ARCHS, build_model
+from ltat_fast.models import build_model
 from ltat_fast.models.frozen import FrozenTwin
 from ltat_fast.models.joint_batch import allow_joint_calls
 from ltat_fast.ops import pgd_init
@@ -408,10 +408,8 @@ def plot(rows: list[dict[str, object]], path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--arch", choices=sorted(ARCHS), default="resnet18")
-    parser.add_argument("--image-size", type=int, default=32)
-    parser.add_argument("--batch-size", type=int, default=128)
+    common.add_device_flag(parser)
+    common.add_problem_flags(parser)
     parser.add_argument("--method", choices=["ltat", "at-bsl"], default="ltat")
     parser.add_argument("--attack-steps", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=20, help="timing rounds; fewer, but at least 5, after 30 s")

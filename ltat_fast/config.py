@@ -110,7 +110,7 @@ class ModifierSettings:
     """adversarial weight perturbation: its size gamma relative to the weights; 0 switches it off; None: 0.01 for
     --method awp, else 0"""
     awp_from: int = 1
-    """first epoch, counted from 1, with a weight perturbation"""
+    """first epoch, counted from 1, with a weight perturbation; earlier steps take as long, but do not perturb"""
     ema: float = 0.0
     """evaluate and save an exponential moving average of the weights with this decay per step, for example 0.995; 0: no
     average"""
@@ -133,9 +133,9 @@ class AttackSettings:
     """training attack of the student; pgd: several steps; n-fgsm: one step from noise of twice the radius, which is
     much cheaper. The self-teacher is always trained with pgd"""
     step_size: str = "2/255"
-    """step size of the training attack, in the units of eps"""
+    """step size of the training attack, in the units of eps; n-fgsm does not use it"""
     attack_steps: int = 10
-    """number of steps of the training attack"""
+    """number of steps of the training attack; n-fgsm does not use it"""
     attack_precision: Literal["auto", "same", "fp32"] = "auto"
     """precision of the training attack; same: the precision of the training step; auto: same, but fp32 for TRADES,
     whose attack starts where bf16 cannot represent the sign of the gradient"""
@@ -322,6 +322,8 @@ def validate(config: Config, method: Method) -> None:
         raise UserError(f"--image-size is for imagefolder-lt; all images of {config.dataset} have the same size")
     if config.attack == "n-fgsm" and not method.uses_attack:
         raise UserError(f"--attack is not used by --method {config.method}, which trains without an attack")
+    if config.attack == "n-fgsm" and method.noise != type(method).noise:
+        raise UserError("--noise has no effect with --attack n-fgsm, which has noise of its own")
     if config.compile == "graph" and config.device == "cpu":
         raise UserError("--compile graph is a CUDA graph and needs a GPU; use step or none with --device cpu")
     if config.teacher is not None and method.teacher == "none":
@@ -341,17 +343,22 @@ def _validate_modifiers(config: Config, method: Method) -> None:
             raise UserError(f"--{name.replace('_', '-')} must be at least 0 and below 1, not {value:g}")
     if not 0 <= config.eps_warmup <= 1:
         raise UserError(f"--eps-warmup must be a share of the epochs between 0 and 1, not {config.eps_warmup:g}")
-    if config.awp_from > 1 and not (method.default_awp if config.awp is None else config.awp):
+    gamma = method.default_awp if config.awp is None else config.awp
+    if config.awp_from > 1 and not gamma:
         raise UserError("--awp-from has no effect without a weight perturbation: add --awp")
+    if config.awp_from > config.epochs:
+        raise UserError(f"--awp-from {config.awp_from} is after the last epoch, {config.epochs}")
     if config.eps_warmup and not config.eps_balance:
         raise UserError("--eps-warmup has no effect without --eps-balance")
     if config.eps_balance and not method.uses_attack:
         raise UserError(f"--eps-balance is for the training attack, and --method {config.method} has none")
     if config.modify_teacher:
-        if changed_modifiers(dataclasses.asdict(config)).keys() == {"modify_teacher"}:
-            raise UserError("--modify-teacher has no effect alone: add what to modify, for example --ema 0.995")
         if method.teacher == "none" or config.teacher is not None:
             raise UserError("--modify-teacher is for a run that trains a teacher of its own, and this run does not")
+        # In a balanced set every class has the same eps, which only a warm-up changes. A natural teacher has no attack.
+        has_budget = method.teacher == "robust" or (method.teacher == "balanced" and config.eps_warmup)
+        if not (config.awp or config.ema or config.label_smoothing or (config.eps_balance and has_budget)):
+            raise UserError("--modify-teacher has no effect with these modifiers: add one, for example --ema 0.995")
 
 
 def changed_modifiers(settings: Mapping[str, Any]) -> dict[str, Any]:

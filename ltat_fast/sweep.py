@@ -32,7 +32,8 @@ class Arguments:
     """Run or resume a whole table of the paper, and print our numbers beside the paper's; or compare recipes."""
 
     table: str
-    """number of the table in the LTAT paper; or recipes: LTAT with each modifier, with all, and with one attack step"""
+    """number of the table in the LTAT paper; or recipes: AT-BSL, LTAT, LTAT with each modifier and with all, and LTAT
+    with one attack step, alone and with all modifiers"""
     dataset: str | None = None
     """train on this dataset, with its preset, instead of the table's own"""
     seeds: tuple[int, ...] = ()
@@ -63,7 +64,8 @@ def main(argv: list[str] | None = None) -> int:
     table, number = tables[arguments.table], arguments.table
     name = f"table{number}" if number.isdigit() else number
     suffix = "-heldout" if arguments.images == "heldout" else ""
-    out = arguments.out or Path("runs") / f"{name}-{arguments.dataset or 'paper'}{suffix}"
+    dataset = arguments.dataset or ("paper" if number.isdigit() else table["experiments"][0]["dataset"])
+    out = arguments.out or Path("runs") / f"{name}-{dataset}{suffix}"
     authors = arguments.settings == "authors"
     rows = list(plan(table, out, arguments.dataset, arguments.seeds, forwarded, arguments.images, authors))
     jobs = [job for row in rows for job in row.jobs]

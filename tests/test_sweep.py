@@ -75,9 +75,21 @@ def test_recipes_are_measured_on_held_out_images(tmp_path):
     job.run_dir.mkdir()
     (job.run_dir / "eval.json").write_text(json.dumps({"last": {"clean": {"all": 99.0}}}))
     record = {"epoch": 1, "heldout_clean": 80.0, "heldout_pgd20": 40.0, "heldout_tail_pgd20": 12.5}
+    record |= {"heldout_balanced_clean": 70.0, "heldout_balanced_pgd20": 30.0}
     (job.run_dir / "metrics.jsonl").write_text(json.dumps(record))
     lines = render(rows, []).splitlines()
-    assert "| LTAT | best | 1 | 80.00 | 40.00 | - | - | 12.50 |" in lines
+    assert "| LTAT | best | 1 | 80.00 | 40.00 | - | - | 12.50 | 70.00 | 30.00 |" in lines
+
+
+def test_a_self_teacher_has_no_numbers_of_held_out_images(tmp_path):
+    row = next(
+        row for row in plan(TABLES["6"], tmp_path, "digits-lt", (0,), images="heldout") if "teacher" in row.eval_file
+    )
+    (job,) = row.jobs
+    (job.run_dir / "teacher").mkdir(parents=True)
+    (job.run_dir / "teacher" / "eval.json").write_text(json.dumps({"last": {"clean": {"all": 99.0}}}))
+    (job.run_dir / "metrics.jsonl").write_text(json.dumps({"epoch": 1, "heldout_clean": 80.0, "heldout_pgd20": 40.0}))
+    assert row.results() == []
 
 
 def test_run_skip_and_render(tmp_path, capsys):

@@ -11,10 +11,10 @@ from statistics import mean, stdev
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from ltat_fast.runs import log
 from ltat_fast.runs.finished import FinishedRun
+from ltat_fast.runs.heldout import on_heldout_images
 from ltat_fast.runs.jobs import Job, repetitions
-from ltat_fast.runs.results import CHECKPOINTS, CheckpointResults, EvalFile, Result, percentages
+from ltat_fast.runs.results import CHECKPOINTS, EvalFile, percentages
 
 CURVES = {"clean": ("clean", "tab:blue"), "pgd20": ("PGD-20", "tab:red")}
 GROUPS = {"all": "all classes", "tail": "tail class"}
@@ -80,24 +80,6 @@ def collect(option: str, jobs: Mapping[float, Sequence[Job]], images: str) -> li
 def on_test_images(run_dir: Path) -> EvalFile:
     """The results of a finished run on the test images."""
     return FinishedRun.load(run_dir).evaluation
-
-
-def on_heldout_images(run_dir: Path) -> EvalFile:
-    """The results of a finished run on the held-out images, from metrics.jsonl: for the best and for the last epoch.
-
-    The best epoch is the one with the highest PGD-20 accuracy on these images. Empty if the run held out no images.
-    """
-    records = [record for record in log.read_metrics(run_dir / "metrics.jsonl") if "heldout_pgd20" in record]
-    if not records:
-        return EvalFile()
-    best = max(records, key=lambda record: record["heldout_pgd20"])
-    return EvalFile({"best": _heldout_results(best), "last": _heldout_results(records[-1])})
-
-
-def _heldout_results(record: dict) -> CheckpointResults:
-    """The held-out accuracies in a record of metrics.jsonl."""
-    tails = {attack: {"tail": record.get(f"heldout_tail_{attack}")} for attack in CURVES}
-    return CheckpointResults({attack: Result(record[f"heldout_{attack}"], tails[attack]) for attack in CURVES})
 
 
 def as_csv(entries: Sequence[Entry]) -> str:

@@ -28,7 +28,7 @@ class AttackConfig:
 
     eps: radius of the ball. step_size: step of the attack. Both in units of pixels in [0, 1].
     steps: number of steps. noise: start point, "uniform" in the ball, "gaussian" (0.001 N(0, 1)) or "none".
-    start_eps: radius of the start noise; ``eps`` if None.
+    start_eps: radius of the start noise; ``eps`` if None. A budget per image scales it, but not the ``eps`` of a start.
     """
 
     eps: float = 8 / 255
@@ -66,12 +66,16 @@ def attack_loop(
     x: float images ``(B, C, H, W)`` in [0, 1]. generator: source of the start noise; the default generator of the
     device if None. start: start point in place of the noise, shaped like ``x``, in the ball and in [0, 1].
     context: further arguments of ``ascend``, for example the labels. scale: ``(B,)`` in the dtype of ``x``, factor of
-    eps and step size of each image; the start noise has the plain eps, and the first step projects it.
+    eps, step size and ``start_eps`` of each image. Without ``start_eps``, the start noise has the plain eps, and the
+    first step projects it (RobustLT).
     """
     if start is not None or config.noise == "none":
         x_adv = (x if start is None else start).clone()
     else:
-        x_adv = pgd_init(x, config.start_radius, config.noise, generator=generator)
+        radius = config.start_radius
+        if scale is not None and config.start_eps is not None:
+            radius = radius * scale
+        x_adv = pgd_init(x, radius, config.noise, generator=generator)
     ball = None if scale is None else (config.step_size * scale, config.eps * scale)
     for _ in range(config.steps):
         x_adv = ascend(x, x_adv, *context, ball=ball)

@@ -25,6 +25,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from ltat_fast.errors import UserError
 from ltat_fast.methods.base import Method, Noise, TeacherKind
 from ltat_fast.models.joint_batch import forward_each
 from ltat_fast.ops import balanced_softmax_kl, igdm_loss
@@ -58,6 +59,8 @@ class Ltat(Method):
     def check(self) -> None:
         super().check()
         self._require_positive("temperature")
+        if self.kl_prior and self.kl_weight == 0:
+            raise UserError("--kl-prior has no effect without --kl-weight")
 
     def setup(self, context):
         super().setup(context)

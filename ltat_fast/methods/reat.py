@@ -21,7 +21,7 @@ Departures:
 - The start of the attack is clipped to [0, 1].
 - There is no extra forward for logging.
 - Matrix operations replace the authors' quadratic loops over the batch.
-- The schedule is that of the run (in their code: 80 epochs).
+- The schedule is that of the run (in their code: 80 epochs; ``--settings authors``).
 - With several processes, pairs are formed within each process.
 """
 

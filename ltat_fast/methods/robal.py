@@ -24,7 +24,8 @@ Departures:
 - There is one clean forward, then one adversarial forward. Their code has two of each, of which one clean forward has
   weight 0, so its batch norm counts each batch twice.
 - The learning rate follows the schedule of the run. Their code multiplies it again in every epoch from 60 on,
-  apparently by mistake. Threat model and batch size are those of the run too.
+  apparently by mistake. Threat model and batch size are those of the run too (``--settings authors`` sets the batch
+  size of the authors).
 - The KL uses log q. Their code uses log(q + 1e-12), but a softmax of cosines is far above 1e-12.
 """
 

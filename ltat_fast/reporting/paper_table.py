@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 
-from ltat_fast.analysis.sensitivity import on_heldout_images
 from ltat_fast.config import AUTHORS_PRESETS, PRESETS, Config
 from ltat_fast.runs import tables
 from ltat_fast.runs.finished import RunConfig
+from ltat_fast.runs.heldout import on_heldout_images
 from ltat_fast.runs.jobs import Job, repetitions
 from ltat_fast.runs.results import CHECKPOINTS, EvalFile, percentages
 
@@ -34,9 +34,12 @@ class Row:
 
     def results(self) -> list[EvalFile]:
         """The results of the runs that have results."""
-        if self.images == "heldout":
-            return [on_heldout_images(job.run_dir) for job in self.jobs if (job.run_dir / self.eval_file).exists()]
-        return [EvalFile.load(path) for job in self.jobs if (path := job.run_dir / self.eval_file).exists()]
+        files = [path for job in self.jobs if (path := job.run_dir / self.eval_file).exists()]
+        if self.images == "test":
+            return [EvalFile.load(path) for path in files]
+        if self.eval_file != "eval.json":  # a self-teacher is not measured on held-out images
+            return []
+        return [on_heldout_images(path.parent) for path in files]
 
     @property
     def name(self) -> str:

@@ -8,7 +8,7 @@ from importlib import metadata
 
 from ltat_fast.attacks.by_name import AUTOATTACK
 from ltat_fast.reporting.study import Study, attack_name
-from ltat_fast.runs.finished import FinishedRun, exact_fraction
+from ltat_fast.runs.finished import FinishedRun, RunConfig, exact_fraction
 from ltat_fast.runs.results import BALANCED, CHECKPOINTS
 
 OBJECTIVES = {
@@ -118,10 +118,18 @@ def _selection(study: Study) -> str:
 
 
 def _training_attack(study: Study) -> str:
-    seen = {(e.config.step_size, e.config.attack_steps) for e in study.experiments}
-    return "; or ".join(
-        f"{steps} steps of {exactly(exact_fraction(size))}" for size, steps in sorted(seen, key=str) if size and steps
-    )
+    return "; or ".join(sorted(filter(None, {_attack_in_words(e.config) for e in study.experiments})))
+
+
+def _attack_in_words(config: RunConfig) -> str:
+    """The training attack of the student; empty if the run did not record it."""
+    if config.settings.get("attack") == "n-fgsm":
+        words = "N-FGSM, one step of eps from noise of radius 2 eps"
+    elif config.step_size and config.attack_steps:
+        words = f"{config.attack_steps} steps of {exactly(exact_fraction(config.step_size))}"
+    else:
+        return ""
+    return f"{words}, with an eps for each class" if config.settings.get("eps_balance") else words
 
 
 def _tail(study: Study) -> str:

@@ -40,7 +40,8 @@ def method_name(experiment: Experiment) -> str:
 
 def options(experiment: Experiment) -> str:
     """The part of the label that :func:`method_name` does not tell: "alpha=10.0"."""
-    return " ".join(experiment.label.replace(modifiers(experiment.config), "", 1).split(" ")[1:])
+    without_modifiers = experiment.label.replace(modifiers(experiment.config), "", 1)
+    return without_modifiers.removeprefix(experiment.config.method).strip()
 
 
 @dataclass(frozen=True)

@@ -171,7 +171,7 @@ class _Fit:
                 progress.best = {"epoch": epoch, **scores}
                 self._save_weights("best", epoch, scores)
         collapsed = ""
-        if stage.method.uses_attack and stage.attack.steps == 1:
+        if self._takes_one_large_step(epoch):
             health = one_step_health(self.step, *self.check_batch, stage.config.attack_config.eps)
             entry |= health
             collapsed = collapse(health)
@@ -185,6 +185,17 @@ class _Fit:
         if collapsed:
             self._warn_or_stop(collapsed, epoch)
         self._stop_if_signalled(f"after epoch {epoch}")
+
+    def _takes_one_large_step(self, epoch: int) -> bool:
+        """Whether the training attack of ``epoch``, from 1, is one step of at least eps with the full budget.
+
+        A smaller step is a weak attack, and so is a budget in its warm-up: PGD-10 is then much stronger without any
+        catastrophic overfitting.
+        """
+        stage, budget = self.stage, self.stage.modifiers.budget
+        warm = budget is None or budget.warm_up_in(epoch - 1, stage.epochs) == 1
+        is_large = stage.attack.steps == 1 and stage.attack.step_size >= stage.config.attack_config.eps
+        return is_large and warm and self.step.attacks_at(epoch / stage.epochs)
 
     def _warn_or_stop(self, collapsed: str, epoch: int) -> None:
         message = f"{self.stage.name}: after epoch {epoch} {collapsed}"

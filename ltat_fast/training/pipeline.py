@@ -18,7 +18,7 @@ from ltat_fast.methods.modifiers import OFF
 from ltat_fast.models.frozen import FrozenTwin
 from ltat_fast.runs import log, tables
 from ltat_fast.runs.environment import describe_environment
-from ltat_fast.runs.results import CheckpointResults, EvalFile
+from ltat_fast.runs.results import BALANCED, CheckpointResults, EvalFile
 from ltat_fast.runs.splits import Splits, balanced_indices, counts_tensor, load_splits
 from ltat_fast.runs.weights import new_model, weights_card
 from ltat_fast.schedule import first_drop
@@ -122,7 +122,8 @@ def selection_by_pgd20(stage: Stage, splits: Splits, hardware: Hardware) -> Sele
         twin().refresh()
         result = evaluate_model(config, splits, splits.select, twin(), ["clean", "pgd20"], strict=False)
         flat = {"clean": result["clean"].all, "pgd20": result["pgd20"].all}
-        flat |= {"tail_clean": result["clean"].percent("tail"), "tail_pgd20": result["pgd20"].percent("tail")}
+        for group in ("tail", BALANCED):
+            flat |= {f"{group}_{attack}": result[attack].percent(group) for attack in ("clean", "pgd20")}
         return {f"{name}_{key}": value for key, value in flat.items() if value is not None}
 
     dropped = first_drop(config.lr_schedule, config.epochs)

@@ -112,7 +112,7 @@ def _first_bad_step(
 
 
 def _dump(stage: Stage, step: TrainStep, epoch: int, number: int, x: Tensor, y: Tensor, what: str) -> Path:
-    """Write the state before the step, its batch and its seed to one file per process, and return its path."""
+    """Write the state before the step, its batch and its arguments to one file per process, and return its path."""
     world = distributed.current()
     process = f"-process-{world.rank}" if world.size > 1 else ""
     path = stage.folder / "nan" / f"epoch-{epoch + 1}-step-{number + 1}{process}.safetensors"

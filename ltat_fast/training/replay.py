@@ -72,7 +72,7 @@ def _stage(config: Config, method: Method, hardware: Hardware, name: str) -> Sta
 def examine(step: TrainStep, x: Tensor, y: Tensor, arguments: dict[str, float]) -> list[str]:
     """Take ``step`` on a batch and return descriptions of all tensors that were not finite, in order of computation.
 
-    x: float32 images ``(B, C, H, W)``. y: int64 labels ``(B,)``. arguments: learning rate, progress and seed, made by
+    x: float32 images ``(B, C, H, W)``. y: int64 labels ``(B,)``. arguments: those of the step, made by
     :meth:`Stage.step_arguments`.
     """
     findings: list[str] = []

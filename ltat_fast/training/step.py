@@ -222,7 +222,7 @@ class TrainStep:
     def perturb(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the adversarial examples of a step, for the weights of the last :meth:`FrozenTwin.refresh`.
 
-        They are those of an epoch with the attack, if the method has also epochs without it.
+        The attack runs even if the present epoch of the method has none.
         """
         if not self.method.uses_attack:
             return x

@@ -72,6 +72,18 @@ def test_n_fgsm_is_noise_of_twice_the_radius_and_one_step_without_projection():
     assert 2 * EPS < (ours - x).abs().max() <= 3 * EPS + 1e-6
 
 
+def test_a_budget_scales_noise_and_step_of_n_fgsm():
+    net, x, y = small_net(), images(3), labels(3)
+    scale, config = torch.tensor([0.0, 0.3, 2.0]), n_fgsm(EPS)
+    ascend = make_ascend(FrozenTwin(net), lambda point, logits: cross_entropy(y)(point, logits), config)
+    ours = attack_loop(x, ascend, config, generator(3), scale=scale)
+    start = pgd_init(x, 2 * EPS * scale, "uniform", generator=generator(3)).double().requires_grad_()
+    (grad,) = torch.autograd.grad(F.cross_entropy(copy.deepcopy(net).double().eval()(start), y), start)
+    expected = (start + EPS * scale.view(-1, 1, 1, 1) * grad.sign()).clamp(0, 1)
+    torch.testing.assert_close(ours.double(), expected, atol=1e-6, rtol=0)
+    assert torch.equal(ours[0], x[0])
+
+
 def test_leaves_everything_else_as_it_was():
     net, x, y = small_net().train(), images(), labels()
     net[0].weight.requires_grad_(False)

@@ -1,13 +1,16 @@
 """A one-step training attack that no longer finds adversarial examples is noticed at the end of the epoch."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from helpers.toy_stage import HARDWARE, saved, stage
+from helpers.toy_stage import EPOCHS, HARDWARE, Method, saved, stage
 from ltat_fast.attacks import AttackConfig, n_fgsm
+from ltat_fast.methods.modifiers import Modifiers
+from ltat_fast.methods.modifiers.eps_balance import ClassBudget
 from ltat_fast.models.frozen import FrozenTwin
 from ltat_fast.runs import log
 from ltat_fast.training import fit as fit_module
@@ -75,7 +78,7 @@ def collapses_in_epoch_2(monkeypatch):
 
 @pytest.mark.usefixtures("unmeasured", "collapses_in_epoch_2")
 def test_a_collapse_is_a_warning(tmp_path, capsys):
-    fit(stage(tmp_path, attack_steps=1), HARDWARE)
+    fit(stage(tmp_path, attack_steps=1, step_size="0.1"), HARDWARE)
     assert [r[PGD10] for r in log.read_metrics(tmp_path / "metrics.jsonl")] == [35, 1, 35]
     said = capsys.readouterr().out
     assert said.count("catastrophic overfitting") == 1
@@ -85,12 +88,34 @@ def test_a_collapse_is_a_warning(tmp_path, capsys):
 @pytest.mark.usefixtures("unmeasured", "collapses_in_epoch_2")
 def test_a_collapse_ends_the_run_and_resume_continues_it(tmp_path):
     with pytest.raises(Collapsed, match=r"after epoch 2 .* the state is saved; the best epoch is 2"):
-        fit(stage(tmp_path, attack_steps=1, on_collapse="stop"), HARDWARE)
+        fit(stage(tmp_path, attack_steps=1, step_size="0.1", on_collapse="stop"), HARDWARE)
     assert saved(tmp_path)["epoch"] == 2
-    assert fit(stage(tmp_path, attack_steps=1), HARDWARE).finished
+    assert fit(stage(tmp_path, attack_steps=1, step_size="0.1"), HARDWARE).finished
+
+
+def examined(folder) -> list[bool]:
+    return [PGD10 in record for record in log.read_metrics(folder / "metrics.jsonl")]
 
 
 @pytest.mark.usefixtures("unmeasured")
-def test_an_attack_of_several_steps_is_not_examined(tmp_path):
-    fit(stage(tmp_path, attack_steps=2), HARDWARE)
-    assert all(PGD10 not in r for r in log.read_metrics(tmp_path / "metrics.jsonl"))
+@pytest.mark.parametrize("weak", [{"attack_steps": 2, "step_size": "0.1"}, {"attack_steps": 1, "step_size": "0.05"}])
+def test_only_one_step_of_at_least_eps_is_examined(tmp_path, weak):
+    fit(stage(tmp_path, **weak), HARDWARE)
+    assert examined(tmp_path) == [False] * EPOCHS
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_the_warm_up_of_a_budget_is_not_examined(tmp_path):
+    warming = stage(tmp_path, attack="n-fgsm")
+    budget = ClassBudget(torch.tensor([9, 3, 1]), balance=0.2, warm_up_share=2 / EPOCHS)
+    fit(replace(warming, modifiers=Modifiers(budget=budget)), HARDWARE)
+    assert examined(tmp_path) == [False, False, True]
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_a_stage_without_attack_is_not_examined(tmp_path):
+    class Later(Method):
+        attack_begin = 1 / EPOCHS
+
+    fit(stage(tmp_path, Later(), attack="n-fgsm"), HARDWARE)
+    assert examined(tmp_path) == [False, True, True]

@@ -8,7 +8,8 @@ The mean of eps_c over the training images is eps. Epoch 1 trains on clean image
 
 Source: RobustLT, CVPR 2026, arXiv 2605.13395.
 
-As in the authors' code, the start noise of the attack has the plain eps; the first step projects it on the budget.
+As in the authors' code, the start noise of PGD has the plain eps; the first step projects it on the budget. N-FGSM does
+not project, so its noise has the radius 2 eps_c.
 
 Where all classes have the same number of images, as in the balanced set of a teacher, eps_c is eps.
 """

@@ -59,6 +59,7 @@ def test_a_table_over_ratios_keeps_them():
 def test_recipes_are_ltat_with_each_modifier_and_with_all():
     rows = list(plan(recipes("digits-lt"), Path("out"), "digits-lt", (0,)))
     assert [row.title for row in rows][:3] == ["AT-BSL", "LTAT", "LTAT + AWP"]
+    assert rows[2].jobs[0].run_dir == Path("out/ltat-awp-seed0")
     flags = {row.title: row.jobs[0].flags for row in rows}
     single = [title for title in flags if title.startswith("LTAT + ") and title != "LTAT + all"]
     assert len(single) == 4

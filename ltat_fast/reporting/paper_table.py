@@ -5,6 +5,7 @@
 """
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -88,7 +89,7 @@ def plan(
             title = f"{row['name']} IR {ratio}" if several else row["name"]
             own_flags = (*flags, *row["flags"], *(longer(chosen) if row.get("longer") else ()))
             eval_file = f"{row['stage']}/eval.json" if "stage" in row else "eval.json"
-            stem = folder / title.lower().replace(" ", "-")
+            stem = folder / re.sub(r"[^a-z0-9_.-]+", "-", title.lower())
             if images == "heldout":
                 own_flags += ("--select-on", "heldout", "--eval-attacks", "clean")
             if authors and (chosen, row["flags"][1]) in AUTHORS_PRESETS:

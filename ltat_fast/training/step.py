@@ -25,7 +25,7 @@ from ltat_fast.methods.base import Model
 from ltat_fast.methods.modifiers import OFF, Modifiers
 from ltat_fast.models.frozen import FrozenTwin
 from ltat_fast.models.fused_conv import is_supported
-from ltat_fast.models.joint_batch import check_joint_calls, joint_calls
+from ltat_fast.models.joint_batch import check_joint_calls, joint_calls, unknown_batch_norm
 from ltat_fast.runs import log
 from ltat_fast.training import distributed
 from ltat_fast.training.cuda_graph import capture
@@ -149,7 +149,7 @@ class TrainStep:
         self.sums: dict[str, Tensor] = {}
 
         levers = levers if backend in ("step", "graph") else NO_LEVERS
-        self.joint_student = levers.joint_student
+        self.joint_student = levers.joint_student and not unknown_batch_norm(model)
         if self.joint_student:
             check_joint_calls(model)
         compile_ = functools.partial(torch.compile, dynamic=False, options=levers.inductor_options(self.device))

@@ -226,12 +226,14 @@ def build(spec: str, shape: Shape, flag: str = "--arch") -> ForeignClassifier:
     numbers = network.normalisation() if shape.in_channels == 3 else None
     images = torch.rand(2, shape.in_channels, *shape.image_size, generator=torch.Generator().manual_seed(0))
 
-    def logits_in_training() -> Any:
-        return copy.deepcopy(net).train()(images)
-
-    require_logits(f"{name} in train mode", user_error_on_failure(name, logits_in_training), 2, shape.num_classes)
+    before = torch.get_rng_state()
+    logits = user_error_on_failure(name, lambda: copy.deepcopy(net).train()(images))
+    require_logits(f"{name} in train mode", logits, 2, shape.num_classes)
+    draws = not torch.equal(before, torch.get_rng_state())
     head = user_error_on_failure(name, lambda: find_head(net, images, shape.num_classes, name))
-    return ForeignClassifier(net.train(), shape.num_classes, head, *(numbers or ()))
+    model = ForeignClassifier(net.train(), shape.num_classes, head, *(numbers or ()))
+    model.draws_in_training = draws
+    return model
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from dataclasses import dataclass, fields
 import torch
 import torch._inductor
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ltat_fast.attacks.pgd import AttackConfig, attack_loop, make_ascend
 from ltat_fast.methods import Method, MethodContext
@@ -183,17 +184,23 @@ class TrainStep:
         self.lr.fill_(lr)
         self.progress.fill_(progress)
         self.modifiers.fill(**strengths)
-        self.generator.manual_seed(seed)
+        self._seed(seed)
         self._attacks = self.attacks_at(progress)
         if self.backend != "graph":
             self._run(x, y)
             return
         if not self._graphs:
             self._capture(x, y)
-            self.generator.manual_seed(seed)
+            self._seed(seed)
         self._x.copy_(x)
         self._y.copy_(y)
         self._graphs[self._attacks].replay()
+
+    def _seed(self, seed: int) -> None:
+        """Seed the noise of the attack and, for a network with dropout, torch's own generators, which it uses."""
+        self.generator.manual_seed(seed)
+        if getattr(self.model, "draws_in_training", False):
+            torch.manual_seed(seed)
 
     def attacks_at(self, progress: float) -> bool:
         """Return whether a step at ``progress`` runs the attack."""
@@ -236,7 +243,9 @@ class TrainStep:
         """Return the method's loss in the training precision. The backward pass must run outside of autocast."""
         reduced = self.dtype != torch.float32
         autocast = torch.autocast(self.device.type, self.dtype) if reduced else contextlib.nullcontext()
-        with autocast, joint_calls(self.joint_student), teacher_replaced(self.method.context, self._teacher):
+        # Fused attention has no second derivative.
+        plain = sdpa_kernel(SDPBackend.MATH) if self.method.needs_double_backward else contextlib.nullcontext()
+        with autocast, plain, joint_calls(self.joint_student), teacher_replaced(self.method.context, self._teacher):
             return self.method.loss(self._student, x, x_adv, y, self.progress)
 
     def _record(self, parts: dict[str, Tensor]) -> None:

@@ -233,7 +233,7 @@ def test_a_run_from_training_to_export(tree, tmp_path, arch, flags):
     assert train(tree, run, "--arch", arch, *flags) == 0
     assert train_runs.status_of("evaluate", str(run), "--attacks", "clean,fgsm", "--device", "cpu") == 0
     assert train_runs.status_of("analyse", str(run), "--limit", "4", "--device", "cpu") == 0
-    assert train_runs.status_of("report", str(run), "--out", str(tmp_path / "report")) == 0
+    assert train_runs.status_of("report", str(run)) == 0
     assert train_runs.status_of("export", str(run)) == 0
     exported = run / "export-last"
     assert json.loads((exported / "card.json").read_text())["architecture"]["arch"] == arch

@@ -1,8 +1,8 @@
 """Our networks, by name, and networks of other code, by specification (:mod:`~ltat_fast.models.libraries`).
 
 Each maps images (N, C, H, W) in [0, 1] to logits (N, num_classes). Our own take any H and W. Each has ``features(x)``
-(N, d), ``fc`` (the linear classifier) and ``feature_dim`` = d; forward(x) = fc(features(x)). Only networks of other code
-may lack them: :attr:`ForeignClassifier.head` is None then.
+(N, d), ``fc`` (the linear classifier) and ``feature_dim`` = d; forward(x) = fc(features(x)). Only networks of other
+code may lack them: :attr:`ForeignClassifier.head` is None then.
 """
 
 from collections.abc import Callable, Sequence

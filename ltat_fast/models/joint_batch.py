@@ -78,19 +78,6 @@ def check_joint_calls(model: nn.Module) -> None:
             raise ValueError(f"{name} would mix the batches of a joint call: prepare the model with allow_joint_calls")
 
 
-def unknown_batch_norm(model: nn.Module) -> str | None:
-    """Return the name of a batch norm of ``model`` that is neither joint nor can be made so, or None.
-
-    Such layers, for example timm's BatchNormAct2d, keep neither joint batches nor the shares of processes together.
-    """
-    kinds = (*JOINT_NORMS, *JOINT_NORMS.values())
-    for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and type(module) not in kinds:
-            if type(module).__module__ != "ltat_fast.models.sync_batch_norm":
-                return name
-    return None
-
-
 def _mixes_batches(module: nn.Module) -> TypeGuard[nn.BatchNorm2d | nn.SyncBatchNorm]:
     return type(module) in JOINT_NORMS
 

@@ -1,8 +1,8 @@
 """Networks that are not ours, by specification. ``--arch`` and ``--teacher`` share it; docs/networks.md is the page.
 
-    torchvision:NAME            a classifier of torchvision
-    timm:NAME                   a network of timm, if it is installed
-    module:PACKAGE.MODULE:NAME  the return value of NAME() of that module: any network from images in [0, 1] to logits
+torchvision:NAME            a classifier of torchvision
+timm:NAME                   a network of timm, if it is installed
+module:PACKAGE.MODULE:NAME  the return value of NAME() of that module: any network from images in [0, 1] to logits
 """
 
 import copy
@@ -89,7 +89,7 @@ class Torchvision(Network):
         from ltat_fast._torchvision import torchvision
 
         super().__init__(rest, flag)
-        self.models = torchvision.models
+        self.models: Any = torchvision.models
         names = self.models.list_models(module=self.models)
         if rest not in names:
             raise self.error(f"torchvision has no classifier called {rest!r}{suggestion(rest, names)}")

@@ -193,13 +193,18 @@ def readme_text(about: dict, has_module: bool) -> str:
     arch = about["architecture"]["arch"]
     library = arch.partition(":")[0]
     lines = [f"# {about['name']}", "", f"Network: {arch}. Input: {about['input']}. Output: {about['output']}."]
-    lines += [f"Threat model: L_inf, eps {about['threat_model']['eps']}. card.json has classes, training and scores.", ""]
+    eps = about["threat_model"]["eps"]
+    lines += [f"Threat model: L_inf, eps {eps}. card.json has classes, training and scores.", ""]
     if has_module:
         needs = f", safetensors and {library} ({version(library)} wrote it)" if is_foreign(arch) else " and safetensors"
         lines += [f"With torch{needs}:", "", "    from model import load_model", "    logits = load_model()(images)"]
     else:
-        lines += [f"There is no model.py: the network is the return value of the function {arch.removeprefix('module:')}."]
-        lines += ["Its weights are in model.safetensors with the prefix `net.`; `fc.` is its last linear layer."]
+        function = arch.removeprefix("module:")
+        lines += [f"There is no model.py: the network is the return value of the function {function}."]
+        lines += [
+            "Its weights are in model.safetensors: `net.` is before their names, and `fc.` is the last layer if it"
+        ]
+        lines += ["is linear."]
     return "\n".join([*lines, ""])
 
 

@@ -19,8 +19,8 @@ from ltat_fast.methods import METHODS, Method, MethodContext
 from ltat_fast.methods.modifiers import OFF
 from ltat_fast.models import libraries
 from ltat_fast.models.frozen import FrozenTwin
-from ltat_fast.models.joint_batch import unknown_batch_norm
 from ltat_fast.models.libraries import is_foreign
+from ltat_fast.models.sync_batch_norm import unknown_batch_norm
 from ltat_fast.runs import checkpoint, log, tables
 from ltat_fast.runs.environment import describe_environment
 from ltat_fast.runs.results import CheckpointResults, EvalFile

@@ -26,7 +26,8 @@ from ltat_fast.methods.base import Model
 from ltat_fast.methods.modifiers import OFF, Modifiers
 from ltat_fast.models.frozen import FrozenTwin
 from ltat_fast.models.fused_conv import is_supported
-from ltat_fast.models.joint_batch import check_joint_calls, joint_calls, unknown_batch_norm
+from ltat_fast.models.joint_batch import check_joint_calls, joint_calls
+from ltat_fast.models.sync_batch_norm import unknown_batch_norm
 from ltat_fast.runs import log
 from ltat_fast.training import distributed
 from ltat_fast.training.cuda_graph import capture

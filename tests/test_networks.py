@@ -108,6 +108,11 @@ def pair():
         def forward(self, x): return x, x
     return Pair()
 def seven(): return nn.Sequential(nn.Flatten(), nn.Linear(3072, 7))
+class Spare(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.spare = nn.Linear(3072, 3), nn.Linear(2, 2)
+    def forward(self, x): return self.fc(x.flatten(1))
 def square(image_size, in_channels): return nn.Sequential(nn.Flatten(), nn.Linear(in_channels * image_size[0] ** 2, 3))
 """
 
@@ -270,6 +275,13 @@ def test_an_export_of_a_module_has_no_model_py(tree, tmp_path, zoo, capsys):
     assert "no model.py: module:my_networks:shared is code of yours" in capsys.readouterr().out
     files = {path.name for path in (tmp_path / "run" / "export-last").iterdir()}
     assert "model.py" not in files and {"model.safetensors", "model.pt2", "README.md"} <= files  # noqa: PT018
+
+
+def test_weights_without_gradient_are_refused_with_awp(tree, tmp_path, zoo, capsys):
+    flags = ("--arch", f"{zoo}:Spare", "--method", "pgd-at")
+    assert train(tree, tmp_path / "awp", *flags, "--awp", "0.01") == 2
+    assert "has a weight that gets no gradient (spare.weight): use --awp 0" in capsys.readouterr().err
+    assert train(tree, tmp_path / "run", *flags) == 0
 
 
 @pytest.mark.parametrize(

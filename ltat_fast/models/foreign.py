@@ -21,6 +21,9 @@ class ForeignClassifier(ImageClassifier):
         mean, std: the pixels are normalised by them first, one number per channel; None: they are not
     """
 
+    unused: str | None = None
+    """name of a weight that gets no gradient, because it is frozen or not used"""
+
     def __init__(
         self,
         net: nn.Module,

@@ -227,12 +227,15 @@ def build(spec: str, shape: Shape, flag: str = "--arch") -> ForeignClassifier:
     images = torch.rand(2, shape.in_channels, *shape.image_size, generator=torch.Generator().manual_seed(0))
 
     before = torch.get_rng_state()
-    logits = user_error_on_failure(name, lambda: copy.deepcopy(net).train()(images))
+    trial = copy.deepcopy(net).train()
+    logits = user_error_on_failure(name, lambda: trial(images))
     require_logits(f"{name} in train mode", logits, 2, shape.num_classes)
+    user_error_on_failure(name, lambda: logits.sum().backward())
     draws = not torch.equal(before, torch.get_rng_state())
     head = user_error_on_failure(name, lambda: find_head(net, images, shape.num_classes, name))
     model = ForeignClassifier(net.train(), shape.num_classes, head, *(numbers or ()))
     model.draws_in_training = draws
+    model.unused = next((name for name, weight in trial.named_parameters() if weight.grad is None), None)
     return model
 
 

@@ -166,9 +166,7 @@ def _stage(
     init = "none" if checkpoint.has_state(stage_folder(config, name) / "checkpoints" / STATE) else config.init
     with distributed.main_first() if init == "published" else contextlib.nullcontext():  # the main process downloads it
         model = new_model(config.arch, splits, hardware.device, seed, method, config.activation, init)
-    if distributed.current().size > 1 and (layer := unknown_batch_norm(model)):
-        unknown = f"{config.arch} has a batch norm ({layer}) that cannot be synchronised between processes"
-        raise UserError(f"{unknown}: use a single process, or a network with nn.BatchNorm2d or without batch norm")
+    _refuse_unusable(config, method, model)
     modified = name == "student" or config.modify_teacher
     card = functools.partial(weights_card, config, splits, method, modified=modified)
     own = OFF
@@ -176,3 +174,15 @@ def _stage(
         counts = torch.bincount(splits.train.labels.cpu()[loader.indices], minlength=splits.num_classes)
         own = build_modifiers(config, method, model, counts.to(hardware.device))
     return Stage(name, config, model, method, loader, card, modifiers=own)
+
+
+def _refuse_unusable(config: Config, method: Method, model: nn.Module) -> None:
+    """Raise UserError if ``model``, of other code, cannot be trained in several processes or with AWP as asked."""
+    several = distributed.current().size > 1
+    if several and (layer := unknown_batch_norm(model)):
+        unknown = f"{config.arch} has a batch norm ({layer}) that cannot be synchronised between processes"
+        raise UserError(f"{unknown}: use a single process, or a network with nn.BatchNorm2d or without batch norm")
+    perturbed = method.default_awp if config.awp is None else config.awp
+    if (unused := getattr(model, "unused", None)) and (several or perturbed):
+        instead = "use a single process" if several else "use --awp 0"
+        raise UserError(f"{config.arch} has a weight that gets no gradient ({unused}): {instead}, or remove the weight")

@@ -23,6 +23,7 @@ from ltat_fast.field_types import check_types
 from ltat_fast.methods import METHODS, Method
 from ltat_fast.methods.igdm import WithIgdm
 from ltat_fast.models import ARCHS
+from ltat_fast.models.libraries import is_foreign
 from ltat_fast.schedule import parse_schedule
 
 
@@ -53,8 +54,13 @@ class DataSettings:
 class NetworkSettings:
     """Network of teacher and student."""
 
-    arch: Annotated[str, _choices(ARCHS)] = "smallresnet"
-    """network of teacher and student"""
+    arch: Annotated[str, _choices([*ARCHS, "timm:NAME", "torchvision:NAME", "module:PACKAGE.MODULE:NAME"])] = (
+        "smallresnet"
+    )
+    """network of teacher and student (docs/networks.md)"""
+    init: str = "none"
+    """initial weights of both; none: random; published: those of timm or torchvision; or a .safetensors file. A last
+    layer of another size stays random"""
     activation: Literal["relu", "silu"] = "relu"
     """activation function of that network"""
     teacher: str | None = None
@@ -210,7 +216,8 @@ class Config(
     @property
     def run_dir(self) -> Path:
         """The run folder: ``out``, or a name made of dataset, method, network and seed."""
-        return self.out or Path("runs") / f"{self.dataset}-{self.method}-{self.arch}-seed{self.seed}"
+        arch = self.arch.replace(":", "-").replace("/", "-")
+        return self.out or Path("runs") / f"{self.dataset}-{self.method}-{arch}-seed{self.seed}"
 
     @functools.cached_property
     def attack_config(self) -> AttackConfig:
@@ -287,7 +294,7 @@ def validate(config: Config, method: Method) -> None:
     check_types(method)
     choose("dataset", config.dataset, PRESETS)
     choose("method", config.method, METHODS)
-    choose("arch", config.arch, ARCHS)
+    _validate_network(config)
     preset(config.settings, config.dataset, config.method)
     _ = config.attack_config
     parse_attacks(config.eval_attacks)
@@ -331,6 +338,20 @@ def validate(config: Config, method: Method) -> None:
         raise UserError(f"--teacher is not used by --method {config.method}{unless}")
     _validate_modifiers(config, method)
     method.check()
+
+
+def _validate_network(config: Config) -> None:
+    """Raise UserError, in one sentence, for a network or initial weights that cannot be. Imports no library."""
+    if is_foreign(config.arch):
+        if config.activation != "relu":
+            raise UserError(f"--activation is for the built-in networks; {config.arch} has activations of its own")
+    else:
+        choose("arch", config.arch, [*ARCHS, "timm:NAME", "torchvision:NAME", "module:PACKAGE.MODULE:NAME"])
+    if config.init == "published" and config.arch.partition(":")[0] not in ("timm", "torchvision"):
+        others = "use none, a .safetensors file, or a network of timm or torchvision"
+        raise UserError(f"--init published: there are no published weights of {config.arch}; {others}")
+    if config.init not in ("none", "published") and not config.init.endswith(".safetensors"):
+        raise UserError(f"--init takes none, published or the path of a .safetensors file, not {config.init!r}")
 
 
 def _validate_modifiers(config: Config, method: Method) -> None:

@@ -50,6 +50,12 @@ class Splits:
     def in_channels(self) -> int:
         return self.train.images.shape[1]
 
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width."""
+        height, width = self.train.images.shape[-2:]
+        return height, width
+
 
 def load_splits(config: Config, device: torch.device) -> Splits:
     """Read the images, select the long tail, copy the splits to the device and print what they hold."""

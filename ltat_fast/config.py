@@ -37,7 +37,8 @@ class DataSettings:
 
     dataset: Annotated[str, _choices(DATASETS)] = "digits-lt"
     """dataset; digits-lt is embedded, imagefolder-lt is any folder with train/<class>/* and test/<class>/* or
-    val/<class>/*, imagelist-lt any folder with train.txt and test.txt or val.txt (docs/data.md)"""
+    val/<class>/*, imagelist-lt any folder with train.txt and test.txt or val.txt, parquet-lt any folder of the Hugging
+    Face hub (docs/data.md)"""
     imbalance_ratio: float | None = 10.0
     """size of the largest class divided by the size of the smallest class; 1 gives the balanced set, None keeps an
     image folder or list as it is"""
@@ -232,9 +233,10 @@ PRESETS: dict[str, dict] = {
     "tinyimagenet-lt": {**_PAPER, "imbalance_ratio": 10.0, "arch": "preactresnet18"},
     "imagefolder-lt": {**_PAPER, "imbalance_ratio": None},
     "imagelist-lt": {**_PAPER, "imbalance_ratio": None},
+    "parquet-lt": {**_PAPER, "imbalance_ratio": None},
     "imagenet-lt": {**_PAPER, "imbalance_ratio": None, "image_size": 224, "eps": "4/255", "step_size": "1/255"},
 }
-AS_FOUND = ("imagefolder-lt", "imagelist-lt", "imagenet-lt")
+AS_FOUND = ("imagefolder-lt", "imagelist-lt", "parquet-lt", "imagenet-lt")
 """datasets of any images, which have their own class sizes and can be resized"""
 # What the authors of a method trained with in their own code, where that differs from the LTAT paper, by (dataset,
 # method). Network and threat model stay those of the dataset.

@@ -1,6 +1,7 @@
 """Training on lists of images of many sizes, with a validation split, through the preset of ImageNet-LT."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -90,3 +91,10 @@ def test_a_folder_with_val_beside_test(tmp_path, capfd):
     config, _, _ = train(root, tmp_path / "on test", *flags, "--select-on", "test")
     assert "the validation split (4 images) is not used, because of --select-on test" in capfd.readouterr().out
     assert config["select_on"] == "test"
+
+
+def test_parquet_without_pyarrow_is_one_sentence(tmp_path, capfd, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    flags = ("--dataset", "parquet-lt", "--data-dir", str(tmp_path), "--out", str(tmp_path / "run"))
+    assert train_runs.train(*flags, *QUICK) == 2
+    assert "parquet-lt needs pyarrow: pip install pyarrow" in capfd.readouterr().err

@@ -62,7 +62,7 @@ def load_or_decode(
         if (arrays := read_cache(folder / key, key, names)) is not None:
             return arrays
     paths = [path for i, path in enumerate(_paths(tree)) if i not in missing]
-    needed = decoded_bytes(paths, image_size)
+    needed = decoded_bytes(paths, image_size, tree.open_image)
     require_memory(needed)
     for folder in folders:
         if not _fits(folder, needed, report):
@@ -156,7 +156,7 @@ def _decode(
     )
     bad = None if missing is None else dict(missing)
     # One call for all splits, so that a training and a test image of different size are found too.
-    images = decode_images(_paths(tree), image_size, report, bad)
+    images = decode_images(_paths(tree), image_size, report, bad, tree.open_image)
     report(f"decoded in {time.monotonic() - start:.1f} s")
     arrays, first, row = {}, 0, 0
     for name, split in tree.splits.items():
@@ -201,7 +201,7 @@ def _key(tree: Tree, image_size: int | None, skip_bad: bool) -> tuple[str, dict[
     for number, split in enumerate(tree.splits.values()):
         digest.update(b"\n" if number else b"")
         for path, label in zip(split.paths, split.labels, strict=True):
-            status = _status(path)
+            status = _status(tree.file_of(path))
             if isinstance(status, str):
                 missing[place] = f"cannot read {path}: {status}"
                 version = "missing"

@@ -24,12 +24,20 @@ MAX_PIXELS = 2**26
 NAMED_FILES = 20
 """number of bad files that a message names; the others are counted"""
 
+OpenImage = Callable[[str | Path], BinaryIO]
+
+
+def open_file(path: str | Path) -> BinaryIO:
+    """Open an image that is a file of its own."""
+    return open(path, "rb")
+
 
 def decode_images(
     paths: list[str],
     image_size: int | None,
     report: Callable[[str], None] = lambda line: None,
     left_out: dict[int, str] | None = None,
+    open_image: OpenImage = open_file,
 ) -> np.ndarray:
     """Decode files into uint8 (N, 3, H, W), in parallel.
 
@@ -40,12 +48,13 @@ def decode_images(
         report: called with a line of progress every ten seconds
         left_out: None refuses bad files. A dict leaves them out: the reason of each is added under its position in
             ``paths``, files whose position it holds already are not opened, and N counts the others.
+        open_image: opens one of ``paths``
 
     Raises:
         UserError: files cannot be decoded, or two files differ in size; the message names them. Or no file is left.
     """
     bad = {} if left_out is None else left_out
-    first_path, first = _first_image(paths, image_size, bad)
+    first_path, first = _first_image(paths, image_size, bad, open_image)
     images = np.empty((len(paths), *first.shape), np.uint8)
 
     def decode(start: int) -> int:
@@ -54,7 +63,7 @@ def decode_images(
             if i in bad:
                 continue
             try:
-                image = read_image(paths[i], image_size)
+                image = read_image(paths[i], image_size, open_image)
             except UserError as error:
                 bad[i] = str(error)
                 continue
@@ -86,12 +95,12 @@ def decode_images(
     return images[: len(good)]
 
 
-def decoded_bytes(paths: list[str], image_size: int | None) -> int:
+def decoded_bytes(paths: list[str], image_size: int | None, open_image: OpenImage = open_file) -> int:
     """Return the bytes that the decoded ``paths`` fill, by the size of the first image that can be decoded.
 
     Raises UserError if no image can be decoded.
     """
-    one = 3 * image_size**2 if image_size is not None else _first_image(paths, image_size, {})[1].nbytes
+    one = 3 * image_size**2 if image_size is not None else _first_image(paths, image_size, {}, open_image)[1].nbytes
     return len(paths) * one
 
 
@@ -111,18 +120,20 @@ def some_of(items: Sequence[str]) -> str:
     return "; ".join(items[:NAMED_FILES]) + (f"; and {rest:,} more" if rest > 0 else "")
 
 
-def _first_image(paths: list[str], image_size: int | None, bad: dict[int, str]) -> tuple[str, np.ndarray]:
+def _first_image(
+    paths: list[str], image_size: int | None, bad: dict[int, str], open_image: OpenImage
+) -> tuple[str, np.ndarray]:
     """Return the first image that can be decoded, with its path; add those before it to ``bad``."""
     for i, path in enumerate(paths):
         if i not in bad:
             try:
-                return path, read_image(path, image_size)
+                return path, read_image(path, image_size, open_image)
             except UserError as error:
                 bad[i] = str(error)
     raise bad_images_error(bad)
 
 
-def read_image(path: str | Path, image_size: int | None = None) -> np.ndarray:
+def read_image(path: str | Path, image_size: int | None = None, open_image: OpenImage = open_file) -> np.ndarray:
     """Decode one file into uint8 (3, H, W) RGB.
 
     The EXIF orientation is applied. An animation gives its first frame. Transparent pixels are blended with white.
@@ -135,7 +146,7 @@ def read_image(path: str | Path, image_size: int | None = None) -> np.ndarray:
         UserError: the file cannot be decoded, has more than :data:`MAX_PIXELS`, or holds floating-point pixels.
     """
     try:
-        with open(path, "rb") as opened, Image.open(opened, formats=FORMATS) as file:
+        with open_image(path) as opened, Image.open(opened, formats=FORMATS) as file:
             if file.format == "PNG":
                 _check_png(opened)
             if file.width * file.height > MAX_PIXELS:

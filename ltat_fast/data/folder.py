@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ltat_fast.data.decode import EXTENSIONS
+from ltat_fast.data.decode import EXTENSIONS, OpenImage, open_file
 from ltat_fast.errors import UserError
 
 TINY_CLASSES = 200
@@ -30,6 +30,10 @@ class Tree:
     test: Split
     val: Split | None = None
     """images that select the best epoch, if the dataset has them beside its test images"""
+    open_image: OpenImage = open_file
+    """opens an image of the tree by its path"""
+    file_of: Callable[[str], str] = lambda path: path
+    """returns the file on the disk that holds the image of this path"""
 
     @property
     def splits(self) -> dict[str, Split]:

@@ -151,6 +151,15 @@ def _image_lists(request: Request) -> Dataset:
     return _load_tree(request, scan_image_lists(request.data_dir, request.report), n_max=None)
 
 
+def _parquet(request: Request) -> Dataset:
+    """Load the images in Parquet files, as the Hugging Face hub stores them."""
+    if request.data_dir is None:
+        raise UserError("parquet-lt needs --data-dir, a folder with data/train-*.parquet and data/test-*.parquet")
+    from ltat_fast.data.parquet import scan_parquet
+
+    return _load_tree(request, scan_parquet(request.data_dir, request.report), n_max=None)
+
+
 def _imagenet(request: Request) -> Dataset:
     """Load ImageNet-LT from its lists (Liu et al. 2019). Lists of another size are used, and said."""
     dataset = _image_lists(request)
@@ -257,4 +266,5 @@ DATASETS: dict[str, Callable[[Request], Dataset]] = {
     "imagefolder-lt": _image_folder,
     "imagelist-lt": _image_lists,
     "imagenet-lt": _imagenet,
+    "parquet-lt": _parquet,
 }

@@ -32,6 +32,7 @@ SHOT_COLUMNS = [
     for heading, group in (("Many", "many_shot"), ("Med", "medium_shot"), ("Few", "few_shot"))
     for attack, key in (("Clean", "clean"), ("PGD", "pgd20"))
 ]
+SELECTED_ON = {"heldout": "held-out training images", "val": "the validation split"}
 NUMBERS_FROM = 6  # the columns before this one name the experiment
 
 
@@ -134,13 +135,9 @@ def note(found: Sequence[Experiment]) -> str:
     selected_on = {experiment.config.select_on for experiment in found}
     balanced = " B-: mean of the accuracies of the classes." if BALANCED_COLUMNS[0] in columns(found) else ""
     shots = " Classes with > 100, 20 to 100 and < 20 training images: Many, Med, Few." if _has_shots(found) else ""
-    return (
-        f"Percent of {' or '.join(map(str, images)) or 'the'} test images; tail: see eval.json.{balanced}{shots} "
-        + (
-            "Best epoch by PGD-20 on held-out training images."
-            if selected_on == {"heldout"}
-            else "Best epoch by PGD-20 on the validation split."
-            if selected_on == {"val"}
-            else "Best epoch by PGD-20 on the test set, as in the published tables: optimistic; compare last too."
-        )
+    images_text = " or ".join(map(str, images)) or "the"
+    return f"Percent of {images_text} test images; tail: see eval.json.{balanced}{shots} " + (
+        f"Best epoch by PGD-20 on {' or '.join(SELECTED_ON[name] for name in sorted(selected_on))}."
+        if selected_on and selected_on <= SELECTED_ON.keys()
+        else "Best epoch by PGD-20 on the test set, as in the published tables: optimistic; compare last too."
     )

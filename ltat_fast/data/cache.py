@@ -55,7 +55,7 @@ def load_or_decode(
         UserError: see :func:`ltat_fast.data.decode.decode_images`.
     """
     key, missing = _key(tree, image_size, skip_bad)
-    if len(missing) == len(_paths(tree)) or (missing and not skip_bad):
+    if len(missing) == len(_paths(tree)):
         raise bad_images_error(missing)
     names = tuple(f"{split}.{kind}" for split in tree.splits for kind in KINDS[: 3 if skip_bad else 2])
     for folder in folders:
@@ -78,13 +78,13 @@ def load_or_decode(
                 arrays := read_cache(folder / key, key, names)
             ) is not None:  # written while this process waited for the lock
                 return arrays
-            arrays = _decode(tree, image_size, report, missing if skip_bad else None)
+            arrays = _decode(tree, image_size, report, missing, skip_bad)
             try:
                 write_cache(folder / key, key, arrays)
             except OSError as error:
                 report(f"cannot keep decoded images in {folder}: {error.strerror}")
             return arrays
-    return _decode(tree, image_size, report, missing if skip_bad else None)
+    return _decode(tree, image_size, report, missing, skip_bad)
 
 
 def left_out(tree: Tree, arrays: Arrays) -> list[str]:
@@ -146,25 +146,30 @@ def _card(folder: Path, key: str, names: Iterable[str]) -> dict:
 
 
 def _decode(
-    tree: Tree, image_size: int | None, report: Callable[[str], None], missing: dict[int, str] | None
+    tree: Tree, image_size: int | None, report: Callable[[str], None], missing: dict[int, str], skip_bad: bool
 ) -> Arrays:
-    """Decode the images of ``tree``. missing: files to leave out, by position, beside those that cannot be decoded."""
+    """Decode the images of ``tree``. missing: files that cannot be read, by position.
+
+    Raises UserError, unless ``skip_bad`` is set, if there are missing files or some cannot be decoded.
+    """
     start = time.monotonic()
     val = f", {len(tree.val.paths):,} validation" if tree.val is not None else ""
     report(
         f"decoding {len(tree.train.paths):,} training{val} and {len(tree.test.paths):,} test images from {tree.root}"
     )
-    bad = None if missing is None else dict(missing)
+    bad = dict(missing)
     # One call for all splits, so that a training and a test image of different size are found too.
     images = decode_images(_paths(tree), image_size, report, bad, tree.open_image)
+    if bad and not skip_bad:
+        raise bad_images_error(bad)
     report(f"decoded in {time.monotonic() - start:.1f} s")
     arrays, first, row = {}, 0, 0
     for name, split in tree.splits.items():
         places = range(first, first + len(split.paths))
-        positions = np.array([i - first for i in places if i not in (bad or {})], np.int64)
+        positions = np.array([i - first for i in places if i not in bad], np.int64)
         arrays[f"{name}.images"] = images[row : row + len(positions)]
         arrays[f"{name}.labels"] = np.array(split.labels, np.int64)[positions]
-        if bad is not None:
+        if skip_bad:
             arrays[f"{name}.positions"] = positions
         first, row = places.stop, row + len(positions)
     return arrays
@@ -217,6 +222,6 @@ def _status(path: str) -> os.stat_result | str:
     try:
         status = os.stat(path)
     except OSError as error:
-        return error.strerror
+        return error.strerror or str(error)
     # Reading a pipe would wait for its writer.
     return status if stat.S_ISREG(status.st_mode) else "it is not a file"

@@ -36,7 +36,7 @@ def decode_images(
     paths: list[str],
     image_size: int | None,
     report: Callable[[str], None] = lambda line: None,
-    left_out: dict[int, str] | None = None,
+    bad: dict[int, str] | None = None,
     open_image: OpenImage = open_file,
 ) -> np.ndarray:
     """Decode files into uint8 (N, 3, H, W), in parallel.
@@ -46,14 +46,14 @@ def decode_images(
     Args:
         image_size: see :func:`read_image`; None requires that all images have the same size
         report: called with a line of progress every ten seconds
-        left_out: None refuses bad files. A dict leaves them out: the reason of each is added under its position in
+        bad: None refuses bad files. A dict leaves them out: the reason of each is added under its position in
             ``paths``, files whose position it holds already are not opened, and N counts the others.
         open_image: opens one of ``paths``
 
     Raises:
         UserError: files cannot be decoded, or two files differ in size; the message names them. Or no file is left.
     """
-    bad = {} if left_out is None else left_out
+    refuse, bad = bad is None, {} if bad is None else bad
     first_path, first = _first_image(paths, image_size, bad, open_image)
     images = np.empty((len(paths), *first.shape), np.uint8)
 
@@ -87,7 +87,7 @@ def decode_images(
             raise
     if not bad:
         return images
-    if left_out is None:
+    if refuse:
         raise bad_images_error(bad)
     good = [i for i in range(len(paths)) if i not in bad]
     for row, i in enumerate(good):  # in place: the images may fill most of the memory

@@ -146,9 +146,13 @@ def _image_folder(request: Request) -> Dataset:
 
 def _image_lists(request: Request) -> Dataset:
     """Load the images of ``train.txt``, ``val.txt`` and ``test.txt``."""
+    return _load_tree(request, _scan_lists(request), n_max=None)
+
+
+def _scan_lists(request: Request) -> Tree:
     if request.data_dir is None:
         raise UserError(f"{request.name} needs --data-dir, a folder with train.txt, and val.txt or test.txt")
-    return _load_tree(request, scan_image_lists(request.data_dir, request.report), n_max=None)
+    return scan_image_lists(request.data_dir, request.report)
 
 
 def _parquet(request: Request) -> Dataset:
@@ -162,14 +166,14 @@ def _parquet(request: Request) -> Dataset:
 
 def _imagenet(request: Request) -> Dataset:
     """Load ImageNet-LT from its lists (Liu et al. 2019). Lists of another size are used, and said."""
-    dataset = _image_lists(request)
-    found = len(dataset.train.class_names), len(dataset.train.labels) + len(dataset.left_out)
+    tree = _scan_lists(request)
+    found = len(tree.class_names), len(tree.train.labels)
     if found != IMAGENET_LT:
         request.report(
             f"imagenet-lt: the lists have {found[0]:,} classes and {found[1]:,} training images; "
             f"ImageNet-LT has {IMAGENET_LT[0]:,} and {IMAGENET_LT[1]:,}"
         )
-    return dataset
+    return _load_tree(request, tree, n_max=None)
 
 
 def _load_tree(request: Request, tree: Tree, n_max: int | None) -> Dataset:

@@ -38,6 +38,9 @@ def test_stop_names_all_bad_files(root):
     damage(*bad)
     with pytest.raises(UserError, match=r"^3 images cannot be used \(--bad-images skip leaves them out\): ") as error:
         load(root)
+    (root / "train" / "a" / "link.png").symlink_to("nowhere")
+    with pytest.raises(UserError, match=r"^4 images cannot be used .*cannot decode .*cannot read .*link.png: No such"):
+        load(root)
     reasons = str(error.value).partition("out): ")[2].split("; cannot")
     assert [str(path) in reason for path, reason in zip(bad, reasons, strict=True)] == [True] * 3
 

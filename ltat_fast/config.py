@@ -38,14 +38,17 @@ class DataSettings:
 
     dataset: Annotated[str, _choices(DATASETS)] = "digits-lt"
     """dataset; digits-lt is embedded, imagefolder-lt is any folder with train/<class>/* and test/<class>/* or
-    val/<class>/*"""
+    val/<class>/*, imagelist-lt any folder with train.txt and test.txt or val.txt, parquet-lt any folder of the Hugging
+    Face hub (docs/data.md)"""
     imbalance_ratio: float | None = 10.0
     """size of the largest class divided by the size of the smallest class; 1 gives the balanced set, None keeps an
-    image folder as it is"""
+    image folder or list as it is"""
     data_dir: Path | None = None
     """folder of the images, and target of a download; digits-lt needs none"""
     image_size: int | None = None
-    """resize and centre-crop every image of imagefolder-lt to this height and width in pixels"""
+    """resize and centre-crop every image of a folder or list to this height and width in pixels"""
+    bad_images: Literal["stop", "skip"] = "stop"
+    """image files that cannot be read or decoded; stop: name them and end; skip: train without them and list them"""
     augment: Literal["none", "randaugment", "autoaugment"] = "none"
     """augmentation in addition to crop and flip"""
 
@@ -153,9 +156,10 @@ class EvaluationSettings:
 
     eval_every: int = 5
     """evaluate (clean, PGD-20) every N epochs before the first drop of the learning rate, and every epoch after it"""
-    select_on: Literal["test", "heldout"] = "test"
-    """images on which PGD-20 selects the best checkpoint: the test set, as all published tables do, or training images
-    held out for this purpose"""
+    select_on: Literal["auto", "test", "heldout", "val"] = "auto"
+    """images on which PGD-20 selects the best checkpoint; test: the test set, as all published tables do; heldout:
+    training images held out for this purpose; val: the validation split that some datasets have beside their test
+    split; auto: val if there is one, else test"""
     heldout: float = 0.1
     """share of each training class that --select-on heldout holds out"""
     eval_attacks: str = "clean,pgd20,autoattack"
@@ -235,7 +239,12 @@ PRESETS: dict[str, dict] = {
     "svhn-lt": {**_PAPER, "imbalance_ratio": 50.0},
     "tinyimagenet-lt": {**_PAPER, "imbalance_ratio": 10.0, "arch": "preactresnet18"},
     "imagefolder-lt": {**_PAPER, "imbalance_ratio": None},
+    "imagelist-lt": {**_PAPER, "imbalance_ratio": None},
+    "parquet-lt": {**_PAPER, "imbalance_ratio": None},
+    "imagenet-lt": {**_PAPER, "imbalance_ratio": None, "image_size": 224, "eps": "4/255", "step_size": "1/255"},
 }
+AS_FOUND = ("imagefolder-lt", "imagelist-lt", "parquet-lt", "imagenet-lt")
+"""datasets of any images, which have their own class sizes and can be resized"""
 # What the authors of a method trained with in their own code, where that differs from the LTAT paper, by (dataset,
 # method). Network and threat model stay those of the dataset.
 _CIFAR = ("cifar10-lt", "cifar100-lt")
@@ -300,8 +309,10 @@ def validate(config: Config, method: Method) -> None:
     parse_attacks(config.eval_attacks)
     parse_schedule(config.lr_schedule)
     if config.imbalance_ratio is None:
-        if config.dataset != "imagefolder-lt":
-            raise UserError(f"--imbalance-ratio None is for imagefolder-lt; {config.dataset} needs a number, 1 or more")
+        if config.dataset not in AS_FOUND:
+            raise UserError(
+                f"--imbalance-ratio None is for {' and '.join(AS_FOUND)}; {config.dataset} needs a number, 1 or more"
+            )
     elif not (math.isfinite(config.imbalance_ratio) and config.imbalance_ratio >= 1):
         raise UserError(f"--imbalance-ratio must be 1 (balanced) or more, not {config.imbalance_ratio:g}")
     at_least_one = ("epochs", "teacher_epochs", "batch_size", "teacher_batch_size", "attack_steps", "eval_every")
@@ -325,8 +336,12 @@ def validate(config: Config, method: Method) -> None:
         raise UserError(f"--label-smoothing: the loss of --method {method.name} with these options has no label term")
     if not 0 < config.heldout < 1:
         raise UserError(f"--heldout must be a share between 0 and 1, not {config.heldout:g}")
-    if config.image_size and config.dataset != "imagefolder-lt":
-        raise UserError(f"--image-size is for imagefolder-lt; all images of {config.dataset} have the same size")
+    if config.image_size and config.dataset not in AS_FOUND:
+        raise UserError(
+            f"--image-size is for {' and '.join(AS_FOUND)}; all images of {config.dataset} have the same size"
+        )
+    if config.bad_images != "stop" and config.dataset not in (*AS_FOUND, "tinyimagenet-lt"):
+        raise UserError(f"--bad-images is for datasets of image files; {config.dataset} has none")
     if config.attack == "n-fgsm" and not method.uses_attack:
         raise UserError(f"--attack is not used by --method {config.method}, which trains without an attack")
     if config.attack == "n-fgsm" and method.noise != type(method).noise:

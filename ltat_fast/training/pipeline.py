@@ -53,6 +53,7 @@ def train(config: Config, method: Method, hardware: Hardware) -> None:
         read_weights(Path(config.init), foreign=True)
     with distributed.main_first():  # the main process decodes the images, the others read its cache
         splits = load_splits(config, hardware.device)
+    config = dataclasses.replace(config, select_on=splits.selected_on)  # the run records what "auto" became
     # Build both stages before anything is written, so that an error until then leaves no incomplete run behind.
     student = student_stage(config, method, splits, hardware)
     teacher = teacher_or_stage(config, method.teacher, splits, hardware) if method.teacher != "none" else None
@@ -121,7 +122,7 @@ def student_stage(config: Config, method: Method, splits: Splits, hardware: Hard
 def selection_by_pgd20(stage: Stage, splits: Splits, hardware: Hardware) -> Selection:
     """Return the selection of the epoch with the highest PGD-20 accuracy, on the images of ``--select-on``."""
     config = stage.config
-    name = "test" if config.select_on == "test" else "heldout"
+    name = splits.selected_on
 
     @functools.cache  # built at the first evaluation, when the batch norms of the model are final
     def twin() -> FrozenTwin:

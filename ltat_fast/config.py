@@ -241,7 +241,14 @@ PRESETS: dict[str, dict] = {
     "imagefolder-lt": {**_PAPER, "imbalance_ratio": None},
     "imagelist-lt": {**_PAPER, "imbalance_ratio": None},
     "parquet-lt": {**_PAPER, "imbalance_ratio": None},
-    "imagenet-lt": {**_PAPER, "imbalance_ratio": None, "image_size": 224, "eps": "4/255", "step_size": "1/255"},
+    "imagenet-lt": {
+        **_PAPER,
+        "arch": "timm:resnet50",
+        "imbalance_ratio": None,
+        "image_size": 224,
+        "eps": "4/255",
+        "step_size": "1/255",
+    },
 }
 AS_FOUND = ("imagefolder-lt", "imagelist-lt", "parquet-lt", "imagenet-lt")
 """datasets of any images, which have their own class sizes and can be resized"""

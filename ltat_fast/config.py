@@ -23,6 +23,7 @@ from ltat_fast.field_types import check_types
 from ltat_fast.methods import METHODS, Method
 from ltat_fast.methods.igdm import WithIgdm
 from ltat_fast.models import ARCHS
+from ltat_fast.models.libraries import is_foreign
 from ltat_fast.schedule import parse_schedule
 
 
@@ -37,14 +38,17 @@ class DataSettings:
 
     dataset: Annotated[str, _choices(DATASETS)] = "digits-lt"
     """dataset; digits-lt is embedded, imagefolder-lt is any folder with train/<class>/* and test/<class>/* or
-    val/<class>/*"""
+    val/<class>/*, imagelist-lt any folder with train.txt and test.txt or val.txt, parquet-lt any folder of the Hugging
+    Face hub (docs/data.md)"""
     imbalance_ratio: float | None = 10.0
     """size of the largest class divided by the size of the smallest class; 1 gives the balanced set, None keeps an
-    image folder as it is"""
+    image folder or list as it is"""
     data_dir: Path | None = None
     """folder of the images, and target of a download; digits-lt needs none"""
     image_size: int | None = None
-    """resize and centre-crop every image of imagefolder-lt to this height and width in pixels"""
+    """resize and centre-crop every image of a folder or list to this height and width in pixels"""
+    bad_images: Literal["stop", "skip"] = "stop"
+    """image files that cannot be read or decoded; stop: name them and end; skip: train without them and list them"""
     augment: Literal["none", "randaugment", "autoaugment"] = "none"
     """augmentation in addition to crop and flip"""
 
@@ -53,8 +57,13 @@ class DataSettings:
 class NetworkSettings:
     """Network of teacher and student."""
 
-    arch: Annotated[str, _choices(ARCHS)] = "smallresnet"
-    """network of teacher and student"""
+    arch: Annotated[str, _choices([*ARCHS, "timm:NAME", "torchvision:NAME", "module:PACKAGE.MODULE:NAME"])] = (
+        "smallresnet"
+    )
+    """network of teacher and student (docs/networks.md)"""
+    init: str = "none"
+    """initial weights of both; none: random; published: those of timm or torchvision; or a .safetensors file. A last
+    layer of another size stays random"""
     activation: Literal["relu", "silu"] = "relu"
     """activation function of that network"""
     teacher: str | None = None
@@ -147,9 +156,10 @@ class EvaluationSettings:
 
     eval_every: int = 5
     """evaluate (clean, PGD-20) every N epochs before the first drop of the learning rate, and every epoch after it"""
-    select_on: Literal["test", "heldout"] = "test"
-    """images on which PGD-20 selects the best checkpoint: the test set, as all published tables do, or training images
-    held out for this purpose"""
+    select_on: Literal["auto", "test", "heldout", "val"] = "auto"
+    """images on which PGD-20 selects the best checkpoint; test: the test set, as all published tables do; heldout:
+    training images held out for this purpose; val: the validation split that some datasets have beside their test
+    split; auto: val if there is one, else test"""
     heldout: float = 0.1
     """share of each training class that --select-on heldout holds out"""
     eval_attacks: str = "clean,pgd20,autoattack"
@@ -210,7 +220,8 @@ class Config(
     @property
     def run_dir(self) -> Path:
         """The run folder: ``out``, or a name made of dataset, method, network and seed."""
-        return self.out or Path("runs") / f"{self.dataset}-{self.method}-{self.arch}-seed{self.seed}"
+        arch = self.arch.replace(":", "-").replace("/", "-")
+        return self.out or Path("runs") / f"{self.dataset}-{self.method}-{arch}-seed{self.seed}"
 
     @functools.cached_property
     def attack_config(self) -> AttackConfig:
@@ -228,7 +239,19 @@ PRESETS: dict[str, dict] = {
     "svhn-lt": {**_PAPER, "imbalance_ratio": 50.0},
     "tinyimagenet-lt": {**_PAPER, "imbalance_ratio": 10.0, "arch": "preactresnet18"},
     "imagefolder-lt": {**_PAPER, "imbalance_ratio": None},
+    "imagelist-lt": {**_PAPER, "imbalance_ratio": None},
+    "parquet-lt": {**_PAPER, "imbalance_ratio": None},
+    "imagenet-lt": {
+        **_PAPER,
+        "arch": "timm:resnet50",
+        "imbalance_ratio": None,
+        "image_size": 224,
+        "eps": "4/255",
+        "step_size": "1/255",
+    },
 }
+AS_FOUND = ("imagefolder-lt", "imagelist-lt", "parquet-lt", "imagenet-lt")
+"""datasets of any images, which have their own class sizes and can be resized"""
 # What the authors of a method trained with in their own code, where that differs from the LTAT paper, by (dataset,
 # method). Network and threat model stay those of the dataset.
 _CIFAR = ("cifar10-lt", "cifar100-lt")
@@ -287,14 +310,16 @@ def validate(config: Config, method: Method) -> None:
     check_types(method)
     choose("dataset", config.dataset, PRESETS)
     choose("method", config.method, METHODS)
-    choose("arch", config.arch, ARCHS)
+    _validate_network(config)
     preset(config.settings, config.dataset, config.method)
     _ = config.attack_config
     parse_attacks(config.eval_attacks)
     parse_schedule(config.lr_schedule)
     if config.imbalance_ratio is None:
-        if config.dataset != "imagefolder-lt":
-            raise UserError(f"--imbalance-ratio None is for imagefolder-lt; {config.dataset} needs a number, 1 or more")
+        if config.dataset not in AS_FOUND:
+            raise UserError(
+                f"--imbalance-ratio None is for {' and '.join(AS_FOUND)}; {config.dataset} needs a number, 1 or more"
+            )
     elif not (math.isfinite(config.imbalance_ratio) and config.imbalance_ratio >= 1):
         raise UserError(f"--imbalance-ratio must be 1 (balanced) or more, not {config.imbalance_ratio:g}")
     at_least_one = ("epochs", "teacher_epochs", "batch_size", "teacher_batch_size", "attack_steps", "eval_every")
@@ -318,8 +343,12 @@ def validate(config: Config, method: Method) -> None:
         raise UserError(f"--label-smoothing: the loss of --method {method.name} with these options has no label term")
     if not 0 < config.heldout < 1:
         raise UserError(f"--heldout must be a share between 0 and 1, not {config.heldout:g}")
-    if config.image_size and config.dataset != "imagefolder-lt":
-        raise UserError(f"--image-size is for imagefolder-lt; all images of {config.dataset} have the same size")
+    if config.image_size and config.dataset not in AS_FOUND:
+        raise UserError(
+            f"--image-size is for {' and '.join(AS_FOUND)}; all images of {config.dataset} have the same size"
+        )
+    if config.bad_images != "stop" and config.dataset not in (*AS_FOUND, "tinyimagenet-lt"):
+        raise UserError(f"--bad-images is for datasets of image files; {config.dataset} has none")
     if config.attack == "n-fgsm" and not method.uses_attack:
         raise UserError(f"--attack is not used by --method {config.method}, which trains without an attack")
     if config.attack == "n-fgsm" and method.noise != type(method).noise:
@@ -331,6 +360,20 @@ def validate(config: Config, method: Method) -> None:
         raise UserError(f"--teacher is not used by --method {config.method}{unless}")
     _validate_modifiers(config, method)
     method.check()
+
+
+def _validate_network(config: Config) -> None:
+    """Raise UserError, in one sentence, for a network or initial weights that cannot be. Imports no library."""
+    if is_foreign(config.arch):
+        if config.activation != "relu":
+            raise UserError(f"--activation is for the built-in networks; {config.arch} has activations of its own")
+    else:
+        choose("arch", config.arch, [*ARCHS, "timm:NAME", "torchvision:NAME", "module:PACKAGE.MODULE:NAME"])
+    if config.init == "published" and config.arch.partition(":")[0] not in ("timm", "torchvision"):
+        others = "use none, a .safetensors file, or a network of timm or torchvision"
+        raise UserError(f"--init published: there are no published weights of {config.arch}; {others}")
+    if config.init not in ("none", "published") and not config.init.endswith(".safetensors"):
+        raise UserError(f"--init takes none, published or the path of a .safetensors file, not {config.init!r}")
 
 
 def _validate_modifiers(config: Config, method: Method) -> None:

@@ -62,7 +62,7 @@ PAPER = {
     "step_size": "2/255",
     "attack_steps": 10,
     "augment": "none",
-    "select_on": "test",
+    "select_on": "auto",
 }
 
 
@@ -200,7 +200,7 @@ def test_help_of_every_method(name, capsys):
         ("--label-smoothing nan", "--label-smoothing must be at least 0 and below 1, not nan"),
         ("--weight-decay -1", "--weight-decay must be 0 or more"),
         ("--select-on heldout --heldout 1", "--heldout must be a share between 0 and 1"),
-        ("--image-size 32", "--image-size is for imagefolder-lt"),
+        ("--image-size 32", "--image-size is for imagefolder-lt and imagelist-lt and parquet-lt and imagenet-lt"),
         ("--method pgd-at --teacher x", "--teacher is not used by --method pgd-at"),
         (
             "--settings authors",

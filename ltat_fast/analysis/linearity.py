@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ltat_fast.analysis.gradients import frozen
 
@@ -30,10 +31,11 @@ def jvp(function: Callable[[Tensor], Tensor], x: Tensor, tangent: Tensor) -> tup
 
     Uses forward-mode differentiation, or two backward passes if an operator has no forward derivative.
     """
-    try:
-        return torch.func.jvp(function, (x,), (tangent,))
-    except (NotImplementedError, RuntimeError):  # custom autograd functions raise the latter
-        return jvp_by_double_backward(function, x, tangent)
+    with sdpa_kernel(SDPBackend.MATH):  # fused attention has neither derivative
+        try:
+            return torch.func.jvp(function, (x,), (tangent,))
+        except (NotImplementedError, RuntimeError):  # custom autograd functions raise the latter
+            return jvp_by_double_backward(function, x, tangent)
 
 
 def jvp_by_double_backward(function: Callable[[Tensor], Tensor], x: Tensor, tangent: Tensor) -> tuple[Tensor, Tensor]:

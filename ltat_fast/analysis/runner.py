@@ -16,6 +16,7 @@ from ltat_fast.analysis.results import AnalysisFile, Part
 from ltat_fast.config import Config
 from ltat_fast.errors import UserError
 from ltat_fast.files import refuse_read_only
+from ltat_fast.models.libraries import is_foreign
 from ltat_fast.runs import log
 from ltat_fast.runs.metrics import spread
 from ltat_fast.runs.results import EvalFile, Identity, Result
@@ -147,7 +148,7 @@ def teacher_of(config: Config) -> str | None:
 
 def is_ours(teacher: str) -> bool:
     """Whether ``teacher`` names a run or a weights file, not a network of another library."""
-    return teacher.partition(":")[0] not in teachers.KINDS
+    return not is_foreign(teacher)
 
 
 def to_measure(part: str, analysed: list[Analysed], again: bool) -> list[Analysed]:

@@ -3,7 +3,7 @@
 import os
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
@@ -21,10 +21,23 @@ FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
 """formats that are decoded; the content of a file decides, not its extension"""
 MAX_PIXELS = 2**26
 """limit on the pixels of an image, checked before decoding, because a file of a few kilobytes can claim gigabytes"""
+NAMED_FILES = 20
+"""number of bad files that a message names; the others are counted"""
+
+OpenImage = Callable[[str | Path], BinaryIO]
+
+
+def open_file(path: str | Path) -> BinaryIO:
+    """Open an image that is a file of its own."""
+    return open(path, "rb")
 
 
 def decode_images(
-    paths: list[str], image_size: int | None, report: Callable[[str], None] = lambda line: None
+    paths: list[str],
+    image_size: int | None,
+    report: Callable[[str], None] = lambda line: None,
+    bad: dict[int, str] | None = None,
+    open_image: OpenImage = open_file,
 ) -> np.ndarray:
     """Decode files into uint8 (N, 3, H, W), in parallel.
 
@@ -33,20 +46,30 @@ def decode_images(
     Args:
         image_size: see :func:`read_image`; None requires that all images have the same size
         report: called with a line of progress every ten seconds
+        bad: None refuses bad files. A dict leaves them out: the reason of each is added under its position in
+            ``paths``, files whose position it holds already are not opened, and N counts the others.
+        open_image: opens one of ``paths``
 
     Raises:
-        UserError: a file cannot be decoded, or two files differ in size; the message names them.
+        UserError: files cannot be decoded, or two files differ in size; the message names them. Or no file is left.
     """
-    first = read_image(paths[0], image_size)
+    refuse, bad = bad is None, {} if bad is None else bad
+    first_path, first = _first_image(paths, image_size, bad, open_image)
     images = np.empty((len(paths), *first.shape), np.uint8)
 
     def decode(start: int) -> int:
         stop = min(start + 256, len(paths))
         for i in range(start, stop):
-            image = read_image(paths[i], image_size)
+            if i in bad:
+                continue
+            try:
+                image = read_image(paths[i], image_size, open_image)
+            except UserError as error:
+                bad[i] = str(error)
+                continue
             if image.shape != first.shape:
                 raise UserError(
-                    f"images differ in size: {paths[0]} is {_size(first)}, {paths[i]} is {_size(image)}; "
+                    f"images differ in size: {first_path} is {_size(first)}, {paths[i]} is {_size(image)}; "
                     "set --image-size to resize them to one size"
                 )
             images[i] = image
@@ -62,10 +85,55 @@ def decode_images(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    return images
+    if not bad:
+        return images
+    if refuse:
+        raise bad_images_error(bad)
+    good = [i for i in range(len(paths)) if i not in bad]
+    for row, i in enumerate(good):  # in place: the images may fill most of the memory
+        images[row] = images[i]
+    return images[: len(good)]
 
 
-def read_image(path: str | Path, image_size: int | None = None) -> np.ndarray:
+def decoded_bytes(paths: list[str], image_size: int | None, open_image: OpenImage = open_file) -> int:
+    """Return the bytes that the decoded ``paths`` fill, by the size of the first image that can be decoded.
+
+    Raises UserError if no image can be decoded.
+    """
+    one = 3 * image_size**2 if image_size is not None else _first_image(paths, image_size, {}, open_image)[1].nbytes
+    return len(paths) * one
+
+
+def bad_images_error(reasons: Mapping[int, str]) -> UserError:
+    """Return the error that names bad files, by position, up to :data:`NAMED_FILES` of them."""
+    if len(reasons) == 1:
+        return UserError(f"{next(iter(reasons.values()))}; --bad-images skip leaves it out")
+    return UserError(
+        f"{len(reasons):,} images cannot be used (--bad-images skip leaves them out): "
+        + some_of([reasons[i] for i in sorted(reasons)])
+    )
+
+
+def some_of(items: Sequence[str]) -> str:
+    """Join up to :data:`NAMED_FILES` items by semicolons, and count the rest."""
+    rest = len(items) - NAMED_FILES
+    return "; ".join(items[:NAMED_FILES]) + (f"; and {rest:,} more" if rest > 0 else "")
+
+
+def _first_image(
+    paths: list[str], image_size: int | None, bad: dict[int, str], open_image: OpenImage
+) -> tuple[str, np.ndarray]:
+    """Return the first image that can be decoded, with its path; add those before it to ``bad``."""
+    for i, path in enumerate(paths):
+        if i not in bad:
+            try:
+                return path, read_image(path, image_size, open_image)
+            except UserError as error:
+                bad[i] = str(error)
+    raise bad_images_error(bad)
+
+
+def read_image(path: str | Path, image_size: int | None = None, open_image: OpenImage = open_file) -> np.ndarray:
     """Decode one file into uint8 (3, H, W) RGB.
 
     The EXIF orientation is applied. An animation gives its first frame. Transparent pixels are blended with white.
@@ -78,7 +146,7 @@ def read_image(path: str | Path, image_size: int | None = None) -> np.ndarray:
         UserError: the file cannot be decoded, has more than :data:`MAX_PIXELS`, or holds floating-point pixels.
     """
     try:
-        with open(path, "rb") as opened, Image.open(opened, formats=FORMATS) as file:
+        with open_image(path) as opened, Image.open(opened, formats=FORMATS) as file:
             if file.format == "PNG":
                 _check_png(opened)
             if file.width * file.height > MAX_PIXELS:

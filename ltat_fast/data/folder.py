@@ -2,11 +2,11 @@
 
 import os
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ltat_fast.data.decode import EXTENSIONS
+from ltat_fast.data.decode import EXTENSIONS, OpenImage, open_file
 from ltat_fast.errors import UserError
 
 TINY_CLASSES = 200
@@ -28,10 +28,24 @@ class Tree:
     class_names: tuple[str, ...]
     train: Split
     test: Split
+    val: Split | None = None
+    """images that select the best epoch, if the dataset has them beside its test images"""
+    open_image: OpenImage = open_file
+    """opens an image of the tree by its path"""
+    file_of: Callable[[str], str] = lambda path: path
+    """returns the file on the disk that holds the image of this path"""
+
+    @property
+    def splits(self) -> dict[str, Split]:
+        """The splits that the tree has, by name."""
+        return {"train": self.train, "test": self.test} | ({} if self.val is None else {"val": self.val})
 
 
 def scan_image_folder(root: Path, report: Callable[[str], None] = lambda line: None) -> Tree:
-    """Scan ``train/<class>/**`` and ``test/<class>/**`` (``val/`` if there is no ``test/``), classes sorted by name.
+    """Scan ``train/<class>/**`` and ``test/<class>/**``, classes sorted by name.
+
+    ``val/<class>/**`` is the test split if there is no ``test/``. Beside ``test/`` it is a split of its own, which may
+    lack classes.
 
     Files without an image extension are skipped and reported. Hidden files are skipped silently. Folders below a class
     folder are searched too, links to folders below it are not followed.
@@ -55,7 +69,14 @@ def scan_image_folder(root: Path, report: Callable[[str], None] = lambda line: N
     if len(names) < 2:
         raise UserError(f"{train_root} holds {len(names)} class folders; at least two are needed")
     train, test = (_split(split, [folders[split][name] for name in names], report) for split in (train_root, test_root))
-    return Tree(root, names, train, test)
+    val = None
+    if (val_root := root / "val") != test_root and val_root.is_dir():
+        in_val = _class_folders(val_root)
+        if unmatched := sorted(in_val.keys() - folders[train_root].keys()):
+            raise UserError(f"class {unmatched[0]!r} is in {val_root} but not in {train_root}")
+        if in_val:
+            val = _split(val_root, [in_val.get(name) for name in names], report)
+    return Tree(root, names, train, test, val)
 
 
 def scan_tiny_imagenet(root: Path, report: Callable[[str], None] = lambda line: None) -> Tree:
@@ -96,10 +117,12 @@ def scan_tiny_imagenet(root: Path, report: Callable[[str], None] = lambda line: 
     return Tree(root, names, train, Split(images, [test[name] for name in found]))
 
 
-def _split(root: Path, folders: list[Path], report: Callable[[str], None]) -> Split:
-    """Collect the images of each class folder, labelled by its position in the list."""
+def _split(root: Path, folders: Sequence[Path | None], report: Callable[[str], None]) -> Split:
+    """Collect the images of each class folder, labelled by its position in the list. None: the class has no folder."""
     paths, labels, skipped = [], [], []
     for label, folder in enumerate(folders):
+        if folder is None:
+            continue
         images, others = _image_files(folder)
         if not images:
             raise UserError(f"class folder {folder} does not hold an image")

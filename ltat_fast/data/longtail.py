@@ -15,6 +15,9 @@ import numpy as np
 from ltat_fast.data.sources import Dataset
 from ltat_fast.errors import UserError
 
+SHOT_DATASETS = ("imagelist-lt", "imagenet-lt")
+"""datasets whose results are published by many-, medium- and few-shot classes"""
+
 
 @dataclass(frozen=True)
 class LongTailed:
@@ -25,13 +28,13 @@ class LongTailed:
     labels: np.ndarray
     """int64 (N,), ascending"""
     indices: np.ndarray
-    """int64 (N,), position of each image in the full training set"""
+    """int64 (N,), position of each image in the full training set, in which bad images that were left out count"""
     counts: list[int]
     """images per class"""
     index_hash: str
     """:func:`index_hash` of ``indices``; two runs with the same hash trained on the same images"""
     groups: dict[str, list[int]]
-    """:func:`class_groups` of ``counts``"""
+    """:func:`class_groups` of ``counts``, with those of :func:`shot_groups` for :data:`SHOT_DATASETS`"""
     class_names: tuple[str, ...]
 
 
@@ -49,8 +52,10 @@ def make_long_tailed(dataset: Dataset, imbalance_ratio: float | None, seed: int 
     indices = long_tailed_indices(train.labels, imbalance_ratio, dataset.n_max, seed)
     labels = train.labels[indices]
     counts = np.bincount(labels, minlength=len(train.class_names)).tolist()
+    positions = indices if train.positions is None else train.positions[indices]
+    groups = class_groups(counts, dataset.name)
     return LongTailed(
-        train.images[indices], labels, indices, counts, index_hash(indices), class_groups(counts), train.class_names
+        train.images[indices], labels, positions, counts, index_hash(positions), groups, train.class_names
     )
 
 
@@ -183,13 +188,14 @@ def holdout_split(
     return indices[~held_out], indices[held_out]
 
 
-def class_groups(counts: list[int]) -> dict[str, list[int]]:
+def class_groups(counts: list[int], dataset: str = "") -> dict[str, list[int]]:
     """Group the classes into ``head``, ``medium`` and ``tail`` by training images; each group is in ascending order.
 
     The tail is the tenth of the classes with the fewest training images, but at least one class (1 of 10, 10 of 100, 20
     of 200, as in the paper); among equal counts, later classes go to the tail first. The head is the third of the
     classes with the most images. For 200 classes there is also ``tail10``, the ten rarest classes: the paper names
-    twenty tail classes of Tiny-ImageNet, but its tail accuracies have the resolution of ten classes.
+    twenty tail classes of Tiny-ImageNet, but its tail accuracies have the resolution of ten classes. If ``dataset`` is
+    one of :data:`SHOT_DATASETS`, there are also the groups of :func:`shot_groups`.
     """
     by_frequency = sorted(range(len(counts)), key=lambda c: (-counts[c], c))
     num_head, num_tail = len(counts) // 3, max(len(counts) // 10, 1)
@@ -200,7 +206,18 @@ def class_groups(counts: list[int]) -> dict[str, list[int]]:
     }
     if len(counts) == 200:
         groups["tail10"] = by_frequency[-10:]
+    if dataset in SHOT_DATASETS:
+        groups |= shot_groups(counts)
     return {name: sorted(classes) for name, classes in groups.items()}
+
+
+def shot_groups(counts: list[int]) -> dict[str, list[int]]:
+    """Group the classes by training images as Liu et al. 2019: many (> 100), medium (20 to 100), few (< 20).
+
+    The names end in ``_shot``, as in that paper, because "medium" is also a group of :func:`class_groups`.
+    """
+    bounds = {"many_shot": (101, math.inf), "medium_shot": (20, 100), "few_shot": (0, 19)}
+    return {name: [c for c, count in enumerate(counts) if low <= count <= high] for name, (low, high) in bounds.items()}
 
 
 def index_hash(indices: np.ndarray) -> str:

@@ -7,16 +7,19 @@ from pathlib import Path
 
 import numpy as np
 
-from ltat_fast.data.cache import load_or_decode, user_cache_folder
+from ltat_fast.data.cache import left_out, load_or_decode, user_cache_folder
 from ltat_fast.data.cifar import read_cifar
-from ltat_fast.data.decode import MAX_PIXELS
+from ltat_fast.data.decode import MAX_PIXELS, some_of
 from ltat_fast.data.download import Archive, fetch, unpack
 from ltat_fast.data.folder import Tree, scan_image_folder, scan_tiny_imagenet
+from ltat_fast.data.imagelist import scan_image_lists
 from ltat_fast.data.svhn import read_svhn
 from ltat_fast.errors import UserError
 
 DEFAULT_DATA_DIR = Path("data")
 TINY_IMAGENET = Archive("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de")
+IMAGENET_LT = 1000, 115_846
+"""classes and training images of ImageNet-LT (Liu et al. 2019)"""
 
 
 @dataclass(frozen=True)
@@ -26,8 +29,10 @@ class ImageSet:
     images: np.ndarray
     """uint8 (N, C, H, W); may be a read-only memory map"""
     labels: np.ndarray
-    """int64 (N,), positions in ``class_names``; every class is present"""
+    """int64 (N,), positions in ``class_names``; every class is present, except in a validation split"""
     class_names: tuple[str, ...]
+    positions: np.ndarray | None = None
+    """int64 (N,), ascending: the place of each image in the files as found; None if no bad image was left out"""
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,10 @@ class Dataset:
     """zeros per side of an image before a random crop"""
     flip: bool
     """whether a horizontally flipped image still shows its class"""
+    val: ImageSet | None = None
+    """images that select the best epoch, if the dataset has them beside its test images"""
+    left_out: tuple[str, ...] = ()
+    """paths of the bad images that were left out"""
 
 
 @dataclass(frozen=True)
@@ -54,6 +63,7 @@ class Request:
     data_dir: Path | None
     image_size: int | None
     download: bool
+    bad_images: str
     report: Callable[[str], None]
 
 
@@ -63,16 +73,20 @@ def load_dataset(
     *,
     image_size: int | None = None,
     download: bool = True,
+    bad_images: str = "stop",
     report: Callable[[str], None] = print,
 ) -> Dataset:
     """Load the dataset called ``name``, one of :data:`DATASETS`.
 
     Args:
         data_dir: the folder that holds the files of the dataset, or to which they are downloaded; None is
-            :data:`DEFAULT_DATA_DIR`. digits-lt does not use it, imagefolder-lt requires it. Decoded images are cached
-            in ``data_dir/.ltat_fast_cache``, or in the user's cache folder if ``data_dir`` is not writable.
-        image_size: resize the images to this many pixels per side (tinyimagenet-lt and imagefolder-lt only)
+            :data:`DEFAULT_DATA_DIR`. digits-lt does not use it, image folders and lists require it. Decoded images are
+            cached in ``data_dir/.ltat_fast_cache``, or in the user's cache folder if ``data_dir`` is not writable or
+            its disk is too small.
+        image_size: resize the images to this many pixels per side (datasets of image files only)
         download: download missing files
+        bad_images: what to do with image files that cannot be read or decoded; "stop": raise an error that names them;
+            "skip": leave them out and report which
         report: called with each line for the user
 
     Raises:
@@ -80,7 +94,7 @@ def load_dataset(
     """
     if name not in DATASETS:
         raise UserError(f"unknown dataset {name!r}; choose from {', '.join(DATASETS)}")
-    dataset = DATASETS[name](Request(name, data_dir, image_size, download, report))
+    dataset = DATASETS[name](Request(name, data_dir, image_size, download, bad_images, report))
     _check(dataset)
     return dataset
 
@@ -130,15 +144,56 @@ def _image_folder(request: Request) -> Dataset:
     return _load_tree(request, scan_image_folder(request.data_dir, request.report), n_max=None)
 
 
+def _image_lists(request: Request) -> Dataset:
+    """Load the images of ``train.txt``, ``val.txt`` and ``test.txt``."""
+    return _load_tree(request, _scan_lists(request), n_max=None)
+
+
+def _scan_lists(request: Request) -> Tree:
+    if request.data_dir is None:
+        raise UserError(f"{request.name} needs --data-dir, a folder with train.txt, and val.txt or test.txt")
+    return scan_image_lists(request.data_dir, request.report)
+
+
+def _parquet(request: Request) -> Dataset:
+    """Load the images in Parquet files, as the Hugging Face hub stores them."""
+    if request.data_dir is None:
+        raise UserError("parquet-lt needs --data-dir, a folder with data/train-*.parquet and data/test-*.parquet")
+    from ltat_fast.data.parquet import scan_parquet
+
+    return _load_tree(request, scan_parquet(request.data_dir, request.report), n_max=None)
+
+
+def _imagenet(request: Request) -> Dataset:
+    """Load ImageNet-LT from its lists (Liu et al. 2019). Lists of another size are used, and said."""
+    tree = _scan_lists(request)
+    found = len(tree.class_names), len(tree.train.labels)
+    if found != IMAGENET_LT:
+        request.report(
+            f"imagenet-lt: the lists have {found[0]:,} classes and {found[1]:,} training images; "
+            f"ImageNet-LT has {IMAGENET_LT[0]:,} and {IMAGENET_LT[1]:,}"
+        )
+    return _load_tree(request, tree, n_max=None)
+
+
 def _load_tree(request: Request, tree: Tree, n_max: int | None) -> Dataset:
     """Load the images of ``tree``, from the cache if it has them."""
     if request.image_size is not None and not 1 <= request.image_size <= isqrt(MAX_PIXELS):
         raise UserError(f"the image size must be between 1 and {isqrt(MAX_PIXELS):,} pixels, got {request.image_size}")
     cache_folders = [(request.data_dir or DEFAULT_DATA_DIR) / ".ltat_fast_cache", user_cache_folder()]
-    arrays = load_or_decode(tree, request.image_size, cache_folders, request.report)
-    train = ImageSet(arrays["train.images"], arrays["train.labels"], tree.class_names)
-    test = ImageSet(arrays["test.images"], arrays["test.labels"], tree.class_names)
-    return Dataset(request.name, train, test, n_max, pad=4, flip=True)
+    arrays = load_or_decode(tree, request.image_size, cache_folders, request.report, request.bad_images == "skip")
+    skipped = left_out(tree, arrays)
+    if skipped:
+        listed = some_of([path.encode(errors="backslashreplace").decode() for path in skipped])
+        request.report(f"left out {len(skipped):,} bad images: {listed}")
+
+    def image_set(split: str) -> ImageSet:
+        images, labels = arrays[f"{split}.images"], arrays[f"{split}.labels"]
+        return ImageSet(images, labels, tree.class_names, arrays[f"{split}.positions"] if skipped else None)
+
+    val = image_set("val") if tree.val is not None else None
+    train, test = image_set("train"), image_set("test")
+    return Dataset(request.name, train, test, n_max, pad=4, flip=True, val=val, left_out=tuple(skipped))
 
 
 def _cifar10(request: Request) -> Dataset:
@@ -178,15 +233,23 @@ def _svhn(request: Request) -> Dataset:
 
 
 def _check(dataset: Dataset) -> None:
-    """Raise UserError unless each image has a label, each label is a class, and each class has an image."""
-    for split, part in (("train", dataset.train), ("test", dataset.test)):
+    """Raise UserError unless each image has a label, each label is a class, and each class has an image.
+
+    A validation split may lack classes, but it is not empty.
+    """
+    for split, part in (("train", dataset.train), ("test", dataset.test), ("validation", dataset.val)):
+        if part is None:
+            continue
         if len(part.images) != len(part.labels):
             raise UserError(f"{dataset.name}: {len(part.images):,} {split} images have {len(part.labels):,} labels")
         outside = part.labels[(part.labels < 0) | (part.labels >= len(part.class_names))]
         if len(outside):
             raise UserError(f"{dataset.name}: the {split} label {outside[0]} is not in 0..{len(part.class_names) - 1}")
         counts = np.bincount(part.labels, minlength=len(part.class_names))
-        if not counts.all():
+        if split == "validation":
+            if not counts.any():
+                raise UserError(f"{dataset.name}: the validation split has no image that can be used")
+        elif not counts.all():
             raise UserError(f"{dataset.name}: class {part.class_names[counts.argmin()]!r} has no {split} image")
 
 
@@ -194,7 +257,7 @@ def _refuse_resize(request: Request, native: int) -> None:
     if request.image_size not in (None, native):
         raise UserError(
             f"{request.name} has {native}x{native} images and cannot be resized; remove --image-size "
-            "(only tinyimagenet-lt and imagefolder-lt take it)"
+            "(only datasets of image files take it)"
         )
 
 
@@ -205,4 +268,7 @@ DATASETS: dict[str, Callable[[Request], Dataset]] = {
     "svhn-lt": _svhn,
     "tinyimagenet-lt": _tiny_imagenet,
     "imagefolder-lt": _image_folder,
+    "imagelist-lt": _image_lists,
+    "imagenet-lt": _imagenet,
+    "parquet-lt": _parquet,
 }

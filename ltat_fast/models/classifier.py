@@ -87,6 +87,8 @@ class ImageClassifier(nn.Module):
 
     features_in_training = False
     """whether :meth:`forward` returns (logits, pooled features) in train mode, for losses that need both"""
+    draws_in_training = False
+    """whether :meth:`forward` draws random numbers in train mode, for example for dropout"""
 
     def __init__(self, feature_dim: int, num_classes: int):
         super().__init__()

@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ltat_fast.models.joint_batch import batches_in_this_call
+from ltat_fast.models.joint_batch import JOINT_NORMS, batches_in_this_call
 
 
 def synchronise_batch_norm(model: nn.Module) -> nn.Module:
@@ -20,6 +20,18 @@ def synchronise_batch_norm(model: nn.Module) -> nn.Module:
             synced.train(module.training)
             model.set_submodule(name, synced)
     return model
+
+
+def unknown_batch_norm(model: nn.Module) -> str | None:
+    """Return the name of a batch norm of ``model`` that can be neither synchronised nor made joint, or None.
+
+    timm's BatchNormAct2d is one. It would mix joint batches, and each process would use the statistics of its share.
+    """
+    known = (*JOINT_NORMS, *JOINT_NORMS.values(), CpuSyncBatchNorm)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and type(module) not in known:
+            return name
+    return None
 
 
 class CpuSyncBatchNorm(nn.BatchNorm2d):

@@ -24,7 +24,7 @@ PANEL = (340, 220)
 SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 LABELLED_CLASSES = 30  # with more classes, bars touch each other and names do not fit
 
-# title, key in metrics.jsonl without the prefix "test_" or "heldout_"
+# title, key in metrics.jsonl without the prefix "test_", "heldout_" or "val_"
 CURVES = [
     ("Training loss", "loss"),
     ("All classes, clean", "clean"),
@@ -59,7 +59,7 @@ def training_curves(study: Study, styles: Sequence[Style]) -> list[Chart]:
     records = [[log.read_metrics(run.path / "metrics.jsonl") for run in e.runs] for e in study.experiments]
     charts = []
     for title, name in CURVES:
-        wanted = [name] if name in ("loss", "lr") else [f"test_{name}", f"heldout_{name}"]
+        wanted = [name] if name in ("loss", "lr") else [f"test_{name}", f"heldout_{name}", f"val_{name}"]
         curves = [_curve(runs, wanted) for runs in records]
         if not any(curves):
             continue

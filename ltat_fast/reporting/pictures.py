@@ -107,7 +107,8 @@ def _data(study: Study, device: torch.device, data_dir: Path | None) -> Splits:
     """Load the test images. Unlike :func:`ltat_fast.runs.splits.load_splits` it downloads nothing."""
     config, _ = configuration.load(study.runs[0].path)
     where = data_dir or config.data_dir
-    dataset = load_dataset(config.dataset, where, image_size=config.image_size, download=False, report=log.say)
+    options = {"image_size": config.image_size, "bad_images": config.bad_images}
+    dataset = load_dataset(config.dataset, where, **options, download=False, report=log.say)
     tailed = longtail.make_long_tailed(dataset, config.imbalance_ratio)
     counts = study.counts or tailed.counts
     if len(counts) != len(tailed.counts):

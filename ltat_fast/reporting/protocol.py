@@ -113,6 +113,7 @@ def _selection(study: Study) -> str:
     said = {
         "test": "highest PGD-20 accuracy on the test set, as in the published tables (optimistic: compare last too)",
         "heldout": "highest PGD-20 accuracy on held-out training images",
+        "val": "highest PGD-20 accuracy on the validation split",
     }
     return "; or ".join(said.get(kind, kind) for kind in sorted(kinds, reverse=True))
 

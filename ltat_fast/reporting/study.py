@@ -76,7 +76,7 @@ class Study:
 
     @property
     def groups(self) -> dict[str, list[int]]:
-        return class_groups(self.counts) if self.counts else {}
+        return class_groups(self.counts, self.config.dataset) if self.counts else {}
 
     @property
     def num_classes(self) -> int:
@@ -115,10 +115,10 @@ def studies(found: list[Experiment]) -> list[Study]:
 def _study(group: tuple[Experiment, ...]) -> Study:
     """Choose checkpoint and attack.
 
-    The checkpoint is "best" if it was selected on held-out images or if "last" is missing. Otherwise it is "last",
+    The checkpoint is "best" if it was selected on images other than the test set or if "last" is missing, else "last",
     because a checkpoint that was selected on the test set is optimistic.
     """
-    held_out = all(e.config.select_on == "heldout" and "best" in e.checkpoints() for e in group)
+    held_out = all(e.config.select_on in ("heldout", "val") and "best" in e.checkpoints() for e in group)
     have_last = all("last" in e.checkpoints() for e in group)
     checkpoint = "best" if held_out or not have_last else "last"
     tried = [set(run.evaluation.of(checkpoint).results) for e in group for run in e.runs]

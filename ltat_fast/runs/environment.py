@@ -31,7 +31,8 @@ def describe_environment(device: torch.device, dtype: torch.dtype, splits: Split
         "git": git_revision(),
         "index_hash": splits.index_hash,
         "class_counts": splits.counts,
-    }
+        "selected_on": splits.selected_on,
+    } | ({"left_out_images": list(splits.left_out)} if splits.left_out else {})
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -1,8 +1,9 @@
 """Write a trained network as a folder of standard files.
 
 The folder holds ``model.safetensors`` (weights), ``card.json`` (architecture, training, scores), ``model.py`` (the
-network in plain torch, with ``load_model()``), ``model.pt2`` (a ``torch.export`` program) and, if its exporter is
-installed, ``model.onnx``. Each takes float32 images (N, C, H, W) in [0, 1] and returns logits.
+network in plain torch, with ``load_model()``), ``README.md``, ``model.pt2`` (a ``torch.export`` program) and, if its
+exporter is installed, ``model.onnx``. Each takes float32 images (N, C, H, W) in [0, 1] and returns logits. The
+``model.py`` of a network of timm or torchvision imports that library. There is none for a network of a user's module.
 """
 
 import importlib.util
@@ -14,6 +15,7 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 
@@ -25,12 +27,13 @@ from ltat_fast import __version__, files
 from ltat_fast import config as configuration
 from ltat_fast.errors import UserError
 from ltat_fast.files import write_json
-from ltat_fast.models import ARCHS, classifier, cosine, standalone
+from ltat_fast.models import ARCHS, classifier, cosine, foreign, standalone
+from ltat_fast.models.libraries import Shape, find, is_foreign
 from ltat_fast.runs import log
 from ltat_fast.runs.results import EvalFile, Result
 from ltat_fast.runs.weights import build_from_card, read_weights, weights_file
 
-FILES = (standalone.WEIGHTS, standalone.CARD, "model.py", "model.pt2", "model.onnx")
+FILES = (standalone.WEIGHTS, standalone.CARD, "model.py", "model.pt2", "model.onnx", "README.md")
 TOLERANCE = 1e-4  # as a share of the largest logit; a compiler may sum in another order
 
 
@@ -73,19 +76,34 @@ def size_of_images(weights: Path, recorded: list[int] | None, given: int | None)
 
 def write_all(folder: Path, model: nn.Module, about: dict, images: Tensor, expected: Tensor) -> list[Path]:
     """Write ``model`` to ``folder`` in every format, test each on ``images`` and return the paths."""
-    weights, card_file, module, program_file, onnx = (folder / name for name in FILES)
+    weights, card_file, module, program_file, onnx, readme = (folder / name for name in FILES)
     # Written as bytes, because torch and safetensors do not raise OSError when the disk is full.
     weights.write_bytes(save(model.state_dict()))
     write_json(card_file, about)
-    module.write_text(source(ARCHS[about["architecture"]["arch"]]))
-    with torch.no_grad():
-        check(module.name, import_file(module).load_model()(images), expected)
-    program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    written = [weights, card_file]
+    arch = about["architecture"]["arch"]
+    if arch.startswith("module:"):
+        log.say(f"no {module.name}: {arch} is code of yours, and only you can pass it on")
+    else:
+        module.write_text(source_of(model, about["architecture"], tuple(images.shape[-2:])))
+        with torch.no_grad():
+            check(module.name, import_file(module).load_model()(images), expected)
+        written.append(module)
+    readme.write_text(readme_text(about, has_module=module in written))
+    written.append(readme)
+    try:
+        program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    except Exception as error:  # tracing runs the network's own code
+        if not is_foreign(arch):
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        log.say(f"no {program_file.name} and no {onnx.name}: torch.export cannot trace {arch} ({reason})")
+        return written
     buffer = io.BytesIO()
     torch.export.save(program, buffer)
     program_file.write_bytes(buffer.getvalue())
     check(program_file.name, torch.export.load(program_file).module()(images), expected)
-    written = [weights, card_file, module, program_file]
+    written.append(program_file)
     if missing := [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]:
         log.say(f"no {onnx.name}: it needs {' and '.join(missing)} (pip install onnx onnxscript)")
     else:
@@ -141,14 +159,62 @@ def architecture(model: nn.Module, origin: dict) -> dict:
     known = {name: origin[name] for name in ("arch", "num_classes", "in_channels")}
     known["activation"] = origin.get("activation", "relu")
     known["cosine"] = None
-    if isinstance(model.fc, cosine.CosineClassifier):
-        known["cosine"] = {"norm_offset": model.fc.norm_offset, "scale": model.fc.scale}
+    if isinstance(head := getattr(model, "fc", None), cosine.CosineClassifier):
+        known["cosine"] = {"norm_offset": head.norm_offset, "scale": head.scale}
     return known
+
+
+def source_of(model: nn.Module, built: dict, image_size: tuple[int, int]) -> str:
+    """Source code of model.py. built: :func:`architecture` of ``model``. image_size: height and width."""
+    if not isinstance(model, foreign.ForeignClassifier):
+        return source(ARCHS[built["arch"]])
+    from ltat_fast import _torchvision  # not for a network of our own, because it imports torchvision
+
+    library, _, name = built["arch"].partition(":")
+    network = find(built["arch"])
+    shape = Shape(built["num_classes"], built["in_channels"], image_size)
+    create = {"timm": "timm.create_model", "torchvision": "torchvision.models.get_model"}[library]
+    mean_and_std = network.normalisation() if shape.in_channels == 3 else None
+    mean, std = (tuple(numbers) for numbers in mean_and_std) if mean_and_std else (None, None)
+    arguments = "".join(f", {key}={value!r}" for key, value in network.arguments(shape).items())
+    text = (
+        "\n\ndef network(num_classes: int, in_channels: int) -> ImageClassifier:\n"
+        f'    """{built["arch"]}; needs {library}, written with version {version(library)}."""\n'
+        f"    import {library}\n\n"
+        f"    net = {create}({name!r}{arguments})\n"
+        f"    return ForeignClassifier(net, num_classes, {model.head!r}, {mean!r}, {std!r})\n"
+    )
+    # timm imports torchvision, whose wheel may need the repair of _torchvision.py
+    return _module_text((_torchvision, classifier, foreign, cosine, standalone), text, "network")
+
+
+def readme_text(about: dict, has_module: bool) -> str:
+    """Content of README.md: what the network is, and how to load it. about: the content of card.json."""
+    arch = about["architecture"]["arch"]
+    library = arch.partition(":")[0]
+    lines = [f"# {about['name']}", "", f"Network: {arch}. Input: {about['input']}. Output: {about['output']}."]
+    eps = about["threat_model"]["eps"]
+    lines += [f"Threat model: L_inf, eps {eps}. card.json has classes, training and scores.", ""]
+    if has_module:
+        needs = f", safetensors and {library} ({version(library)} wrote it)" if is_foreign(arch) else " and safetensors"
+        lines += [f"With torch{needs}:", "", "    from model import load_model", "    logits = load_model()(images)"]
+    else:
+        function = arch.removeprefix("module:")
+        lines += [f"There is no model.py: the network is the return value of the function {function}."]
+        lines += [
+            "Its weights are in model.safetensors: `net.` is before their names, and `fc.` is the last layer if it"
+        ]
+        lines += ["is linear."]
+    return "\n".join([*lines, ""])
 
 
 def source(network: Callable[..., nn.Module]) -> str:
     """Source code of a module with ``network`` and ``load_model()``. It imports only torch and safetensors."""
-    modules = (classifier, cosine, sys.modules[network.__module__], standalone)
+    return _module_text((classifier, cosine, sys.modules[network.__module__], standalone), "", network.__name__)
+
+
+def _module_text(modules: tuple[ModuleType, ...], more: str, network: str) -> str:
+    """Join the code of ``modules`` and ``more``, and add ``load_model()`` for the function ``network``."""
     lines: dict[str, None] = {}
     code = []
     for module in modules:
@@ -156,16 +222,16 @@ def source(network: Callable[..., nn.Module]) -> str:
         for line in text.splitlines():
             if line.startswith(("import ", "from ")):
                 lines[line] = None
-            else:
+            elif not line.startswith("__all__"):
                 code.append(line)
     imports = sorted(line for line in lines if not re.match(r"from (\.|ltat_fast)", line))
     body = re.sub(r"\n{3,}", "\n\n\n", "\n".join(code)).strip()
     return (
         '"""A network written by ltat-fast: images (N, C, H, W), float32 in [0, 1], to logits. See card.json."""\n\n'
         + "\n".join(imports)
-        + f"\n\n{body}\n\n\ndef load_model() -> nn.Module:\n"
+        + f"\n\n{body}\n{more}\n\ndef load_model() -> nn.Module:\n"
         + '    """The trained network beside this file, in eval mode."""\n'
-        + f"    return load(Path(__file__).parent, {network.__name__})\n"
+        + f"    return load(Path(__file__).parent, {network})\n"
     )
 
 

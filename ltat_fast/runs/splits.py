@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from ltat_fast.config import Config
-from ltat_fast.data import load_dataset, longtail, resident
+from ltat_fast.data import Dataset, load_dataset, longtail, resident
 from ltat_fast.errors import UserError
 from ltat_fast.runs import log
+
+IMAGES = {"heldout": "held-out", "val": "validation"}
 
 
 @dataclass
@@ -29,7 +31,8 @@ class Splits:
 
     select: images that select the best epoch. counts: training images per class, without held-out images. groups:
     classes by group, such as "tail". index_hash: hash of the selected training indices. pad: pixels of padding before
-    a random crop. flip: whether images are flipped at random.
+    a random crop. flip: whether images are flipped at random. selected_on: "test", "heldout" or "val", what ``select``
+    holds. left_out: paths of the bad images that were left out.
     """
 
     train: DeviceImages
@@ -41,6 +44,8 @@ class Splits:
     index_hash: str
     pad: int
     flip: bool
+    selected_on: str = "test"
+    left_out: tuple[str, ...] = ()
 
     @property
     def num_classes(self) -> int:
@@ -50,15 +55,26 @@ class Splits:
     def in_channels(self) -> int:
         return self.train.images.shape[1]
 
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width."""
+        height, width = self.train.images.shape[-2:]
+        return height, width
+
 
 def load_splits(config: Config, device: torch.device) -> Splits:
     """Read the images, select the long tail, copy the splits to the device and print what they hold."""
-    dataset = load_dataset(config.dataset, config.data_dir, image_size=config.image_size, report=log.say)
+    dataset = load_dataset(
+        config.dataset, config.data_dir, image_size=config.image_size, bad_images=config.bad_images, report=log.say
+    )
+    selected_on = _selected_on(config, dataset)
     tailed = longtail.make_long_tailed(dataset, config.imbalance_ratio)
     test = DeviceImages(resident(dataset.test.images, device), resident(dataset.test.labels, device))
     images, labels, indices = tailed.images, tailed.labels, tailed.indices
     select = test
-    if config.select_on == "heldout":
+    if selected_on == "val" and dataset.val is not None:
+        select = DeviceImages(resident(dataset.val.images, device), resident(dataset.val.labels, device))
+    elif selected_on == "heldout":
         kept, held = longtail.holdout_split(labels, np.arange(len(labels)), config.heldout)
         if len(held) == 0:
             raise UserError(f"--select-on heldout: {config.heldout:g} of each class holds out no image")
@@ -69,7 +85,7 @@ def load_splits(config: Config, device: torch.device) -> Splits:
     log.say(
         f"{config.dataset}: {len(labels):,} training images in {len(counts)} classes "
         f"({max(counts)} to {min(counts)} per class), index hash {index_hash}; {len(test):,} test images"
-        + (f"; {len(select):,} held-out images for selection" if select is not test else "")
+        + (f"; {len(select):,} {IMAGES[selected_on]} images for selection" if select is not test else "")
     )
     return Splits(
         DeviceImages(resident(images, device), resident(labels, device)),
@@ -81,7 +97,23 @@ def load_splits(config: Config, device: torch.device) -> Splits:
         index_hash,
         dataset.pad,
         dataset.flip,
+        selected_on,
+        dataset.left_out,
     )
+
+
+def _selected_on(config: Config, dataset: Dataset) -> str:
+    """Return the value of ``--select-on`` that "auto" stands for, and say it if the choice is not obvious."""
+    if dataset.val is None:
+        if config.select_on == "val":
+            raise UserError(f"--select-on val: {config.dataset} has no validation split beside its test split here")
+        return "test" if config.select_on == "auto" else config.select_on
+    chosen = "val" if config.select_on == "auto" else config.select_on
+    what = "selects the best epoch" if chosen == "val" else f"is not used, because of --select-on {chosen}"
+    log.say(
+        f"the validation split ({len(dataset.val.labels):,} images) {what}; the final evaluation uses the test split"
+    )
+    return chosen
 
 
 def balanced_indices(config: Config, splits: Splits) -> np.ndarray:

@@ -26,6 +26,13 @@ COLUMNS = [
 BALANCED_COLUMNS = [("B-Clean", "clean", BALANCED), ("B-PGD", "pgd20", BALANCED)]
 # Shown if a run has them: images that are classified correctly under every attack.
 WORST_COLUMNS = [("Worst", "worst", "all"), ("T-Worst", "worst", "tail")]
+# Shown if a run has them: the groups of Liu et al. 2019, by training images of the class.
+SHOT_COLUMNS = [
+    (f"{heading}-{attack}", key, group)
+    for heading, group in (("Many", "many_shot"), ("Med", "medium_shot"), ("Few", "few_shot"))
+    for attack, key in (("Clean", "clean"), ("PGD", "pgd20"))
+]
+SELECTED_ON = {"heldout": "held-out training images", "val": "the validation split"}
 NUMBERS_FROM = 6  # the columns before this one name the experiment
 
 
@@ -50,7 +57,13 @@ def columns(found: Sequence[Experiment]) -> list[tuple[str, str, str]]:
     runs = [run for experiment in found for run in experiment.runs]
     evaluated = [run.evaluation.of(which) for run in runs for which in CHECKPOINTS]
     has_worst = any(map(_has_worst_of_all, evaluated)) and all(comparable_worst(runs, which) for which in CHECKPOINTS)
-    return with_balanced((run.evaluation for run in runs), COLUMNS) + (WORST_COLUMNS if has_worst else [])
+    shown = with_balanced((run.evaluation for run in runs), COLUMNS) + (SHOT_COLUMNS if _has_shots(found) else [])
+    return shown + (WORST_COLUMNS if has_worst else [])
+
+
+def _has_shots(found: Sequence[Experiment]) -> bool:
+    results = (r for e in found for run in e.runs for r in run.evaluation.every_result())
+    return any("many_shot" in result.groups for result in results)
 
 
 def with_balanced(files: Iterable[EvalFile], columns: list[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
@@ -119,10 +132,12 @@ def render(run_dirs: Sequence[Path]) -> str:
 def note(found: Sequence[Experiment]) -> str:
     """The number of test images, what the columns mean, and how the best checkpoint was selected."""
     images = sorted(set().union(*(row.images for row in rows(found))))
-    heldout = {experiment.config.select_on for experiment in found} == {"heldout"}
+    selected_on = {experiment.config.select_on for experiment in found}
     balanced = " B-: mean of the accuracies of the classes." if BALANCED_COLUMNS[0] in columns(found) else ""
-    return f"Percent of {' or '.join(map(str, images)) or 'the'} test images; tail: see eval.json.{balanced} " + (
-        "Best epoch by PGD-20 on held-out training images."
-        if heldout
+    shots = " Classes with > 100, 20 to 100 and < 20 training images: Many, Med, Few." if _has_shots(found) else ""
+    images_text = " or ".join(map(str, images)) or "the"
+    return f"Percent of {images_text} test images; tail: see eval.json.{balanced}{shots} " + (
+        f"Best epoch by PGD-20 on {' or '.join(SELECTED_ON[name] for name in sorted(selected_on))}."
+        if selected_on and selected_on <= SELECTED_ON.keys()
         else "Best epoch by PGD-20 on the test set, as in the published tables: optimistic; compare last too."
     )

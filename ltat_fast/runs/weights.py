@@ -19,7 +19,9 @@ from ltat_fast import __version__, files
 from ltat_fast.config import Config, changed_modifiers
 from ltat_fast.errors import UserError
 from ltat_fast.methods import METHODS, Method
-from ltat_fast.models import build_model
+from ltat_fast.models import ForeignClassifier, ImageClassifier, build_model
+from ltat_fast.models.libraries import DEFAULT_SIZE, Shape, find, user_error_on_failure
+from ltat_fast.runs import log
 from ltat_fast.runs.splits import Splits
 
 
@@ -100,14 +102,84 @@ def load_weights(model: nn.Module, tensors: dict[str, Tensor], source: Path, arc
 
 
 def new_model(
-    arch: str, splits: Splits, device: torch.device, seed: int, method: Method, activation: str = "relu"
+    arch: str,
+    splits: Splits,
+    device: torch.device,
+    seed: int,
+    method: Method,
+    activation: str = "relu",
+    init: str = "none",
 ) -> nn.Module:
-    """Return a new network in NHWC. Its weights depend only on ``seed``; the global generator is left unchanged."""
+    """Return a new network in NHWC. Its weights depend only on ``seed``; the global generator is left unchanged.
+
+    init: what replaces these weights: a value of ``--init``. Raises UserError if that is not possible.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = build_model(arch, splits.num_classes, in_channels=splits.in_channels, activation=activation)
-        model = method.wrap_model(model, torch.tensor(splits.counts))
+        size = splits.image_size
+        model = build_model(
+            arch, splits.num_classes, in_channels=splits.in_channels, activation=activation, image_size=size
+        )
+        if init != "none":
+            initialise(model, arch, init, Shape(splits.num_classes, splits.in_channels, size))
+        model = _wrapped(method, model, splits.counts, arch)
     return model.to(device, memory_format=torch.channels_last)
+
+
+def _wrapped(method: Method, model: ImageClassifier, counts: list[int], arch: str) -> nn.Module:
+    """Return :meth:`Method.wrap_model` of ``model``. Raises UserError if it needs a last linear layer that is not."""
+    needs_head = type(method).wrap_model is not Method.wrap_model
+    if needs_head and isinstance(model, ForeignClassifier) and model.head is None:
+        needs = f"--method {method.name} needs the features before the last linear layer"
+        raise UserError(f"{needs}, and {arch} does not end with one")
+    return method.wrap_model(model, torch.tensor(counts))
+
+
+def initialise(model: ImageClassifier, arch: str, init: str, shape: Shape) -> None:
+    """Load published weights (``init`` "published") or those of a file into ``model``, a plain network ``arch``.
+
+    The last layer keeps its random weights if it has another size there. Raises UserError for weights of another
+    network.
+    """
+    if init == "published":
+        network = find(arch)
+        network.published_classes()
+        if shape.in_channels != 3:
+            raise UserError(f"--init published: its weights take 3 channels, the images have {shape.in_channels}")
+        source = Path(f"published weights of {arch}")
+        tensors = user_error_on_failure(f"--init published, {arch}", lambda: network.published(shape).state_dict())
+    else:
+        source = Path(init)
+        tensors, _ = read_weights(source, foreign=True)
+    expected = model.state_dict()
+    if isinstance(model, ForeignClassifier) and not any(name.startswith("net.") for name in tensors):
+        names, net = tensors, model.net
+        names = user_error_on_failure(f"--init {init}, {arch}", lambda: find(arch).adapt(names, net))
+        tensors = {model.own_name(name): tensor for name, tensor in names.items()}
+        # The pixels are normalised in the network, and published files do not say how.
+        tensors |= {name: tensor for name, tensor in expected.items() if name.startswith("normalize.")}
+    replaced = _other_head(tensors, expected, shape.num_classes)
+    if replaced:
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in replaced}
+        tensors |= {name: tensor for name, tensor in expected.items() if name in replaced}
+    load_weights(model, tensors, source, arch)
+    new_head = f"; new last layer of {shape.num_classes} classes ({', '.join(replaced)})" if replaced else ""
+    log.say(f"initial weights: {source}{new_head}")
+
+
+def _other_head(tensors: dict[str, Tensor], expected: dict[str, Tensor], num_classes: int) -> list[str]:
+    """Return the names of the last layer if ``tensors`` have it in another size or form, else []."""
+    if "fc.weight" in expected and "fc.weight" in tensors:
+        ours, theirs = ({n: t.shape for n, t in group.items() if n.startswith("fc.")} for group in (expected, tensors))
+        return [] if ours == theirs else sorted(ours | theirs)
+    return [
+        name
+        for name, tensor in expected.items()
+        if name in tensors
+        and tensor.dim()
+        and tensor.shape[0] == num_classes != tensors[name].shape[0]
+        and tensor.shape[1:] == tensors[name].shape[1:]
+    ]
 
 
 def weights_card(config: Config, splits: Splits, method: Method, epoch: int, modified: bool = True) -> dict:
@@ -121,7 +193,7 @@ def weights_card(config: Config, splits: Splits, method: Method, epoch: int, mod
         "activation": config.activation,
         "num_classes": splits.num_classes,
         "in_channels": splits.in_channels,
-        "image_size": list(splits.train.images.shape[-2:]),
+        "image_size": list(splits.image_size),
         "class_names": list(splits.class_names),
         "dataset": config.dataset,
         "imbalance_ratio": config.imbalance_ratio,
@@ -151,7 +223,8 @@ def load_model(
     tensors, card = read_weights(path, foreign)
     if "arch" not in card:
         card = {"arch": arch, "activation": activation} | card
-    card = {"num_classes": splits.num_classes, "in_channels": splits.in_channels} | card
+    of_data = {"num_classes": splits.num_classes, "in_channels": splits.in_channels}
+    card = of_data | {"image_size": list(splits.image_size)} | card
     if card["num_classes"] != splits.num_classes:
         raise UserError(f"{path} has {card['num_classes']} classes, the data has {splits.num_classes}")
     if card["in_channels"] != splits.in_channels:
@@ -168,14 +241,18 @@ def build_from_card(path: Path, tensors: dict[str, Tensor], card: dict) -> nn.Mo
     A card without an activation is of an earlier version, which had only ReLU.
     """
     activation = card.get("activation", "relu")
-    model = build_model(card["arch"], card["num_classes"], in_channels=card["in_channels"], activation=activation)
+    size = card.get("image_size", DEFAULT_SIZE)
+    channels, flag = card["in_channels"], f"{path}: network"
+    model = build_model(
+        card["arch"], card["num_classes"], in_channels=channels, activation=activation, image_size=size, flag=flag
+    )
     if "method" in card:
         try:
             method = METHODS[card["method"]](**card["method_options"])
         except (KeyError, TypeError):
             unknown = f"{path} is of the method {card['method']!r}, which this version does not know"
             raise UserError(f"{unknown}, or not with the same options") from None
-        model = method.wrap_model(model, torch.tensor(card["class_counts"]))
+        model = _wrapped(method, model, card["class_counts"], card["arch"])
     load_weights(model, tensors, path, card["arch"])
     return model
 

@@ -1,7 +1,9 @@
 """The whole run in order: data, teacher, student, evaluation, table."""
 
+import contextlib
 import dataclasses
 import functools
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,18 +17,21 @@ from ltat_fast.errors import UserError
 from ltat_fast.files import write_json
 from ltat_fast.methods import METHODS, Method, MethodContext
 from ltat_fast.methods.modifiers import OFF
+from ltat_fast.models import libraries
 from ltat_fast.models.frozen import FrozenTwin
-from ltat_fast.runs import log, tables
+from ltat_fast.models.libraries import is_foreign
+from ltat_fast.models.sync_batch_norm import unknown_batch_norm
+from ltat_fast.runs import checkpoint, log, tables
 from ltat_fast.runs.environment import describe_environment
 from ltat_fast.runs.results import BALANCED, CheckpointResults, EvalFile
 from ltat_fast.runs.splits import Splits, balanced_indices, counts_tensor, load_splits
-from ltat_fast.runs.weights import new_model, weights_card
+from ltat_fast.runs.weights import new_model, read_weights, weights_card
 from ltat_fast.schedule import first_drop
 from ltat_fast.training import distributed, teachers
 from ltat_fast.training.device import Hardware, make_deterministic
 from ltat_fast.training.evaluation import evaluate_model, evaluate_run, selection_twin
 from ltat_fast.training.fit import fit
-from ltat_fast.training.stage import Selection, Stage, build_modifiers
+from ltat_fast.training.stage import STATE, Selection, Stage, build_modifiers, stage_folder
 from ltat_fast.training.step import frozen_twin
 from ltat_fast.training.tune import choose_for_cpu
 
@@ -42,8 +47,13 @@ def train(config: Config, method: Method, hardware: Hardware) -> None:
         raise UserError(f"--method {method.name} with these options needs a double backward: use a single process")
     if config.teacher is not None:
         teachers.find(config.teacher, config.arch, config.activation)  # report a wrong --teacher before any long work
+    if is_foreign(config.arch):
+        libraries.find(config.arch)  # the same for a wrong --arch and --init
+    if config.init not in ("none", "published") and not config.resume:
+        read_weights(Path(config.init), foreign=True)
     with distributed.main_first():  # the main process decodes the images, the others read its cache
         splits = load_splits(config, hardware.device)
+    config = dataclasses.replace(config, select_on=splits.selected_on)  # the run records what "auto" became
     # Build both stages before anything is written, so that an error until then leaves no incomplete run behind.
     student = student_stage(config, method, splits, hardware)
     teacher = teacher_or_stage(config, method.teacher, splits, hardware) if method.teacher != "none" else None
@@ -112,7 +122,7 @@ def student_stage(config: Config, method: Method, splits: Splits, hardware: Hard
 def selection_by_pgd20(stage: Stage, splits: Splits, hardware: Hardware) -> Selection:
     """Return the selection of the epoch with the highest PGD-20 accuracy, on the images of ``--select-on``."""
     config = stage.config
-    name = "test" if config.select_on == "test" else "heldout"
+    name = splits.selected_on
 
     @functools.cache  # built at the first evaluation, when the batch norms of the model are final
     def twin() -> FrozenTwin:
@@ -154,7 +164,11 @@ def _stage(
     )
     # Teacher and student have different seeds, so that they do not start from the same weights.
     seed = seeding.stream_seed(config.seed, name, "weights")
-    model = new_model(config.arch, splits, hardware.device, seed, method, config.activation)
+    # A stage that has a state starts from that.
+    init = "none" if checkpoint.has_state(stage_folder(config, name) / "checkpoints" / STATE) else config.init
+    with distributed.main_first() if init == "published" else contextlib.nullcontext():  # the main process downloads it
+        model = new_model(config.arch, splits, hardware.device, seed, method, config.activation, init)
+    _refuse_unusable(config, method, model)
     modified = name == "student" or config.modify_teacher
     card = functools.partial(weights_card, config, splits, method, modified=modified)
     own = OFF
@@ -162,3 +176,15 @@ def _stage(
         counts = torch.bincount(splits.train.labels.cpu()[loader.indices], minlength=splits.num_classes)
         own = build_modifiers(config, method, model, counts.to(hardware.device))
     return Stage(name, config, model, method, loader, card, modifiers=own)
+
+
+def _refuse_unusable(config: Config, method: Method, model: nn.Module) -> None:
+    """Raise UserError if ``model``, of other code, cannot be trained in several processes or with AWP as asked."""
+    several = distributed.current().size > 1
+    if several and (layer := unknown_batch_norm(model)):
+        unknown = f"{config.arch} has a batch norm ({layer}) that cannot be synchronised between processes"
+        raise UserError(f"{unknown}: use a single process, or a network with nn.BatchNorm2d or without batch norm")
+    perturbed = method.default_awp if config.awp is None else config.awp
+    if (unused := getattr(model, "unused", None)) and (several or perturbed):
+        instead = "use a single process" if several else "use --awp 0"
+        raise UserError(f"{config.arch} has a weight that gets no gradient ({unused}): {instead}, or remove the weight")

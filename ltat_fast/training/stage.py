@@ -17,6 +17,8 @@ from ltat_fast.schedule import learning_rate
 from ltat_fast.training import distributed
 from ltat_fast.training.step import trained_state
 
+STATE = "resume.safetensors"
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -71,7 +73,7 @@ class Stage:
 
     @property
     def state_file(self) -> Path:
-        return self.checkpoints / "resume.safetensors"
+        return self.checkpoints / STATE
 
     @property
     def attack(self) -> AttackConfig:

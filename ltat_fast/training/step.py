@@ -18,6 +18,7 @@ from dataclasses import dataclass, fields
 import torch
 import torch._inductor
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ltat_fast.attacks.pgd import AttackConfig, attack_loop, make_ascend
 from ltat_fast.methods import Method, MethodContext
@@ -26,6 +27,7 @@ from ltat_fast.methods.modifiers import OFF, Modifiers
 from ltat_fast.models.frozen import FrozenTwin
 from ltat_fast.models.fused_conv import is_supported
 from ltat_fast.models.joint_batch import check_joint_calls, joint_calls
+from ltat_fast.models.sync_batch_norm import unknown_batch_norm
 from ltat_fast.runs import log
 from ltat_fast.training import distributed
 from ltat_fast.training.cuda_graph import capture
@@ -149,7 +151,7 @@ class TrainStep:
         self.sums: dict[str, Tensor] = {}
 
         levers = levers if backend in ("step", "graph") else NO_LEVERS
-        self.joint_student = levers.joint_student
+        self.joint_student = levers.joint_student and not unknown_batch_norm(model)
         if self.joint_student:
             check_joint_calls(model)
         compile_ = functools.partial(torch.compile, dynamic=False, options=levers.inductor_options(self.device))
@@ -183,17 +185,23 @@ class TrainStep:
         self.lr.fill_(lr)
         self.progress.fill_(progress)
         self.modifiers.fill(**strengths)
-        self.generator.manual_seed(seed)
+        self._seed(seed)
         self._attacks = self.attacks_at(progress)
         if self.backend != "graph":
             self._run(x, y)
             return
         if not self._graphs:
             self._capture(x, y)
-            self.generator.manual_seed(seed)
+            self._seed(seed)
         self._x.copy_(x)
         self._y.copy_(y)
         self._graphs[self._attacks].replay()
+
+    def _seed(self, seed: int) -> None:
+        """Seed the noise of the attack and, for a network with dropout, torch's own generators, which it uses."""
+        self.generator.manual_seed(seed)
+        if getattr(self.model, "draws_in_training", False):
+            torch.manual_seed(seed)
 
     def attacks_at(self, progress: float) -> bool:
         """Return whether a step at ``progress`` runs the attack."""
@@ -236,7 +244,9 @@ class TrainStep:
         """Return the method's loss in the training precision. The backward pass must run outside of autocast."""
         reduced = self.dtype != torch.float32
         autocast = torch.autocast(self.device.type, self.dtype) if reduced else contextlib.nullcontext()
-        with autocast, joint_calls(self.joint_student), teacher_replaced(self.method.context, self._teacher):
+        # Fused attention has no second derivative.
+        plain = sdpa_kernel(SDPBackend.MATH) if self.method.needs_double_backward else contextlib.nullcontext()
+        with autocast, plain, joint_calls(self.joint_student), teacher_replaced(self.method.context, self._teacher):
             return self.method.loss(self._student, x, x_adv, y, self.progress)
 
     def _record(self, parts: dict[str, Tensor]) -> None:

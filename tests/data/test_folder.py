@@ -148,13 +148,13 @@ def test_broken_links_and_pipes_are_refused_and_folders_skipped(tmp_path):
     root = write_folder(tmp_path, COUNTS)
     odd = root / "train" / "ape" / "odd.png"
     odd.symlink_to("nowhere")
-    assert refused() == f"cannot read {odd}: No such file or directory"
+    assert refused() == f"cannot read {odd}: No such file or directory; --bad-images skip leaves it out"
     odd.unlink()
     odd.symlink_to("odd.png")
-    assert refused() == f"cannot read {odd}: Too many levels of symbolic links"
+    assert refused() == f"cannot read {odd}: Too many levels of symbolic links; --bad-images skip leaves it out"
     odd.unlink()
     os.mkfifo(odd)  # opening it would wait for a writer
-    assert refused() == f"cannot read {odd}: it is not a file"
+    assert refused() == f"cannot read {odd}: it is not a file; --bad-images skip leaves it out"
     odd.unlink()
     odd.mkdir()
     assert len(load_dataset("imagefolder-lt", root, report=lambda line: None).train.labels) == 10

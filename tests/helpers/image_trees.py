@@ -1,5 +1,6 @@
 """Small image trees for the tests."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,37 @@ def write_folder(root: Path, counts: dict[str, tuple[int, int]], size: int = 4, 
             for i in range(count[which]):
                 write_image(root / split / name / f"{i}.png", value, size)
                 value += 1
+    return root
+
+
+def write_image_lists(
+    root: Path, counts: Sequence[int], sizes: Sequence[tuple[int, int]], test: int = 1, val: int | None = 1
+) -> Path:
+    """Write JPEG files of many sizes and their lists, in the manner of ImageNet-LT.
+
+    The brightness of an image is that of its class, with noise on top. The lists are not sorted by label.
+
+    Args:
+        counts: training images per class
+        sizes: widths and heights, used in turn
+        test, val: images per class of the other splits; None writes no list of validation images
+    """
+    rng = np.random.RandomState(0)
+    for split, of_class in (("train", counts), ("test", [test] * len(counts)), ("val", [val] * len(counts))):
+        if of_class[0] is None:
+            continue
+        lines = []
+        for label, count in enumerate(of_class):
+            folder = root / split / f"class {label}"
+            folder.mkdir(parents=True)
+            for i in range(count):
+                width, height = sizes[(label + i) % len(sizes)]
+                brightness = 20 + 215 * label / len(counts)
+                pixels = np.clip(rng.normal(brightness, 10, (height, width, 3)), 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.JPEG")
+                lines.append(f"{split}/class {label}/{i}.JPEG {label}\n")
+        rng.shuffle(lines)
+        (root / f"{split}.txt").write_text("".join(lines))
     return root
 
 

@@ -26,7 +26,7 @@ def write_run(
 ) -> Path:
     """Write a run with random accuracies that depend on method and seed. extra: more entries for each checkpoint."""
     folder.mkdir(parents=True)
-    config = Config(out=folder, **{"method": "ltat", "eps": "0.1", **config})
+    config = Config(out=folder, **{"method": "ltat", "eps": "0.1", "select_on": "test", **config})
     write(folder / "config.json", to_json(config, METHODS[config.method]()))
     packages = {"torch": "2.13.0", "pyautoattack": "0.2.0"}
     environment = {"command": f"/x/y/ltat_fast/train.py --out {folder} --seed {config.seed}", "python": "3.11.7"}
@@ -48,7 +48,7 @@ def write_known_run(
 ):
     """Write a run whose accuracies have known distances from ``clean``, so that means can be computed by hand."""
     folder.mkdir(parents=True)
-    config = Config(method=method, out=folder, **config)
+    config = Config(method=method, out=folder, **{"select_on": "test", **config})
     write(folder / "config.json", to_json(config, METHODS[method]()))
     offsets = {"clean": 0.0, "pgd20": 20.0, "autoattack": 25.0}
     results = {

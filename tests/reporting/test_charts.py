@@ -83,9 +83,10 @@ def test_a_loss_that_is_not_a_number_is_left_out(tmp_path, drawn):
     assert drawn[0].lines[0].get_xydata().tolist() == [[1, 2.0], [3, 1.5]]
 
 
-def test_curves_of_runs_that_selected_on_held_out_images(tmp_path, drawn):
-    run = made_runs.write_run(tmp_path / "a", select_on="heldout")
-    (run / "metrics.jsonl").write_text('{"epoch": 1, "loss": 2.0, "heldout_pgd20": 30.5}\n')
+@pytest.mark.parametrize("images", ["heldout", "val"])
+def test_curves_of_runs_that_selected_on_other_than_test_images(tmp_path, drawn, images):
+    run = made_runs.write_run(tmp_path / "a", select_on=images)
+    (run / "metrics.jsonl").write_text(f'{{"epoch": 1, "loss": 2.0, "{images}_pgd20": 30.5}}\n')
     charts.training_curves(*study_of(run))
     assert drawn[1].lines[0].get_xydata().tolist() == [[1, 30.5]]
 

@@ -123,6 +123,7 @@ def test_best_is_shown_only_if_selected_on_held_out_images(tmp_path):
 
     assert checkpoint_of(write_run(tmp_path / "a", 1.0)) == "last"
     assert checkpoint_of(write_run(tmp_path / "b", 1.0, select_on="heldout")) == "best"
+    assert checkpoint_of(write_run(tmp_path / "v", 1.0, select_on="val")) == "best"
     assert checkpoint_of(write_run(tmp_path / "c", 1.0, select_on="heldout", drop=("best",))) == "last"
     assert checkpoint_of(write_run(tmp_path / "d", 1.0, drop=("last",))) == "best"
 

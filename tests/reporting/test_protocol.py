@@ -61,6 +61,8 @@ def test_facts_name_version_selection_and_tail(tmp_path):
     assert facts["Attack in training"] == "10 steps of 2/255 (0.007843)"
     held = dict(protocol.facts(study_of(made_runs.write_run(tmp_path / "b", select_on="heldout")), {}))
     assert held["Best checkpoint"] == "highest PGD-20 accuracy on held-out training images"
+    val = dict(protocol.facts(study_of(made_runs.write_run(tmp_path / "c", select_on="val")), {}))
+    assert val["Best checkpoint"] == "highest PGD-20 accuracy on the validation split"
 
 
 @pytest.mark.parametrize(

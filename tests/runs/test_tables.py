@@ -69,6 +69,9 @@ def test_no_number_is_cut_off(tmp_path):
 def test_the_note_says_how_best_was_selected(tmp_path):
     held = write_known_run(tmp_path / "a", select_on="heldout")
     assert "held-out" in tables.render([held])
+    val = write_known_run(tmp_path / "v", select_on="val")
+    assert tables.render([val]).endswith("Best epoch by PGD-20 on the validation split.")
+    assert tables.render([val, held]).endswith("on held-out training images or the validation split.")
     assert "optimistic" in tables.render([held, write_known_run(tmp_path / "b")])
 
 

@@ -118,6 +118,7 @@ def timm(monkeypatch):
     package.is_model = cards.__contains__
     package.get_pretrained_cfg = cards.get
     package.create_model = create_model
+    package.list_models = lambda: list(cards)
     monkeypatch.setitem(sys.modules, "timm", package)
     return package, cards
 

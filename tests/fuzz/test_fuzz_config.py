@@ -45,6 +45,7 @@ VALID = {
     "gamma": positive,
     "settings": st.just("paper"),
     "teacher": st.none(),
+    "init": st.one_of(st.just("none"), name.map(lambda value: f"{value}.safetensors")),
     "eps": fraction,
     "step_size": fraction,
     "compile": st.sampled_from(["auto", "none", "step"]),

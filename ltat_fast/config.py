@@ -455,8 +455,10 @@ def load(run_dir: Path) -> tuple[Config, Method]:
 def differences(old: Config, old_method: Method, new: Config, new_method: Method) -> list[str]:
     """List the settings in which a resumed run would differ from the run on disk, as "lr (0.1 -> 0.2)".
 
-    The options of two different methods are not compared.
+    The options of two different methods are not compared. A new ``select_on`` of "auto" is what the run on disk chose.
     """
+    if new.select_on == "auto" and old.select_on != "heldout":
+        new = dataclasses.replace(new, select_on=old.select_on)
     a, b = dataclasses.asdict(old), dataclasses.asdict(new)
     if old.method == new.method:
         a, b = a | dataclasses.asdict(old_method), b | dataclasses.asdict(new_method)

@@ -419,3 +419,15 @@ def test_idle_threads_wait_unless_asked_to_spin(given, expected):
     run = [sys.executable, "-c", "import ltat_fast.train, torch"]
     shown = subprocess.run(run, env=environment, capture_output=True, text=True, check=True).stderr
     assert f"OMP_WAIT_POLICY = '{expected}'" in shown
+
+
+@pytest.mark.parametrize("recorded", ["test", "val", "heldout"])
+def test_auto_is_what_the_run_on_disk_chose(recorded):
+    """The sweep compares its flags, without --select-on, with what a finished run recorded."""
+    asked, method = parse()
+    old = dataclasses.replace(asked, select_on=recorded)
+    expected = ["select_on (heldout -> auto)"] if recorded == "heldout" else []
+    assert differences(old, method, asked, method) == expected
+    assert differences(old, method, dataclasses.replace(asked, select_on="test"), method) == (
+        [] if recorded == "test" else [f"select_on ({recorded} -> test)"]
+    )

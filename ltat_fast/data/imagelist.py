@@ -5,6 +5,7 @@ World", CVPR 2019. Nothing is decoded here.
 """
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -82,7 +83,6 @@ def _parse(line: str, where: str) -> tuple[str, int]:
     parts = line.strip().rsplit(None, 1)
     if len(parts) < 2 or "\0" in line:
         raise UserError(f'{where}: {line.strip()[:200]!a} is not "relative/path label"')
-    try:
-        return parts[0], int(parts[1])
-    except ValueError:
-        raise UserError(f"{where}: the label {parts[1][:200]!a} is not a whole number") from None
+    if not re.fullmatch("-?[0-9]{1,18}", parts[1]):  # int() would take 1_0 too
+        raise UserError(f"{where}: the label {parts[1][:200]!a} is not a whole number")
+    return parts[0], int(parts[1])

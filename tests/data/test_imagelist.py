@@ -104,6 +104,8 @@ def broken(root, how):
             train.write_text("".join(lines[:3]) + "image.JPEG\n")
         case "label that is a name":
             train.write_text("\nimage.JPEG ape\n")
+        case "label with an underscore":
+            train.write_text("image.JPEG 1_0\n")
         case "negative label":
             train.write_text("image.JPEG -1\n")
         case "label out of range":
@@ -139,6 +141,7 @@ def broken(root, how):
         ("two lists", r"two lists of the train images, A_train.txt and B_train.txt"),
         ("no label", r"train.txt, line 4: 'image.JPEG' is not \"relative/path label\"$"),
         ("label that is a name", r"train.txt, line 2: the label 'ape' is not a whole number$"),
+        ("label with an underscore", r"train.txt, line 1: the label '1_0' is not a whole number$"),
         ("negative label", r"train.txt, line 1: the label -1 is not 0 or more$"),
         ("label out of range", r"test.txt, line 2: the label 3 is not in 0..2, the labels of the training list$"),
         ("label out of range in val", r"val.txt, line 1: the label 1000 is not in 0..2"),

@@ -22,9 +22,12 @@ from ltat_fast.errors import UserError
 from ltat_fast.field_types import check_types
 from ltat_fast.methods import METHODS, Method
 from ltat_fast.methods.igdm import WithIgdm
+from ltat_fast.methods.modifiers.awp import gamma_of
 from ltat_fast.models import ARCHS
 from ltat_fast.models.libraries import is_foreign
 from ltat_fast.schedule import parse_schedule
+
+ARCH_CHOICES = (*ARCHS, "timm:NAME", "torchvision:NAME", "module:PACKAGE.MODULE:NAME")
 
 
 def _choices(names: Iterable[str]):
@@ -57,9 +60,7 @@ class DataSettings:
 class NetworkSettings:
     """Network of teacher and student."""
 
-    arch: Annotated[str, _choices([*ARCHS, "timm:NAME", "torchvision:NAME", "module:PACKAGE.MODULE:NAME"])] = (
-        "smallresnet"
-    )
+    arch: Annotated[str, _choices(ARCH_CHOICES)] = "smallresnet"
     """network of teacher and student (docs/networks.md)"""
     init: str = "none"
     """initial weights of both; none: random; published: those of timm or torchvision; or a .safetensors file. A last
@@ -322,8 +323,15 @@ def validate(config: Config, method: Method) -> None:
             )
     elif not (math.isfinite(config.imbalance_ratio) and config.imbalance_ratio >= 1):
         raise UserError(f"--imbalance-ratio must be 1 (balanced) or more, not {config.imbalance_ratio:g}")
-    at_least_one = ("epochs", "teacher_epochs", "batch_size", "teacher_batch_size", "attack_steps", "eval_every")
-    at_least_one += ("awp_from",)
+    at_least_one = (
+        "epochs",
+        "teacher_epochs",
+        "batch_size",
+        "teacher_batch_size",
+        "attack_steps",
+        "awp_from",
+        "eval_every",
+    )
     optional = ("eval_batch_size", "image_size", "limit_eval", "limit_autoattack", "max_steps")
     for name in at_least_one + optional:
         value = getattr(config, name)
@@ -368,7 +376,7 @@ def _validate_network(config: Config) -> None:
         if config.activation != "relu":
             raise UserError(f"--activation is for the built-in networks; {config.arch} has activations of its own")
     else:
-        choose("arch", config.arch, [*ARCHS, "timm:NAME", "torchvision:NAME", "module:PACKAGE.MODULE:NAME"])
+        choose("arch", config.arch, ARCH_CHOICES)
     if config.init == "published" and config.arch.partition(":")[0] not in ("timm", "torchvision"):
         others = "use none, a .safetensors file, or a network of timm or torchvision"
         raise UserError(f"--init published: there are no published weights of {config.arch}; {others}")
@@ -386,8 +394,7 @@ def _validate_modifiers(config: Config, method: Method) -> None:
             raise UserError(f"--{name.replace('_', '-')} must be at least 0 and below 1, not {value:g}")
     if not 0 <= config.eps_warmup <= 1:
         raise UserError(f"--eps-warmup must be a share of the epochs between 0 and 1, not {config.eps_warmup:g}")
-    gamma = method.default_awp if config.awp is None else config.awp
-    if config.awp_from > 1 and not gamma:
+    if config.awp_from > 1 and not gamma_of(method, config.awp):
         raise UserError("--awp-from has no effect without a weight perturbation: add --awp")
     if config.awp_from > config.epochs:
         raise UserError(f"--awp-from {config.awp_from} is after the last epoch, {config.epochs}")

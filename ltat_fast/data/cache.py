@@ -74,9 +74,8 @@ def load_or_decode(
             except OSError as error:
                 report(f"cannot keep decoded images in {folder}: {error.strerror}")
                 continue
-            if (
-                arrays := read_cache(folder / key, key, names)
-            ) is not None:  # written while this process waited for the lock
+            # Another process may have written it while this one waited for the lock.
+            if (arrays := read_cache(folder / key, key, names)) is not None:
                 return arrays
             arrays = _decode(tree, image_size, report, missing, skip_bad)
             try:

@@ -68,7 +68,7 @@ def images_and_selection(study: Study) -> str:
 
 
 def _balanced(study: Study) -> str:
-    has_it = any(BALANCED in result.groups for run in study.runs for result in run.evaluation.every_result())
+    has_it = any(run.evaluation.has_group(BALANCED) for run in study.runs)
     said = "Balanced (B-): mean of the accuracies of the classes, which have different numbers of test images. "
     return said if has_it else ""
 

@@ -253,6 +253,10 @@ class EvalFile:
     def every_result(self) -> list[Result]:
         return [result for part in self.checkpoints.values() for result in part.results.values()]
 
+    def has_group(self, group: str) -> bool:
+        """Whether any result has an accuracy for the ``group`` of classes."""
+        return any(group in result.groups for result in self.every_result())
+
 
 def percentages(files: Iterable[EvalFile], which: str, attack: str, group: str) -> list[float]:
     """Accuracy on one group of classes of one checkpoint under one attack, from each of the files that has it."""

@@ -62,14 +62,12 @@ def columns(found: Sequence[Experiment]) -> list[tuple[str, str, str]]:
 
 
 def _has_shots(found: Sequence[Experiment]) -> bool:
-    results = (r for e in found for run in e.runs for r in run.evaluation.every_result())
-    return any("many_shot" in result.groups for result in results)
+    return any(run.evaluation.has_group("many_shot") for experiment in found for run in experiment.runs)
 
 
 def with_balanced(files: Iterable[EvalFile], columns: list[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
     """Return ``columns``, with those of the balanced accuracy if one of ``files`` has it."""
-    has_balanced = any(BALANCED in result.groups for file in files for result in file.every_result())
-    return columns + BALANCED_COLUMNS if has_balanced else columns
+    return columns + BALANCED_COLUMNS if any(file.has_group(BALANCED) for file in files) else columns
 
 
 def _has_worst_of_all(evaluated: CheckpointResults) -> bool:

@@ -31,7 +31,7 @@ from ltat_fast.training import distributed, teachers
 from ltat_fast.training.device import Hardware, make_deterministic
 from ltat_fast.training.evaluation import evaluate_model, evaluate_run, selection_twin
 from ltat_fast.training.fit import fit
-from ltat_fast.training.stage import STATE, Selection, Stage, build_modifiers, stage_folder
+from ltat_fast.training.stage import Selection, Stage, build_modifiers, state_file
 from ltat_fast.training.step import frozen_twin
 from ltat_fast.training.tune import choose_for_cpu
 
@@ -165,26 +165,25 @@ def _stage(
     # Teacher and student have different seeds, so that they do not start from the same weights.
     seed = seeding.stream_seed(config.seed, name, "weights")
     # A stage that has a state starts from that.
-    init = "none" if checkpoint.has_state(stage_folder(config, name) / "checkpoints" / STATE) else config.init
+    init = "none" if checkpoint.has_state(state_file(config, name)) else config.init
     with distributed.main_first() if init == "published" else contextlib.nullcontext():  # the main process downloads it
         model = new_model(config.arch, splits, hardware.device, seed, method, config.activation, init)
-    _refuse_unusable(config, method, model)
     modified = name == "student" or config.modify_teacher
     card = functools.partial(weights_card, config, splits, method, modified=modified)
     own = OFF
     if modified:
         counts = torch.bincount(splits.train.labels.cpu()[loader.indices], minlength=splits.num_classes)
         own = build_modifiers(config, method, model, counts.to(hardware.device))
+    _refuse_unusable(config.arch, model, perturbs_weights=own.awp is not None)
     return Stage(name, config, model, method, loader, card, modifiers=own)
 
 
-def _refuse_unusable(config: Config, method: Method, model: nn.Module) -> None:
+def _refuse_unusable(arch: str, model: nn.Module, perturbs_weights: bool) -> None:
     """Raise UserError if ``model``, of other code, cannot be trained in several processes or with AWP as asked."""
     several = distributed.current().size > 1
     if several and (layer := unknown_batch_norm(model)):
-        unknown = f"{config.arch} has a batch norm ({layer}) that cannot be synchronised between processes"
+        unknown = f"{arch} has a batch norm ({layer}) that cannot be synchronised between processes"
         raise UserError(f"{unknown}: use a single process, or a network with nn.BatchNorm2d or without batch norm")
-    perturbed = method.default_awp if config.awp is None else config.awp
-    if (unused := getattr(model, "unused", None)) and (several or perturbed):
+    if (unused := getattr(model, "unused", None)) and (several or perturbs_weights):
         instead = "use a single process" if several else "use --awp 0"
-        raise UserError(f"{config.arch} has a weight that gets no gradient ({unused}): {instead}, or remove the weight")
+        raise UserError(f"{arch} has a weight that gets no gradient ({unused}): {instead}, or remove the weight")

@@ -17,8 +17,6 @@ from ltat_fast.schedule import learning_rate
 from ltat_fast.training import distributed
 from ltat_fast.training.step import trained_state
 
-STATE = "resume.safetensors"
-
 
 @dataclass(frozen=True)
 class Selection:
@@ -73,13 +71,12 @@ class Stage:
 
     @property
     def state_file(self) -> Path:
-        return self.checkpoints / STATE
+        return state_file(self.config, self.name)
 
     @property
     def attack(self) -> AttackConfig:
-        """The training attack. The self-teacher is always attacked by PGD."""
-        pgd = replace(self.config, attack="pgd")
-        return training_attack(pgd if self.name == "teacher" else self.config, self.method)
+        """The training attack."""
+        return training_attack(self.config, self.method, self.name)
 
     @property
     def attacks_in_fp32(self) -> bool:
@@ -104,9 +101,9 @@ class Stage:
         }
 
 
-def training_attack(config: Config, method: Method) -> AttackConfig:
-    """Return the attack that ``--attack`` names: PGD with the start noise of ``method``, or N-FGSM."""
-    if config.attack == "n-fgsm":
+def training_attack(config: Config, method: Method, stage: str = "student") -> AttackConfig:
+    """Return the attack of a stage: PGD with the start noise of ``method`` or, for a student, N-FGSM if chosen."""
+    if stage == "student" and config.attack == "n-fgsm":
         return n_fgsm(config.attack_config.eps)
     return replace(config.attack_config, noise=method.noise)
 
@@ -126,6 +123,11 @@ def build_modifiers(config: Config, method: Method, model: nn.Module, class_coun
         eps_balance=config.eps_balance,
         eps_warmup=config.eps_warmup,
     )
+
+
+def state_file(config: Config, name: str) -> Path:
+    """Return the file of the state from which the stage ``name`` resumes."""
+    return stage_folder(config, name) / "checkpoints" / "resume.safetensors"
 
 
 def stage_folder(config: Config, name: str) -> Path:

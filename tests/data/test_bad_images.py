@@ -13,11 +13,6 @@ from ltat_fast.errors import UserError
 COUNTS = {"a": (30, 2), "b": (10, 3)}
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-
-
 @pytest.fixture
 def root(tmp_path):
     return write_folder(tmp_path / "tree", COUNTS)

@@ -21,11 +21,6 @@ from ltat_fast.data.cache import CARD, NAMES, read_cache, write_cache
 COUNTS = {"a": (6, 2), "b": (4, 2)}
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-
-
 @pytest.fixture
 def root(tmp_path):
     return write_folder(tmp_path / "tree", COUNTS)

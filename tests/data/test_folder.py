@@ -14,12 +14,6 @@ from ltat_fast.data import load_dataset
 from ltat_fast.data.folder import scan_image_folder, scan_tiny_imagenet
 from ltat_fast.errors import UserError
 
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-
-
 COUNTS = {"zebra": (2, 1), "ape": (5, 2), "Émile": (3, 1)}
 
 

@@ -14,11 +14,6 @@ COUNTS = (5, 3, 2)
 SIZES = ((12, 9), (8, 8), (30, 17))
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-
-
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     return write_image_lists(tmp_path_factory.mktemp("lists") / "tree", COUNTS, SIZES, test=2)

@@ -21,11 +21,6 @@ NAMES = ("ape", "bee", "cow")
 LABELS = {"train": [2, 0, 1, 0, 0, 1, 2, 0, 1], "validation": [1, 0], "test": [0, 1, 2, 2]}
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-
-
 def png(value, size=4):
     content = io.BytesIO()
     Image.fromarray(np.full((size, size, 3), value, np.uint8)).save(content, format="PNG")

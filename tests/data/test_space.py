@@ -15,8 +15,7 @@ from ltat_fast.errors import UserError
 
 
 @pytest.fixture
-def root(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+def root(tmp_path):
     return write_folder(tmp_path / "tree", {"a": (6, 2), "b": (4, 2)})
 
 
@@ -56,8 +55,7 @@ def test_the_smallest_limit_counts(tmp_path, monkeypatch):
     assert space.free_memory() > 1000
 
 
-def test_a_disk_that_is_too_small_is_said_before_decoding_and_the_next_one_is_used(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+def test_a_disk_that_is_too_small_is_said_before_decoding_and_the_next_one_is_used(tmp_path):
     with file_system(tmp_path / "small", "1m") as small:
         root = write_folder(small / "tree", {"a": (6, 2), "b": (4, 2)})
         lines = []

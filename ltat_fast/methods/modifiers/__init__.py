@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ltat_fast.methods.base import Method
-from ltat_fast.methods.modifiers.awp import WeightPerturbation
+from ltat_fast.methods.modifiers.awp import WeightPerturbation, gamma_of
 from ltat_fast.methods.modifiers.ema import WeightAverage
 from ltat_fast.methods.modifiers.eps_balance import ClassBudget
 
@@ -69,7 +69,7 @@ def build(
     class_counts: int64 ``(C,)`` on that device, images per class of the stage. The other arguments are the settings of
     the same names; budgets stay off for a method without an attack.
     """
-    gamma = method.default_awp if awp is None else awp
+    gamma = gamma_of(method, awp)
     return Modifiers(
         WeightPerturbation(gamma, awp_from, class_counts.device) if gamma > 0 else None,
         WeightAverage(model, ema) if ema > 0 else None,

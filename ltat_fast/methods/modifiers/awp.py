@@ -29,6 +29,13 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from ltat_fast.methods.base import Method
+
+
+def gamma_of(method: Method, awp: float | None) -> float:
+    """Return the gamma of ``--awp``, or that of ``method`` if the flag is not given."""
+    return method.default_awp if awp is None else awp
+
 
 class WeightPerturbation:
     """Perturbs the weights during an update.

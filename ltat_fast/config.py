@@ -50,6 +50,16 @@ class DataSettings:
     """folder of the images, and target of a download; digits-lt needs none"""
     image_size: int | None = None
     """resize and centre-crop every image of a folder or list to this height and width in pixels"""
+    store_size: int | None = None
+    """store the images of a folder or list at this height and width, not smaller than --image-size: training crops
+    them at random to --image-size, and evaluation uses the centre"""
+    crop: Literal["pad", "resized"] = "pad"
+    """random crop in training; pad: of the image with 4 black pixels on each side, or without them if --store-size is
+    given; resized: a random part of 8 to 100 percent of the image, resized"""
+    data_placement: Literal["auto", "device", "stream"] = "auto"
+    """where the images stay; device: in the memory of the device; stream: in a file, or in the memory of the host, from
+    which they are read during training, so that they can be larger than the memory; auto: device if they fill at most
+    half of its free memory"""
     bad_images: Literal["stop", "skip"] = "stop"
     """image files that cannot be read or decoded; stop: name them and end; skip: train without them and list them"""
     augment: Literal["none", "randaugment", "autoaugment"] = "none"
@@ -247,6 +257,8 @@ PRESETS: dict[str, dict] = {
         "arch": "timm:resnet50",
         "imbalance_ratio": None,
         "image_size": 224,
+        "store_size": 256,
+        "crop": "resized",
         "eps": "4/255",
         "step_size": "1/255",
     },
@@ -270,7 +282,7 @@ METHOD_PRESETS: dict[tuple[str, str], dict] = {
 }
 # Settings that --resume may change: they say where and how a run computes, not what it trains. Another device, backend
 # or evaluation batch size changes rounding errors. The batch size also changes the random parts of AutoAttack.
-FREE_ON_RESUME = {"resume", "out", "data_dir", "device", "compile", "save_minutes", "eval_batch_size"}
+FREE_ON_RESUME = {"resume", "out", "data_dir", "data_placement", "device", "compile", "save_minutes", "eval_batch_size"}
 FREE_ON_RESUME |= {"on_nan", "on_collapse"}
 
 
@@ -332,8 +344,8 @@ def validate(config: Config, method: Method) -> None:
         "awp_from",
         "eval_every",
     )
-    optional = ("eval_batch_size", "image_size", "limit_eval", "limit_autoattack", "max_steps")
-    for name in at_least_one + optional:
+    optional = ("eval_batch_size", "image_size", "store_size", "limit_eval", "limit_autoattack", "max_steps")
+    for name in (*at_least_one, *optional):
         value = getattr(config, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} must be 1 or more, not {value}")
@@ -355,6 +367,9 @@ def validate(config: Config, method: Method) -> None:
         raise UserError(
             f"--image-size is for {' and '.join(AS_FOUND)}; all images of {config.dataset} have the same size"
         )
+    if config.store_size and config.store_size < (config.image_size or math.inf):
+        what = f"smaller than --image-size {config.image_size}" if config.image_size else "without --image-size"
+        raise UserError(f"--store-size {config.store_size} {what}: it is the size from which training takes its crops")
     if config.bad_images != "stop" and config.dataset not in (*AS_FOUND, "tinyimagenet-lt"):
         raise UserError(f"--bad-images is for datasets of image files; {config.dataset} has none")
     if config.attack == "n-fgsm" and not method.uses_attack:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ltat_fast.attacks.by_name import AUTOATTACK, correct_under, parse_attacks
 from ltat_fast.attacks.checks import Check, run_checks
 from ltat_fast.config import Config
+from ltat_fast.data import HostImages
 from ltat_fast.models.frozen import FrozenTwin
 from ltat_fast.pixels import to_unit
 from ltat_fast.runs import log
@@ -30,7 +31,7 @@ from ltat_fast.training.step import frozen_twin
 
 def evaluate(
     model: nn.Module,
-    images: Tensor,
+    images: Tensor | HostImages,
     labels: Tensor,
     attacks: Sequence[str],
     groups: dict[str, list[int]],
@@ -45,7 +46,7 @@ def evaluate(
     """Return the result of each attack on ``model`` in eval mode.
 
     model: a network, which is evaluated in float32, or a frozen twin, which is evaluated as it is. strict: forbid TF32.
-    images: uint8 ``(N, C, H, W)`` and labels: int64 ``(N,)``, on the model's device. limits: the largest number of
+    images: uint8 ``(N, C, H, W)`` and labels: int64 ``(N,)``, for the model's device. limits: the largest number of
     images to use, by attack; the limit "default" holds for all attacks. Several processes share the batches; each of
     them returns the whole result.
     """
@@ -58,7 +59,8 @@ def evaluate(
     for name in attacks:
         chosen = every[spread(classes[every], limits.get(name))]
         places = torch.from_numpy(chosen)
-        x, y = images[places.to(images.device)], labels[places.to(images.device)]
+        y = labels[places.to(labels.device)]
+        x = images.select(chosen) if isinstance(images, HostImages) else images[places.to(images.device)]
         part = (world.rank, world.size)
         with without_cudnn_search(), without_tf32() if strict else contextlib.nullcontext():
             own_part = correct_under(name, frozen, x, y, eps, batch_size=batch_size, indices=places, part=part)
@@ -69,12 +71,14 @@ def evaluate(
     return results
 
 
-def check(model: nn.Module, images: Tensor, labels: Tensor, eps: float, say: Callable[[str], None]) -> list[Check]:
+def check(
+    model: nn.Module, images: Tensor | HostImages, labels: Tensor, eps: float, say: Callable[[str], None]
+) -> list[Check]:
     """Run the checks of :mod:`ltat_fast.attacks.checks` on 64 of the images and print the failures.
 
     The checks use the network that :func:`evaluate` attacks. The arguments are those of :func:`evaluate`.
     """
-    index = torch.from_numpy(spread(labels.cpu().numpy(), 64)).to(images.device)
+    index = torch.from_numpy(spread(labels.cpu().numpy(), 64)).to(labels.device)
     with without_cudnn_search(), without_tf32():
         checks = run_checks(FrozenTwin(model, fold_bn=True), to_unit(images[index]), labels[index], eps)
     failed = [check for check in checks if not check.passed]

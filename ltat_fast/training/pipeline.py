@@ -156,6 +156,8 @@ def _stage(
         pad=splits.pad,
         flip=splits.flip,
         augment=config.augment,
+        crop=config.crop,
+        size=splits.image_size[0] if config.crop == "resized" or config.store_size else None,
         device=hardware.device,
         rank=distributed.current().rank,
         world_size=distributed.current().size,

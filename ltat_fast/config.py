@@ -363,10 +363,10 @@ def validate(config: Config, method: Method) -> None:
         raise UserError(f"--label-smoothing: the loss of --method {method.name} with these options has no label term")
     if not 0 < config.heldout < 1:
         raise UserError(f"--heldout must be a share between 0 and 1, not {config.heldout:g}")
-    if config.image_size and config.dataset not in AS_FOUND:
-        raise UserError(
-            f"--image-size is for {' and '.join(AS_FOUND)}; all images of {config.dataset} have the same size"
-        )
+    for name in ("image_size", "store_size"):
+        if getattr(config, name) and config.dataset not in AS_FOUND:
+            only = f"--{name.replace('_', '-')} is for {' and '.join(AS_FOUND)}"
+            raise UserError(f"{only}; all images of {config.dataset} have the same size")
     if config.store_size and config.store_size < (config.image_size or math.inf):
         what = f"smaller than --image-size {config.image_size}" if config.image_size else "without --image-size"
         raise UserError(f"--store-size {config.store_size} {what}: it is the size from which training takes its crops")

@@ -201,6 +201,9 @@ def test_help_of_every_method(name, capsys):
         ("--weight-decay -1", "--weight-decay must be 0 or more"),
         ("--select-on heldout --heldout 1", "--heldout must be a share between 0 and 1"),
         ("--image-size 32", "--image-size is for imagefolder-lt and imagelist-lt and parquet-lt and imagenet-lt"),
+        ("--store-size 40", "--store-size is for imagefolder-lt and imagelist-lt and parquet-lt and imagenet-lt"),
+        ("--dataset imagefolder-lt --store-size 40", "--store-size 40 without --image-size: it is the size from which"),
+        ("--dataset imagelist-lt --image-size 64 --store-size 40", "--store-size 40 smaller than --image-size 64: it"),
         ("--method pgd-at --teacher x", "--teacher is not used by --method pgd-at"),
         (
             "--settings authors",

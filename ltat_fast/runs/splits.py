@@ -69,6 +69,9 @@ class Splits:
 def load_splits(config: Config, device: torch.device) -> Splits:
     """Read the images, select the long tail, place the splits and print what they hold."""
     dataset = read_dataset(config)
+    height, width = dataset.train.images.shape[2:]
+    if config.crop == "resized" and height != width:
+        raise UserError(f"--crop resized makes square images, and these have {width}x{height}: set --image-size")
     selected_on = _selected_on(config, dataset)
     tailed = longtail.make_long_tailed(dataset, config.imbalance_ratio)
     rows, labels, indices = tailed.rows, tailed.labels, tailed.indices

@@ -15,6 +15,7 @@ from ltat_fast.training import distributed, recovery, speed
 from ltat_fast.training.backend import choose_backend
 from ltat_fast.training.collapse import Collapsed, collapse, one_step_health
 from ltat_fast.training.device import Hardware
+from ltat_fast.training.micro_batches import has_batch_norm
 from ltat_fast.training.precision import gradient_health
 from ltat_fast.training.recovery import Diverged
 from ltat_fast.training.signals import Interrupted, StopOnSignal
@@ -44,6 +45,9 @@ def fit(stage: Stage, hardware: Hardware) -> Progress:
             return progress
         log.say(f"{stage.name}: resumes after epoch {progress.epoch}, step {progress.step}")
     wrapped = distributed.wrap(stage.model)
+    if (parts := stage.config.accumulate) > 1 and has_batch_norm(stage.model):
+        seen, batch = stage.loader.batch_size // parts, stage.loader.batch_size
+        log.say(f"{stage.name}: --accumulate {parts}: batch norm takes its statistics from {seen} images, not {batch}")
 
     def build(backend: str) -> TrainStep:
         return train_step(stage, optimizer, hardware, backend, wrapped)
@@ -81,6 +85,7 @@ def train_step(
         train_model,
         twin,
         modifiers=stage.modifiers,
+        accumulate=stage.config.accumulate,
     )
 
 

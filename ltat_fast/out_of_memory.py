@@ -13,6 +13,7 @@ from ltat_fast.errors import UserError
 _GPU = ("CUDA error: out of memory", "CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 _GPU += ("CUSOLVER_STATUS_ALLOC_FAILED", "Triton Error [CUDA]: out of memory", "Cuda failure 'out of memory'")
 _HOST = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory", "std::bad_alloc")
+_ONEDNN = ("could not create a primitive", "could not execute a primitive", "could not create a memory")
 _ASKED = re.compile(r"[Tt]ried to allocate (?P<size>[\d.]+) ?(?P<unit>[KMGT]iB|bytes)")
 
 
@@ -36,6 +37,8 @@ def exhausted(error: BaseException | None) -> str | None:
         no_memory = isinstance(error, OSError) and error.errno == errno.ENOMEM
         if isinstance(error, MemoryError) or no_memory or _says(error, text, _HOST):
             return f"the host ran out of memory{_asked(text)}"
+        if isinstance(error, RuntimeError) and text in _ONEDNN:  # it says so for lack of memory, and hardly ever else
+            return f"the host ran out of memory, it seems (oneDNN: {text})"
         error = error.__cause__ or error.__context__
     return None
 

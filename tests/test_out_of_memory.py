@@ -41,6 +41,10 @@ def wrapped_by_a_compiler() -> None:
         (error_of(lambda: torch.empty(2**47)), "the host ran out of memory (it had no room for 536870912.00 MiB more)"),
         (error_of(lambda: np.empty(2**55, dtype=np.uint8)), "the host ran out of memory"),
         (MemoryError(), "the host ran out of memory"),
+        (
+            RuntimeError("could not create a primitive"),
+            "the host ran out of memory, it seems (oneDNN: could not create a primitive)",
+        ),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), "the host ran out of memory"),
         (GPU, "the GPU ran out of memory (it had no room for 2.50 GiB more)"),
         (
@@ -88,7 +92,7 @@ def test_a_host_without_memory_for_a_step_ends_the_run_with_one_sentence(tmp_pat
 
 def test_a_host_without_memory_for_the_evaluation_keeps_the_run(tmp_path):
     out = tmp_path / "run"
-    (line,) = limited("evaluation", 40, "--out", str(out), *SHORT).strip().splitlines()
+    (line,) = limited("evaluation", 5, "--out", str(out), *SHORT).strip().splitlines()
     assert "evaluate fewer than 600 images at a time (--eval-batch-size of train, --batch-size of evaluate)" in line
     command = f"python -m ltat_fast.train --out {out} --resume --eval-batch-size 300"
     assert line.endswith(f"; resume with: {command}")

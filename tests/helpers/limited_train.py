@@ -27,6 +27,7 @@ if __name__ == "__main__":
     original = getattr(module, name)
 
     def limited(*args, **kwargs):
+        setattr(module, name, original)
         limit()
         return original(*args, **kwargs)
 

@@ -1,5 +1,6 @@
 """``--accumulate``: a step in micro-batches equals the step on the whole batch, in less memory."""
 
+import contextlib
 import signal
 
 import pytest
@@ -158,6 +159,43 @@ def test_the_largest_tensor_of_a_step_has_the_size_of_a_micro_batch():
                 module.register_forward_hook(lambda module, inputs, output, to=sizes: to.append(len(inputs[0])))
         step(*batch(), lr=0.1, progress=1.0, seed=0)
         assert set(sizes) <= {4, 8}, make  # LTAT's teacher gets x + d and x - d in one call
+
+
+@pytest.mark.parametrize("make", [PgdAt, Taet], ids=["pgd-at", "taet"])
+def test_processes_average_gradients_only_after_the_last_micro_batch(make):
+    class Wrapped(nn.Module):
+        """Stands in for DistributedDataParallel: records whether a forward pass with gradients is synchronised."""
+
+        def __init__(self, net):
+            super().__init__()
+            self.net, self.synchronised, self.seen = net, True, []
+
+        def forward(self, x):
+            if torch.is_grad_enabled():
+                self.seen.append(self.synchronised)
+            return self.net(x)
+
+        @contextlib.contextmanager
+        def no_sync(self):
+            self.synchronised = False
+            yield
+            self.synchronised = True
+
+    method = make()
+    plain = train_step(method, without_norm(method), accumulate=4, awp=0.01)
+    wrapped = Wrapped(plain.model)
+    step = TrainStep(
+        plain.model,
+        method,
+        plain.optimizer,
+        plain.attack,
+        HARDWARE,
+        train_model=wrapped,
+        modifiers=plain.modifiers,
+        accumulate=4,
+    )
+    step(*batch(), lr=0.1, progress=1.0, seed=0)
+    assert wrapped.seen == 2 * [False, False, False, True]  # AWP, then the update
 
 
 def test_a_batch_that_does_not_split_evenly_is_refused():

@@ -24,6 +24,7 @@ from ltat_fast.errors import (
     EXIT_GRAPH_FAILED,
     EXIT_INTERRUPTED,
     EXIT_LOST_PROCESS,
+    EXIT_USER_ERROR,
     UserError,
     exit_on_user_error,
 )
@@ -59,7 +60,11 @@ def main(argv: list[str] | None = None) -> int:
             pipeline.train(config, method, hardware)
             distributed.wait()  # a process that exits early aborts the collectives of the others
     except OutOfMemory as error:
-        raise UserError(f"{error}{what_is_kept(config, error.flags)}") from error
+        sentence = f"{error}{what_is_kept(config, error.flags)}"
+        if distributed.current().size == 1:
+            raise UserError(sentence) from error
+        print(f"ltat_fast: error: {sentence}", file=sys.stderr)
+        distributed.exit_at_once(EXIT_USER_ERROR)
     except (Diverged, Collapsed) as error:
         print(f"ltat_fast: {error}", file=sys.stderr)
         return EXIT_DIVERGED
@@ -71,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
             raise
         reason = str(error).splitlines()[0].split(". ")[0]
         print(f"ltat_fast: another process of this run died, see its own message ({reason})", file=sys.stderr)
-        distributed.exit_after_lost_process(EXIT_LOST_PROCESS)
+        distributed.exit_at_once(EXIT_LOST_PROCESS)
     except Interrupted as error:
         if is_main and (config.run_dir / "config.json").exists():
             with contextlib.suppress(OSError):

@@ -99,6 +99,9 @@ class TrainingSettings:
     """images per step of the student, summed over all processes"""
     teacher_batch_size: int = 32
     """images per step of the teacher, summed over all processes"""
+    accumulate: int = 1
+    """split each batch into N equal micro-batches, one after the other, and update once; less memory, the same result
+    up to rounding, but batch norm takes its statistics from a micro-batch (docs/memory.md)"""
     gamma: float | None = None
     """images per class in the teacher's balanced set, divided by the size of the smallest class; half the imbalance
     ratio if not given, as in the paper, but at least 1"""
@@ -340,6 +343,7 @@ def validate(config: Config, method: Method) -> None:
         "teacher_epochs",
         "batch_size",
         "teacher_batch_size",
+        "accumulate",
         "attack_steps",
         "awp_from",
         "eval_every",
@@ -381,8 +385,26 @@ def validate(config: Config, method: Method) -> None:
     if config.teacher is not None and method.teacher == "none":
         unless = " without --igdm-alpha" if isinstance(method, WithIgdm) else ""
         raise UserError(f"--teacher is not used by --method {config.method}{unless}")
+    validate_batches(config, method)
     _validate_modifiers(config, method)
     method.check()
+
+
+def validate_batches(config: Config, method: Method, processes: int = 1) -> None:
+    """Raise UserError if a share of a batch, one of ``processes``, does not split evenly into micro-batches."""
+    if config.accumulate == 1:
+        return
+    trains_teacher = method.teacher != "none" and config.teacher is None
+    for name in ("batch_size", "teacher_batch_size") if trains_teacher else ("batch_size",):
+        size, parts = getattr(config, name), config.accumulate
+        if size % (parts * processes):
+            over = f"{processes} processes with " if processes > 1 else ""
+            raise UserError(
+                f"--{name.replace('_', '-')} {size} does not split evenly over {over}--accumulate {parts}: choose a "
+                f"multiple of {parts * processes}"
+            )
+    if method.couples_images and method.needs_double_backward:
+        raise UserError(f"--accumulate is not possible with --method {config.method}, which needs the whole batch")
 
 
 def _validate_network(config: Config) -> None:

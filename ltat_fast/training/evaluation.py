@@ -17,6 +17,7 @@ from ltat_fast.attacks.checks import Check, run_checks
 from ltat_fast.config import Config
 from ltat_fast.data import HostImages
 from ltat_fast.models.frozen import FrozenTwin
+from ltat_fast.out_of_memory import explained
 from ltat_fast.pixels import to_unit
 from ltat_fast.runs import log
 from ltat_fast.runs.metrics import spread
@@ -110,7 +111,8 @@ def evaluate_checkpoints(
     for weights, names in by_weights.items():
         identity = Identity(weights, config.eps, test_set)
         scores = Scores(file, identity, names, splits.test, splits.groups, splits.num_classes)
-        _evaluate_weights(config, splits, hardware, scores, attacks, again)
+        with _explained(config):
+            _evaluate_weights(config, splits, hardware, scores, attacks, again)
 
 
 def _evaluate_weights(
@@ -146,6 +148,13 @@ def _evaluate_weights(
     distributed.wait()  # the next call reads what this one wrote
 
 
+def _explained(config: Config) -> contextlib.AbstractContextManager[None]:
+    """Return the context in which an evaluation that runs out of memory says so."""
+    now = config.eval_batch_size
+    advice = f"evaluate fewer than {now} images at a time (--eval-batch-size of train, --batch-size of evaluate)"
+    return explained(f"{advice}; finished attacks are kept", f"--eval-batch-size {max(now // 2, 1)}")
+
+
 def _limits(config: Config) -> dict[str, int | None]:
     return {"default": config.limit_eval} | dict.fromkeys(AUTOATTACK, config.limit_autoattack)
 
@@ -160,19 +169,20 @@ def evaluate_model(
     strict: bool = True,
 ) -> dict[str, Result]:
     """Run :func:`evaluate` on ``images`` of ``splits`` with the eps, batch size and limits of ``config``."""
-    return evaluate(
-        model,
-        images.images,
-        images.labels,
-        attacks,
-        splits.groups,
-        splits.num_classes,
-        config.attack_config.eps,
-        batch_size=config.eval_batch_size,
-        limits=_limits(config),
-        say=say,
-        strict=strict,
-    )
+    with _explained(config):
+        return evaluate(
+            model,
+            images.images,
+            images.labels,
+            attacks,
+            splits.groups,
+            splits.num_classes,
+            config.attack_config.eps,
+            batch_size=config.eval_batch_size,
+            limits=_limits(config),
+            say=say,
+            strict=strict,
+        )
 
 
 def selection_twin(model: nn.Module, config: Config, hardware: Hardware) -> FrozenTwin:

@@ -45,6 +45,7 @@ def train(config: Config, method: Method, hardware: Hardware) -> None:
     run_dir = config.run_dir
     if method.needs_double_backward and distributed.current().size > 1:
         raise UserError(f"--method {method.name} with these options needs a double backward: use a single process")
+    configuration.validate_batches(config, method, distributed.current().size)
     if config.teacher is not None:
         teachers.find(config.teacher, config.arch, config.activation)  # report a wrong --teacher before any long work
     if is_foreign(config.arch):

@@ -19,7 +19,6 @@ import stat
 import time
 import zlib
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -27,16 +26,15 @@ from typing import Protocol
 import numpy as np
 
 from ltat_fast.data.decode import bad_images_error, decode_into, image_shape
+from ltat_fast.data.digest import crc32_of_chunks, digest, images_digest
 from ltat_fast.data.folder import Tree
-from ltat_fast.data.partial import Blocks, InMemory, OnDisk, Shape
+from ltat_fast.data.partial import HEADER, Blocks, InMemory, OnDisk, Shape
 from ltat_fast.data.space import free_disk, gib, require_memory
 from ltat_fast.files import exclusive
 
 FORMAT = 3
 """version of the cache, part of the key: raise it when the decoding or the layout of the cache changes"""
 CARD = "cache.json"
-CHUNK = 2**24
-"""bytes of a file that share one checksum"""
 KEPT = 2
 """caches of one dataset that are kept, the last used ones; each size of the images has its own"""
 ABANDONED = 7 * 24 * 3600
@@ -63,6 +61,8 @@ class Decoded:
 
     images: dict[str, np.ndarray]
     """uint8 (N, 3, H, W) by split, without the bad images; read-only memory maps unless no disk had room for them"""
+    digests: dict[str, str]
+    """:func:`ltat_fast.data.digest.images_digest` of each split"""
     bad: dict[int, str]
     """reasons of the bad images by position among the images of all splits"""
 
@@ -94,7 +94,7 @@ class Source:
 
         Missing files are reasons by position in ``paths``.
         """
-        digest = hashlib.sha256(json.dumps([FORMAT, self.image_size, *self.counts.items()]).encode())
+        key = hashlib.sha256(json.dumps([FORMAT, self.image_size, *self.counts.items()]).encode())
         root = os.fspath(self.tree.root)
         missing: dict[int, str] = {}
         for place, path in enumerate(self.paths):
@@ -104,8 +104,8 @@ class Source:
                 version = status
             else:
                 version = f"{status.st_size} {status.st_mtime_ns}"
-            digest.update(f"{path.removeprefix(root)!r} {version}\n".encode())
-        return digest.hexdigest()[:32], missing
+            key.update(f"{path.removeprefix(root)!r} {version}\n".encode())
+        return key.hexdigest()[:32], missing
 
     def decode(self, blocks: Blocks) -> None:
         """Decode the images into ``blocks``."""
@@ -163,7 +163,9 @@ def _load_or_decode(source: Source, folders: Sequence[Path]) -> Decoded:
     require_memory(needed)
     blocks = InMemory(source.counts, shape)
     source.decode(blocks)
-    return Decoded(blocks.finish(), blocks.bad)
+    images = blocks.finish()
+    digests = {split: images_digest(array.shape, crc32_of_chunks(array)) for split, array in images.items()}
+    return Decoded(images, digests, blocks.bad)
 
 
 def read_cache(folder: Path, key: str, splits: Sequence[str]) -> Decoded | None:
@@ -200,7 +202,7 @@ def _write_cache(source: Source, folder: Path, partial: Path, shape: Shape) -> D
     blocks.finish()
     card = about | {"bad": sorted(blocks.bad.items()), "crc32": _checksums(partial, tuple(source.counts))}
     with (partial / CARD).open("w") as file:
-        json.dump({"content": card, "sha256": _digest(card)}, file)
+        json.dump({"content": card, "sha256": digest(card)}, file)
         file.flush()
         os.fsync(file.fileno())
     shutil.rmtree(folder, ignore_errors=True)  # a damaged cache
@@ -210,28 +212,22 @@ def _write_cache(source: Source, folder: Path, partial: Path, shape: Shape) -> D
 
 def _open(folder: Path, splits: Sequence[str], card: dict) -> Decoded:
     images = {split: np.load(folder / f"{split}.npy", mmap_mode="r", allow_pickle=False) for split in splits}
-    return Decoded(images, {int(position): str(reason) for position, reason in card["bad"]})
+    digests = {split: images_digest(array.shape, card["crc32"][f"{split}.npy"][1:]) for split, array in images.items()}
+    return Decoded(images, digests, {int(position): str(reason) for position, reason in card["bad"]})
 
 
 def _read_card(folder: Path) -> dict:
     """Return the content of the card. Raises an error of any type if it is missing or damaged."""
     card = json.loads((folder / CARD).read_bytes())
-    if card["sha256"] != _digest(card["content"]):
+    if card["sha256"] != digest(card["content"]):
         raise ValueError("the card is damaged")
     return card["content"]
 
 
-def _digest(content: dict) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
 def _checksums(folder: Path, splits: Sequence[str]) -> dict[str, list[int]]:
-    """Return the CRC-32 of each chunk of each file, computed in parallel on memory maps, so that nothing is copied."""
+    """Return the CRC-32 of the header of each file, followed by those of its pixels."""
     files = {f"{split}.npy": np.memmap(folder / f"{split}.npy", np.uint8, "r") for split in splits}
-    chunks = [file[i : i + CHUNK] for file in files.values() for i in range(0, len(file), CHUNK)]
-    with ThreadPoolExecutor() as pool:
-        crcs = iter(list(pool.map(zlib.crc32, chunks)))
-    return {name: [next(crcs) for _ in range(0, len(file), CHUNK)] for name, file in files.items()}
+    return {name: [zlib.crc32(file[:HEADER]), *crc32_of_chunks(file[HEADER:])] for name, file in files.items()}
 
 
 def _remove_old(folder: Path, key: str, root: Path, report: Report) -> None:

@@ -1,6 +1,7 @@
 """The datasets by name, each with its training and test images as uint8 arrays."""
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import numpy as np
 from ltat_fast.data.cache import Bar, OpenBar, Source, load_or_decode, user_cache_folder
 from ltat_fast.data.cifar import read_cifar
 from ltat_fast.data.decode import MAX_PIXELS, some_of
+from ltat_fast.data.digest import crc32_of_chunks, images_digest
 from ltat_fast.data.download import Archive, fetch, unpack
 from ltat_fast.data.folder import Tree, scan_image_folder, scan_tiny_imagenet
 from ltat_fast.data.imagelist import scan_image_lists
@@ -36,6 +38,13 @@ class ImageSet:
     class_names: tuple[str, ...]
     positions: np.ndarray | None = None
     """int64 (N,), ascending: the place of each image in the files as found; None if no bad image was left out"""
+    known_digest: str | None = None
+    """``digest`` if the cache knows it"""
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """:func:`ltat_fast.data.digest.images_digest` of the images."""
+        return self.known_digest or images_digest(self.images.shape, crc32_of_chunks(np.ascontiguousarray(self.images)))
 
 
 @dataclass(frozen=True)
@@ -198,7 +207,8 @@ def _load_tree(request: Request, tree: Tree, n_max: int | None) -> Dataset:
 
     def image_set(split: str) -> ImageSet:
         labels = np.array(tree.splits[split].labels, np.int64)[good[split]]
-        return ImageSet(decoded.images[split], labels, tree.class_names, good[split] if left_out else None)
+        positions = good[split] if left_out else None
+        return ImageSet(decoded.images[split], labels, tree.class_names, positions, decoded.digests[split])
 
     val = image_set("val") if tree.val is not None else None
     train, test = image_set("train"), image_set("test")

@@ -1,6 +1,6 @@
 """The images of a run, selected by its configuration: training, test and selection split, on the device."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ltat_fast.config import Config
 from ltat_fast.data import Dataset, HostImages, ImageSet, load_dataset, longtail, resident
+from ltat_fast.data.digest import digest
 from ltat_fast.data.space import choose_placement
 from ltat_fast.errors import UserError
 from ltat_fast.runs import log
@@ -36,7 +37,7 @@ class Splits:
     select: images that select the best epoch. counts: training images per class, without held-out images. groups:
     classes by group, such as "tail". index_hash: hash of the selected training indices. pad: pixels of padding before
     a random crop. flip: whether images are flipped at random. selected_on: "test", "heldout" or "val", what ``select``
-    holds. left_out: paths of the bad images that were left out.
+    holds. left_out: paths of the bad images that were left out. digests: checksums of what was read, by name.
     """
 
     train: DeviceImages
@@ -50,6 +51,7 @@ class Splits:
     flip: bool
     selected_on: str = "test"
     left_out: tuple[str, ...] = ()
+    digests: dict[str, str] = field(default_factory=dict)
 
     @property
     def num_classes(self) -> int:
@@ -111,7 +113,19 @@ def load_splits(config: Config, device: torch.device) -> Splits:
         dataset.flip,
         selected_on,
         dataset.left_out,
+        _digests(dataset) | {"selection of training images": index_hash},
     )
+
+
+def _digests(dataset: Dataset) -> dict[str, str]:
+    """Return checksums of the images and labels of each split, and of the names of the classes."""
+    parts = {"training": dataset.train, "test": dataset.test}
+    if dataset.val is not None:
+        parts["validation"] = dataset.val
+    found = {"class names": digest(dataset.train.class_names)}
+    for name, part in parts.items():
+        found |= {f"{name} images": part.digest, f"{name} labels": digest(part.labels.tolist())}
+    return found
 
 
 def read_dataset(config: Config, download: bool = True) -> Dataset:

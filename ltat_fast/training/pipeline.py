@@ -22,7 +22,7 @@ from ltat_fast.models.frozen import FrozenTwin
 from ltat_fast.models.libraries import is_foreign
 from ltat_fast.models.sync_batch_norm import unknown_batch_norm
 from ltat_fast.runs import checkpoint, log, tables
-from ltat_fast.runs.environment import describe_environment
+from ltat_fast.runs.environment import describe_environment, record_environment, refuse_other_data
 from ltat_fast.runs.results import BALANCED, CheckpointResults, EvalFile
 from ltat_fast.runs.splits import Splits, balanced_indices, counts_tensor, load_splits
 from ltat_fast.runs.weights import new_model, read_weights, weights_card
@@ -60,10 +60,12 @@ def train(config: Config, method: Method, hardware: Hardware) -> None:
     teacher = teacher_or_stage(config, method.teacher, splits, hardware) if method.teacher != "none" else None
     hardware = choose_for_cpu(student, hardware)
     student.selection = selection_by_pgd20(student, splits, hardware)
-    environment = describe_environment(hardware.device, hardware.dtype, splits)
+    given = None if isinstance(teacher, Stage) else teacher
+    environment = describe_environment(hardware.device, hardware.dtype, splits, given)
+    refuse_other_data(run_dir / "env.json", environment)
     if distributed.current().is_main:
         write_json(run_dir / "config.json", configuration.to_json(config, method))
-        write_json(run_dir / "env.json", environment)
+        record_environment(run_dir / "env.json", environment)
     log.say(f"{hardware.device.type}, {environment['precision']} ({hardware.why}); seed {config.seed}; run {run_dir}")
     if changed := configuration.changed_modifiers(dataclasses.asdict(config)):
         log.say("modifiers: " + ", ".join(f"{name} {value}" for name, value in changed.items()))

@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 
 from helpers.image_trees import write_folder, write_image
-from ltat_fast.data import cache, decode, load_dataset
+from ltat_fast.data import decode, load_dataset
 from ltat_fast.data.cache import CARD, read_cache
 from ltat_fast.data.decode import read_image
+from ltat_fast.data.digest import digest
 from ltat_fast.data.partial import InMemory, OnDisk, npy_header
 
 COUNTS = {"a": (6, 2), "b": (4, 2)}
@@ -136,7 +137,7 @@ def test_a_pickled_array_is_refused(root):
     np.save(folder / "test.npy", np.array([{}], object), allow_pickle=True)
     content = json.loads((folder / CARD).read_text())["content"]
     content["crc32"]["test.npy"] = [zlib.crc32((folder / "test.npy").read_bytes())]
-    (folder / CARD).write_text(json.dumps({"content": content, "sha256": cache._digest(content)}))
+    (folder / CARD).write_text(json.dumps({"content": content, "sha256": digest(content)}))
     assert read_cache(folder, folder.name, SPLITS) is None
 
 

@@ -272,6 +272,10 @@ def test_a_killed_run_continues_bit_equal(tree, tmp_path, zoo, arch):
 
 def test_an_export_of_a_module_has_no_model_py(tree, tmp_path, zoo, capsys):
     assert train(tree, tmp_path / "run", "--arch", f"{zoo}:shared", "--method", "natural") == 0
+    earlier = tmp_path / "run" / "export-last"
+    earlier.mkdir()
+    (earlier / "config.json").write_text('{"architecture": {}, "ltat_fast": "1"}')
+    (earlier / "model.py").write_text("of another network")
     assert train_runs.status_of("export", str(tmp_path / "run")) == 0
     assert "no model.py: module:my_networks:shared is code of yours" in capsys.readouterr().out
     files = {path.name for path in (tmp_path / "run" / "export-last").iterdir()}

@@ -18,7 +18,7 @@ from ltat_fast.runs.export import export
 
 @dataclass(frozen=True)
 class Arguments:
-    """Export a trained network: safetensors and a card, plain torch code, torch.export, ONNX."""
+    """Export a trained network as a folder for the Hugging Face hub: safetensors, torch code, torch.export, ONNX."""
 
     run: tyro.conf.Positional[Path]
     """run folder"""

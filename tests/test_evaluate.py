@@ -195,7 +195,8 @@ def test_other_weights_are_evaluated_again(run, attacked):
     assert "worst" not in scores  # pgd20 belongs to the old weights
 
 
-def test_other_images_are_evaluated_again(run, attacked, monkeypatch):
+def test_other_images_are_refused_before_they_are_attacked(run, attacked, monkeypatch, capfd):
+    before = (run / "eval.json").read_bytes()
     load = command.load_splits
 
     def changed(*args):
@@ -205,8 +206,10 @@ def test_other_images_are_evaluated_again(run, attacked, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr(command, "load_splits", changed)
-        evaluate(run, "--attacks", "clean", "--limit-eval", "100", "--checkpoint", "last")
-    assert attacked == ["clean"]
+        assert train_runs.status_of("evaluate", str(run), "--attacks", "clean", "--again") == 2
+    assert attacked == []
+    assert "eval.json has results on other test images: restore these, or move the file" in capfd.readouterr().err
+    assert (run / "eval.json").read_bytes() == before
 
 
 def test_results_of_an_earlier_version_are_read_but_measured_again(run, attacked, capfd):

@@ -111,4 +111,9 @@ def test_runs_on_other_images_are_not_seeds_of_one_experiment(root, tmp_path, ca
 
     again = ("evaluate", str(runs[0]), "--data-dir", str(tmp_path / "test images"), "--attacks", "clean")
     assert train_runs.status_of(*again) == 2
+    assert "eval.json has results on other test images" in capfd.readouterr().err
+    results = json.loads((runs[0] / "eval.json").read_text())
+    results["last"]["clean"]["test_set"] = "another"
+    (runs[0] / "eval.json").write_text(json.dumps(results))
+    assert train_runs.status_of("report", str(runs[0])) == 2
     assert "eval.json has results on 2 different test sets" in capfd.readouterr().err

@@ -144,10 +144,10 @@ class FinishedRun:
     @property
     def test_set(self) -> str | None:
         """Identifies the test images and labels of the results. Raises UserError if there are several test sets."""
-        known = {result.test_set for result in self.evaluation.every_result()} - {None}
+        known = self.evaluation.test_sets
         if len(known) > 1:
             what = f"{self.path / 'eval.json'} has results on {len(known)} different test sets"
-            raise UserError(f"{what}: evaluate the run under all of its attacks with --again")
+            raise UserError(f"{what}: remove it and evaluate the run again")
         return known.pop() if known else None
 
     @classmethod

@@ -250,6 +250,11 @@ class EvalFile:
         """The result of ``attack`` on the checkpoint ``which``, if it was run."""
         return self.of(which).results.get(attack)
 
+    @property
+    def test_sets(self) -> set[str]:
+        """The test sets of the results, as far as they were recorded. More than one is a mistake."""
+        return {result.test_set for result in self.every_result() if result.test_set is not None}
+
     def every_result(self) -> list[Result]:
         return [result for part in self.checkpoints.values() for result in part.results.values()]
 

@@ -16,12 +16,13 @@ from ltat_fast.attacks.by_name import AUTOATTACK, correct_under, parse_attacks
 from ltat_fast.attacks.checks import Check, run_checks
 from ltat_fast.config import Config
 from ltat_fast.data import HostImages
+from ltat_fast.errors import UserError
 from ltat_fast.models.frozen import FrozenTwin
 from ltat_fast.out_of_memory import explained
 from ltat_fast.pixels import to_unit
 from ltat_fast.runs import log
 from ltat_fast.runs.metrics import spread
-from ltat_fast.runs.results import Identity, Result
+from ltat_fast.runs.results import EvalFile, Identity, Result
 from ltat_fast.runs.scores import Scores, fingerprint
 from ltat_fast.runs.splits import DeviceImages, Splits
 from ltat_fast.runs.weights import load_model, weights_digest, weights_file
@@ -108,6 +109,8 @@ def evaluate_checkpoints(
     for which in checkpoints:
         by_weights.setdefault(weights_digest(weights_file(config.run_dir, which)), []).append(which)
     file, test_set = config.run_dir / "eval.json", fingerprint(splits.test)
+    if EvalFile.load_or_empty(file).test_sets - {test_set}:
+        raise UserError(f"{file} has results on other test images: restore these, or move the file away to keep both")
     for weights, names in by_weights.items():
         identity = Identity(weights, config.eps, test_set)
         scores = Scores(file, identity, names, splits.test, splits.groups, splits.num_classes)

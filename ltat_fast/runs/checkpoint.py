@@ -22,8 +22,9 @@ class Progress:
     """Position and results of a stage.
 
     epoch: number of finished epochs. step: number of steps taken in the next epoch. best: epoch and scores of the best
-    epoch. sums: :meth:`TrainStep.totals` of the current epoch. seconds: time spent in the current epoch. skipped: epoch
-    and step, from 0, of the batch that is skipped because it gave numbers that are not finite.
+    epoch. sums: :meth:`TrainStep.totals` of the current epoch. seconds: time spent in the current epoch. recorded: the
+    sums and the seconds at the last record of steps in the current epoch. skipped: epoch and step, from 0, of the batch
+    that is skipped because it gave numbers that are not finite.
     """
 
     epoch: int = 0
@@ -32,6 +33,7 @@ class Progress:
     best: dict = field(default_factory=dict)
     sums: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
+    recorded: dict[str, float] = field(default_factory=dict)
     skipped: list[int] = field(default_factory=list)
 
 

@@ -8,6 +8,7 @@ import pytest
 from ltat_fast import files
 from ltat_fast.files import write_json
 from ltat_fast.runs import log
+from ltat_fast.runs.records import StageLog, read_metrics
 
 
 def record(epoch: int) -> dict:
@@ -15,7 +16,7 @@ def record(epoch: int) -> dict:
 
 
 def write_epochs(folder, done: int, epochs):
-    stage_log = log.StageLog(folder, done)
+    stage_log = StageLog(folder, done)
     for epoch in epochs:
         stage_log.epoch(record(epoch))
     stage_log.close()
@@ -24,16 +25,16 @@ def write_epochs(folder, done: int, epochs):
 def test_records_append(tmp_path):
     write_epochs(tmp_path / "run", 0, [1, 2])
     write_epochs(tmp_path / "run", 2, [3])
-    assert log.read_metrics(tmp_path / "run" / "metrics.jsonl") == [record(e) for e in (1, 2, 3)]
+    assert read_metrics(tmp_path / "run" / "metrics.jsonl") == [record(e) for e in (1, 2, 3)]
     assert list((tmp_path / "run" / "tb").iterdir())
 
 
 def test_epochs_that_were_recorded_but_not_saved_are_dropped(tmp_path):
     write_epochs(tmp_path, 0, [1, 2, 3])
     write_epochs(tmp_path, 1, [2])
-    assert log.read_metrics(tmp_path / "metrics.jsonl") == [record(e) for e in (1, 2)]
+    assert read_metrics(tmp_path / "metrics.jsonl") == [record(e) for e in (1, 2)]
     write_epochs(tmp_path, 0, [])
-    assert log.read_metrics(tmp_path / "metrics.jsonl") == []
+    assert read_metrics(tmp_path / "metrics.jsonl") == []
 
 
 def test_a_line_that_was_cut_off_is_dropped(tmp_path):
@@ -42,7 +43,7 @@ def test_a_line_that_was_cut_off_is_dropped(tmp_path):
     whole = path.read_text()
     for cut in range(len(json.dumps(record(1))) + 2, len(whole) - 1):
         path.write_text(whole[:cut])
-        assert log.read_metrics(path) == [record(1)]
+        assert read_metrics(path) == [record(1)]
     write_epochs(tmp_path, 1, [2])
     assert path.read_text() == whole
 

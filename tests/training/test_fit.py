@@ -22,7 +22,7 @@ from helpers.toy_stage import (
     send,
     stage,
 )
-from ltat_fast.runs import log
+from ltat_fast.runs.records import read_metrics
 from ltat_fast.runs.weights import read_weights
 from ltat_fast.schedule import learning_rate
 from ltat_fast.training.fit import fit
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("unmeasured")
 
 
 def test_each_epoch_is_recorded(uninterrupted):
-    metrics, _ = uninterrupted
+    metrics, *_ = uninterrupted
     assert [(r["epoch"], r["steps"]) for r in metrics] == [(1, 5), (2, 5), (3, 5)]
     assert [r["test_pgd20"] for r in metrics] == SCORES
     last_rates = [learning_rate("onecycle", 0.1, e, PER_EPOCH - 1, EPOCHS, PER_EPOCH) for e in range(EPOCHS)]
@@ -49,7 +49,7 @@ def test_progress_counts_epochs_from_one(tmp_path):
 
 
 def test_best_is_the_first_epoch_with_the_highest_score(uninterrupted):
-    _, files = uninterrupted
+    _, files, _ = uninterrupted
     assert files["best"][1]["epoch"] == 2
     assert files["last"][1]["epoch"] == 3
     assert not torch.equal(files["best"][0]["0.weight"], files["last"][0]["0.weight"])
@@ -66,7 +66,7 @@ def test_best_is_selected_by_the_given_score(tmp_path):
 def test_the_last_epoch_is_evaluated_even_if_no_other_is(tmp_path):
     never = stage(tmp_path, selection=Selection(lambda: {"pgd20": 0.0}, lambda epoch: False, "pgd20"))
     fit(never, HARDWARE)
-    assert ["pgd20" in r for r in log.read_metrics(tmp_path / "metrics.jsonl")] == [False, False, True]
+    assert ["pgd20" in r for r in read_metrics(tmp_path / "metrics.jsonl")] == [False, False, True]
     assert read_weights(tmp_path / "checkpoints" / "best.safetensors")[1]["epoch"] == 3
 
 
@@ -75,7 +75,7 @@ def test_max_steps_ends_a_stage(tmp_path, steps, epochs):
     method = Method()
     fit(stage(tmp_path, method, max_steps=steps), HARDWARE)
     assert method.calls == min(steps, EPOCHS * PER_EPOCH)
-    metrics, files = outcome(tmp_path)
+    metrics, files, _ = outcome(tmp_path)
     assert sum(r["steps"] for r in metrics) == method.calls
     assert len(metrics) == files["last"][1]["epoch"] == epochs
     again = Method()
@@ -97,7 +97,7 @@ def test_a_finished_stage_loads_its_weights_and_does_not_train(tmp_path, uninter
 
 def test_images_per_second_and_the_share_of_the_ceiling_are_recorded(tmp_path):
     fit(stage(tmp_path), HARDWARE)
-    for record in log.read_metrics(tmp_path / "metrics.jsonl"):
+    for record in read_metrics(tmp_path / "metrics.jsonl"):
         assert record["images_per_second"] == pytest.approx(40 / record["seconds"], rel=0.1)
         assert record["share_of_ceiling"] == pytest.approx(record["images_per_second"] * 1e9 / 1e12, abs=1e-3)
 
@@ -128,7 +128,7 @@ def test_a_signal_during_an_evaluation_is_not_lost(tmp_path, uninterrupted, epoc
     evaluate = first.selection.evaluate
 
     def evaluate_and_signal():
-        if len(log.read_metrics(tmp_path / "metrics.jsonl")) == epoch - 1:
+        if len(read_metrics(tmp_path / "metrics.jsonl")) == epoch - 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return evaluate()
 

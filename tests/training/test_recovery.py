@@ -24,7 +24,8 @@ from helpers.toy_stage import (
 )
 from ltat_fast import files
 from ltat_fast.errors import UserError
-from ltat_fast.runs import checkpoint, log
+from ltat_fast.runs import checkpoint
+from ltat_fast.runs.records import StageLog, read_metrics
 from ltat_fast.runs.weights import read_weights, write_weights
 from ltat_fast.training.fit import fit
 from ltat_fast.training.recovery import Diverged
@@ -61,10 +62,10 @@ def kill_at_call(monkeypatch, module, name, number, *, before: bool):
         (checkpoint, "save_state", 1),
         (checkpoint, "save_state", 2),
         (checkpoint, "save_state", 3),
-        *((files.os, "replace", number) for number in range(1, 12)),  # all renames of the stage
-        (log.StageLog, "epoch", 1),
-        (log.StageLog, "epoch", 2),
-        (log.StageLog, "epoch", 3),
+        *((files.os, "replace", number) for number in range(1, 13)),  # all renames of the stage
+        (StageLog, "epoch", 1),
+        (StageLog, "epoch", 2),
+        (StageLog, "epoch", 3),
     ],
 )
 def test_a_stage_killed_around_any_write_resumes_to_the_same_numbers(
@@ -74,7 +75,7 @@ def test_a_stage_killed_around_any_write_resumes_to_the_same_numbers(
         kill_at_call(patched, module, name, number, before=before)
         with pytest.raises(Killed):
             fit(stage(tmp_path), HARDWARE)
-    assert checkpoint.has_state(tmp_path / "checkpoints" / "resume.safetensors") or number <= 2
+    assert checkpoint.has_state(tmp_path / "checkpoints" / "resume.safetensors") or number <= 3
     assert fit(stage(tmp_path), HARDWARE).finished
     assert_same_outcome(outcome(tmp_path), uninterrupted)
 
@@ -132,7 +133,7 @@ def test_a_repeated_epoch_is_recorded_once(tmp_path, uninterrupted, monkeypatch)
         kill_at_call(patched, checkpoint, "save_state", 3, before=False)
         with pytest.raises(Killed):
             fit(stage(tmp_path), HARDWARE)
-    assert [record["epoch"] for record in log.read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
+    assert [record["epoch"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
     flip_a_bit(tmp_path / "checkpoints" / "resume.safetensors")
     rest = Method()
     fit(stage(tmp_path, rest), HARDWARE)
@@ -216,7 +217,7 @@ def test_divergence_names_its_step_and_keeps_the_last_good_state(tmp_path, repla
     for file in [*(tmp_path / "checkpoints").iterdir(), *(tmp_path / "nan").iterdir()]:
         tensors, _ = read_weights(file)
         assert all(t.isfinite().all() for t in tensors.values()), file
-    assert [r["epoch"] for r in log.read_metrics(tmp_path / "metrics.jsonl")] == [1]
+    assert [r["epoch"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [1]
 
 
 @pytest.mark.parametrize("at", [1, 4])
@@ -253,12 +254,11 @@ def test_divergence_that_cannot_be_repeated_is_reported(tmp_path):
     assert saved(tmp_path)["epoch"] == 1
 
 
-def test_divergence_is_seen_within_an_epoch(tmp_path, monkeypatch):
-    """The loss is checked every 50 steps, here every two. Later batches are not trained on."""
-    monkeypatch.setattr("ltat_fast.training.fit.CHECK_EVERY", 2)
+def test_divergence_is_seen_within_an_epoch(tmp_path):
+    """The loss is checked every --log-every steps, here every two. Later batches are not trained on."""
     method = Poisoned(not_a_number, (0, 0))
     with pytest.raises(Diverged):
-        fit(stage(tmp_path, method), HARDWARE)
+        fit(stage(tmp_path, method, log_every=2), HARDWARE)
     assert method.calls == 2 + 1  # two steps, and the bad one again to find it
 
 
@@ -278,7 +278,7 @@ def test_rollback_skips_the_bad_batch(tmp_path, replacement, save_minutes):
     fit(without, HARDWARE)
 
     assert_same_outcome(outcome(tmp_path / "rolled"), outcome(tmp_path / "without"))
-    records = log.read_metrics(tmp_path / "rolled" / "metrics.jsonl")
+    records = read_metrics(tmp_path / "rolled" / "metrics.jsonl")
     assert [(r["steps"], r.get("skipped_step")) for r in records] == [(5, None), (4, 3), (5, None)]
     assert saved(tmp_path / "rolled")["skipped"] == [1, 2]
 

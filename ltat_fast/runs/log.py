@@ -5,7 +5,6 @@ move by time and not with the loop. Elsewhere, for example in the log of a Slurm
 """
 
 import contextlib
-import datetime
 import time
 from collections.abc import Iterator
 
@@ -66,8 +65,8 @@ class Bar:
         """The time left at this pace, as "0:01:10 left"; empty if there is no pace yet."""
         if not self.pace:
             return ""
-        seconds = (self.total - self.done) / self.pace - (clock() - self._last)
-        return f"{datetime.timedelta(seconds=round(max(seconds, 0)))} left"
+        seconds = round(max((self.total - self.done) / self.pace - (clock() - self._last), 0))
+        return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"
 
     def __str__(self) -> str:
         """For example "120 of 390 steps, loss 2.01, 350 images/s, 0:01:10 left"."""

@@ -389,6 +389,22 @@ def test_damaged_or_missing_weights(run, capfd):
     assert list(json.loads((run / "eval.json").read_text())["best"]) == ["clean", "pgd20", "worst"]
 
 
+@pytest.mark.parametrize("measured", [True, False], ids=["all measured", "nothing measured"])
+def test_a_damaged_checkpoint_is_refused_even_if_the_other_has_the_same_weights(run, capfd, measured):
+    """Both files have the same checksum in their header, so that one of them would be enough to measure both."""
+    best, last = (run / "checkpoints" / f"{which}.safetensors" for which in ("best", "last"))
+    shutil.copyfile(best, last)
+    if measured:
+        evaluate(run, "--attacks", "clean")
+    before = (run / "eval.json").read_bytes()
+    content = bytearray(last.read_bytes())
+    content[-9] ^= 4
+    last.write_bytes(content)
+    message = refused(capfd, str(run), "--attacks", "clean" if measured else "fgsm")
+    assert "last.safetensors is damaged: its content does not match its checksum" in message
+    assert (run / "eval.json").read_bytes() == before
+
+
 def test_images_of_other_classes(tmp_path, folder_run, capfd):
     run = shutil.copytree(folder_run, tmp_path / "run")
     others = train_runs.write_images(tmp_path / "others", names=("ant", "bee", "dog"))

@@ -131,7 +131,7 @@ class _Fit:
         if self.progress.step == 0:
             self.stage.method.on_epoch_start(self.progress.epoch)
         done = self._train_steps(started)
-        self._end_epoch(done, time.monotonic() - started)
+        self._end_epoch(done, started)
 
     def _train_steps(self, started: float) -> int:
         """Take the remaining steps of the epoch and return how many of its steps are done."""
@@ -147,7 +147,7 @@ class _Fit:
                 done += 1
                 shown = {}
                 if done % stage.config.log_every == 0:
-                    shown = {"loss": self._record_steps(done, self._totals(done), time.monotonic() - started)}
+                    shown = self._record_steps(done, self._totals(done), time.monotonic() - started)
                 bar.advance(1, **shown)
                 self.bar.advance(1)
                 if self._time_to_save(done):
@@ -157,26 +157,27 @@ class _Fit:
                     self._stop_if_signalled(f"in epoch {epoch + 1}, step {done}")
         return done
 
-    def _record_steps(self, done: int, totals: dict[str, float], seconds: float) -> float | str:
-        """Record the steps since the last such record of the epoch and return their mean loss.
+    def _record_steps(self, done: int, totals: dict[str, float], seconds: float) -> dict[str, float]:
+        """Record the steps since the last such record of the epoch; return what their bar shows.
 
-        done, seconds: steps and time since the start of the epoch.
+        totals, seconds: those of all ``done`` steps of the epoch. The time must be read after the totals, which wait
+        until the device has taken these steps.
         """
         before, epoch = self.progress.recorded, self.progress.epoch
         entry = entries.means(totals, before)
         if not entry["steps"]:  # the only one was skipped, or the epoch ended with a record
-            return "-"
+            return {}
         position = {"epoch": epoch + 1, "step": epoch * self.per_epoch + done, "lr": self.stage.rate(epoch, done - 1)}
         images = entry["steps"] * self.stage.loader.batch_size
         entry |= entries.speed(images, seconds - before.get("seconds", 0.0)) | entries.memory(self.step.device)
         self.record.step(position | entry)
         self.progress.recorded = totals | {"seconds": seconds}
-        return entry["loss"]
+        return {"loss": entry["loss"]}
 
-    def _end_epoch(self, done: int, seconds: float) -> None:
+    def _end_epoch(self, done: int, started: float) -> None:
         """Evaluate and record the epoch, then save the state from which the next epoch starts."""
         stage, progress, epoch = self.stage, self.progress, self.progress.epoch + 1
-        totals = self._totals(done)
+        totals, seconds = self._totals(done), time.monotonic() - started
         self._record_steps(done, totals, seconds)
         means = entries.means(totals)
         entry = {"epoch": epoch, "steps": means.pop("steps"), "lr": stage.rate(epoch - 1, done - 1)} | means

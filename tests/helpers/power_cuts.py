@@ -49,9 +49,9 @@ class PowerCuts:
 
     def _cut(self) -> None:
         for image in (self._strict(self.root), self._journalling()):
-            image = {name: content for name, content in image.items() if not name.endswith(".partial")}  # no one reads it
-            if image not in self.images:
-                self.images.append(image)
+            read_again = {name: content for name, content in image.items() if not name.endswith(".partial")}
+            if read_again not in self.images:
+                self.images.append(read_again)
 
     def _strict(self, folder: Path) -> Image:
         found = {}

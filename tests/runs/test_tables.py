@@ -103,7 +103,7 @@ def test_every_attack_that_was_asked_for_has_columns(tmp_path):
         add_result(run, attack, {"all": percent, "tail": percent - 20, "images": 600})
     (table,) = tables.build(experiments([run]))
     all_classes = ["Clean", "PGD", "AA", "cw20", "pgd20x5", "apgd-ce", "square"]
-    assert table.headings == all_classes + ["T-Clean", "T-PGD", "T-cw20", "T-pgd20x5", "T-apgd-ce", "T-square"]
+    assert table.headings == [*all_classes, "T-Clean", "T-PGD", "T-cw20", "T-pgd20x5", "T-apgd-ce", "T-square"]
     assert table.rows[0].cells[3:7] == ["31.25", "32.50", "33.75", "34.00"]
     text = tables.render([run])
     assert max(map(len, text.splitlines())) <= 80

@@ -418,18 +418,18 @@ def test_images_of_other_classes(tmp_path, folder_run, capfd):
 def test_report(digits_run, folder_run, capfd):
     capfd.readouterr()
     assert train_runs.status_of("report", str(digits_run), str(folder_run), str(digits_run) + "/") == 0
-    text = capfd.readouterr().out
+    digits, folder = capfd.readouterr().out.split("imagefolder-lt")
+    title, _, headings, name, *rows = digits.splitlines()[:6]
+    assert title == "digits-lt, imbalance ratio 10, smallresnet: percent of 100 test images"
+    assert headings.split() == ["Clean", "PGD", "T-Clean", "T-PGD", "Worst", "T-Worst"]
+    assert name == "ltat alpha=10.0"
     scores = json.loads((digits_run / "eval.json").read_text())
-    for which in ("best", "last"):
-        (row,) = [line for line in text.splitlines() if "digits-lt" in line and which in line]
-        cells = [cell.strip() for cell in row.strip("│").split("│")]
-        clean, pgd = scores[which]["clean"], scores[which]["pgd20"]
-        numbers = [f"{x:.2f}" for x in (clean["all"], pgd["all"], clean["tail"], pgd["tail"])]
-        run = ["ltat alpha=10.0", "digits-lt", "10", "smallresnet", which, "1"]
-        worst = [f"{scores[which]['worst'][group]:.2f}" for group in ("all", "tail")]
-        assert cells == [*run, *numbers[:2], "-", *numbers[2:], *worst]
-    assert sum("imagefolder-lt" in line and "as found" in line for line in text.splitlines()) == 2
-    assert "Percent of 15 or 100 test images" in text
+    for which, row in zip(("best", "last"), rows, strict=True):
+        of = scores[which]
+        numbers = [of[attack][group] for group in ("all", "tail") for attack in ("clean", "pgd20")]
+        numbers += [of["worst"][group] for group in ("all", "tail")]
+        assert row.split() == [which, *(f"{number:.2f}" for number in numbers)]
+    assert folder.startswith(", imbalance ratio as found, smallresnet: percent of 15 test images\n")
 
 
 def test_report_refuses(tmp_path, capfd):

@@ -20,8 +20,9 @@ LARGEST = 2**53  # a number of an epoch or of a step above it is damage
 class StageLog:
     """Append records to ``folder/metrics.jsonl``, ``folder/steps.jsonl`` and ``folder/tb``.
 
-    epochs_done, steps_done: the position of the stage. Later records are dropped; a run that was killed after writing
-    them left them there. A file with damaged lines is kept beside, as "metrics.jsonl.damaged".
+    epochs_done, steps_done: up to where the records belong to the state of the stage. Later records are dropped; a run
+    that was killed after writing them left them there. A file with damaged lines is kept beside, as
+    "metrics.jsonl.damaged".
     """
 
     def __init__(self, folder: Path, epochs_done: int, steps_done: int = 0):

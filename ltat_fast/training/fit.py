@@ -51,8 +51,8 @@ def fit(stage: Stage, hardware: Hardware) -> Progress:
     flops = speed.flops_per_image(build("eager"), x, y)
     ceiling = speed.matmul_ceiling(hardware.device, hardware.dtype)
     log.say(f"{stage.name}: {flops / 1e9:.3g} GFLOP per image; matrix products reach {ceiling / 1e12:.3g} TFLOP/s")
-    steps_done = progress.epoch * len(stage.loader) + progress.step
-    record = StageLog(stage.folder, progress.epoch, steps_done) if distributed.current().is_main else NoLog()
+    is_main, per_epoch = distributed.current().is_main, len(stage.loader)
+    record = StageLog(stage.folder, progress.epoch, progress.steps_recorded(per_epoch)) if is_main else NoLog()
     try:
         with StopOnSignal() as stop:
             return _Fit(stage, step, progress, record, stop, flops / ceiling).run()
@@ -107,7 +107,8 @@ class _Fit:
     def run(self) -> Progress:
         if not checkpoint.has_state(self.stage.state_file):
             self._save()  # so that there always is a good state to return to
-        with log.progress(self.stage.name, self.all_steps, "steps", done=self._steps_done()) as self.bar:
+        done = self.progress.steps_done(self.per_epoch)
+        with log.progress(self.stage.name, self.all_steps, "steps", done=done) as self.bar:
             while not self.progress.finished:
                 try:
                     self._train_epoch()
@@ -117,13 +118,9 @@ class _Fit:
 
     def _go_back(self, diverged: Diverged) -> None:
         self.progress = recovery.skip_bad_batch(self.stage, self.step, diverged)
-        self.record.go_back(self.progress.epoch, self._steps_done())
-        self.bar.go_to(self._steps_done())
+        self.record.go_back(self.progress.epoch, self.progress.steps_recorded(self.per_epoch))
+        self.bar.go_to(self.progress.steps_done(self.per_epoch))
         self._save()
-
-    def _steps_done(self) -> int:
-        """The steps of the stage until :attr:`progress`."""
-        return self.progress.epoch * self.per_epoch + self.progress.step
 
     def _train_epoch(self) -> None:
         started = time.monotonic() - self.progress.seconds
@@ -171,7 +168,7 @@ class _Fit:
         images = entry["steps"] * self.stage.loader.batch_size
         entry |= entries.speed(images, seconds - before.get("seconds", 0.0)) | entries.memory(self.step.device)
         self.record.step(position | entry)
-        self.progress.recorded = totals | {"seconds": seconds}
+        self.progress.recorded = totals | {"done": done, "seconds": seconds}
         return {"loss": entry["loss"]}
 
     def _end_epoch(self, done: int, started: float) -> None:

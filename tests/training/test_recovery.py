@@ -80,6 +80,18 @@ def test_a_stage_killed_around_any_write_resumes_to_the_same_numbers(
     assert_same_outcome(outcome(tmp_path), uninterrupted)
 
 
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize("number", [1, 3, 6])
+def test_a_stage_killed_around_a_record_of_steps_has_each_once(tmp_path, uninterrupted, monkeypatch, number, before):
+    """The third and the sixth record are of the last step of an epoch, after whose save the epoch is not over yet."""
+    with monkeypatch.context() as patched:
+        kill_at_call(patched, StageLog, "step", number, before=before)
+        with pytest.raises(Killed):
+            fit(stage(tmp_path, save_minutes=1e-9), HARDWARE)
+    assert fit(stage(tmp_path), HARDWARE).finished
+    assert_same_outcome(outcome(tmp_path), uninterrupted)
+
+
 @pytest.mark.parametrize("at", [1, 4, 6, 8, 15])
 @pytest.mark.parametrize("save_minutes", [1e-9, 10.0])
 def test_a_stage_killed_in_any_step_resumes_to_the_same_numbers(tmp_path, uninterrupted, at, save_minutes):

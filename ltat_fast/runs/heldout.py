@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ltat_fast.runs.json_object import is_percent
+from ltat_fast.runs.json_object import is_number
 from ltat_fast.runs.records import read_metrics
 from ltat_fast.runs.results import BALANCED, CheckpointResults, EvalFile, Result
 
@@ -16,7 +16,7 @@ def on_heldout_images(run_dir: Path) -> EvalFile:
     """
     needed = [f"heldout_{attack}" for attack in ATTACKS]
     records = read_metrics(run_dir / "metrics.jsonl")
-    records = [record for record in records if all(is_percent(record.get(name)) for name in needed)]
+    records = [record for record in records if all(is_number(record.get(name)) for name in needed)]
     if not records:
         return EvalFile()
     best = max(records, key=lambda record: record["heldout_pgd20"])

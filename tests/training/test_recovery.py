@@ -211,6 +211,22 @@ def test_lost_best_weights_are_selected_from_the_remaining_epochs(tmp_path, caps
     assert read_weights(tmp_path / "checkpoints" / "best.safetensors")[1]["epoch"] == 3
 
 
+@pytest.mark.parametrize("line", [b"\xff", b"1", b'{"epoch": 1, "note": "\x1e"}', b"[" * 100_000])
+def test_a_damaged_log_does_not_stop_a_resumption(tmp_path, uninterrupted, capsys, line):
+    """Only the damaged records are lost."""
+    with pytest.raises(Interrupted):
+        fit(stage(tmp_path, Method(send(signal.SIGTERM, 12))), HARDWARE)
+    for name in ("metrics.jsonl", "steps.jsonl"):
+        _, rest = (tmp_path / name).read_bytes().split(b"\n", 1)
+        (tmp_path / name).write_bytes(line + b"\n" + rest)
+    assert fit(stage(tmp_path), HARDWARE).finished
+    said = capsys.readouterr().out
+    assert said.count("WARNING") == 2
+    assert "steps.jsonl: damaged and skipped: line 1; the damaged file is kept as steps.jsonl.damaged" in said
+    metrics, files, steps = uninterrupted
+    assert_same_outcome(outcome(tmp_path), (metrics[1:], files, steps[1:]))
+
+
 def dumps(folder) -> list[str]:
     return sorted(path.name for path in (folder / "nan").glob("*"))
 

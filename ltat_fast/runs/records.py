@@ -65,8 +65,9 @@ class StageLog:
 
     def sync(self) -> None:
         """Wait until all records are on the disk. A state saved after it never claims what these files lack."""
-        for name in (EPOCHS, STEPS):
-            files.sync(self.folder / name)
+        for path in (self.folder / EPOCHS, self.folder / STEPS):
+            if path.exists():  # someone may have removed it; that is no reason to stop
+                files.sync(path)
 
     def close(self) -> None:
         for writer in (self.epochs, self.steps):

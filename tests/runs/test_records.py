@@ -118,6 +118,16 @@ def test_many_damaged_lines_are_counted(tmp_path, capsys):
     assert capsys.readouterr().out.endswith("skipped: lines 1, 2, 3, 4, 5, 6, 7, 8, 9, 10 and 2 more\n")
 
 
+def test_a_log_that_was_removed_begins_again(tmp_path):
+    stage_log = StageLog(tmp_path, 0)
+    stage_log.epoch(record(1))
+    (tmp_path / "metrics.jsonl").unlink()
+    stage_log.sync()
+    stage_log.epoch(record(2))
+    stage_log.close()
+    assert epochs_in(tmp_path) == [2]
+
+
 def test_a_log_that_is_no_file_is_moved_away(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").mkdir()
     assert epochs_in(tmp_path) == []

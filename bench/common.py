@@ -18,7 +18,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,9 +35,9 @@ def add_device_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
 
 
-def add_problem_flags(parser: argparse.ArgumentParser) -> None:
+def add_problem_flags(parser: argparse.ArgumentParser, arch_choices: Sequence[str] = ()) -> None:
     """Add the flags for the network and the batch that a benchmark of the training step uses."""
-    parser.add_argument("--arch", choices=sorted(ARCHS), default="resnet18")
+    parser.add_argument("--arch", choices=[*sorted(ARCHS), *arch_choices], default="resnet18")
     parser.add_argument("--image-size", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=128)
 

@@ -33,14 +33,14 @@ from ltat_fast.training.step import TrainStep, frozen_twin, make_optimizer
 PLAIN = "LTAT"
 
 
-def build(problem: Problem, flags: list[str], hardware: Hardware) -> Callable[[], None]:
-    """Return a function that takes one training step of the run with these flags of ``train``."""
+def build(problem: Problem, flags: list[str], hardware: Hardware) -> TrainStep:
+    """Return the training step of the run with these flags of ``train``."""
     config, method = parse_args(["--out", "unused", "--dataset", "cifar10-lt", *flags])
     model = allow_joint_calls(problem.network(seed=1).to(memory_format=torch.channels_last))
     teacher = frozen_twin(problem.network(seed=2), hardware) if method.teacher != "none" else None
     counts = torch.tensor(problem.class_counts, device=problem.device)
     method.setup(MethodContext(counts, teacher, label_smoothing=config.label_smoothing))
-    step = TrainStep(
+    return TrainStep(
         model,
         method,
         make_optimizer(model, LR, config.momentum, config.weight_decay),
@@ -48,14 +48,17 @@ def build(problem: Problem, flags: list[str], hardware: Hardware) -> Callable[[]
         hardware,
         modifiers=build_modifiers(config, method, model, counts),
     )
-    x, y = problem.batch()
-    x = x.contiguous(memory_format=torch.channels_last)
-    return lambda: step(x, y, lr=LR, progress=1.0, seed=0)
 
 
 def measure(problem: Problem, hardware: Hardware, rounds: int) -> list[dict[str, str]]:
     rows = recipes(None)["experiments"][0]["rows"]
-    steps = {row["name"]: build(problem, row["flags"], hardware) for row in rows}
+    x, y = problem.batch()
+    x = x.contiguous(memory_format=torch.channels_last)
+
+    def one_batch(step: TrainStep) -> Callable[[], None]:
+        return lambda: step(x, y, lr=LR, progress=1.0, seed=0)
+
+    steps = {row["name"]: one_batch(build(problem, row["flags"], hardware)) for row in rows}
     forwards = {}
     for name, step in steps.items():
         with FlopCounter() as counter:

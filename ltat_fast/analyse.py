@@ -15,6 +15,7 @@ import tyro
 from ltat_fast import cli
 from ltat_fast.analysis import runner
 from ltat_fast.errors import UserError, exit_on_user_error
+from ltat_fast.out_of_memory import explained
 from ltat_fast.runs import log
 from ltat_fast.training import device as devices
 
@@ -42,7 +43,9 @@ def main(argv: list[str] | None = None) -> None:
         if (value := getattr(arguments.measurement, name)) is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} must be 1 or more, not {value}")
     hardware = devices.choose(arguments.device, "fp32")
-    log.say(runner.analyse(list(dict.fromkeys(arguments.runs)), parts, arguments.measurement, hardware))
+    runs, measurement = list(dict.fromkeys(arguments.runs)), arguments.measurement
+    with explained(f"use a smaller --batch-size (it is {measurement.batch_size}); finished parts are kept"):
+        log.say(runner.analyse(runs, parts, measurement, hardware))
 
 
 if __name__ == "__main__":

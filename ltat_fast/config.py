@@ -50,6 +50,16 @@ class DataSettings:
     """folder of the images, and target of a download; digits-lt needs none"""
     image_size: int | None = None
     """resize and centre-crop every image of a folder or list to this height and width in pixels"""
+    store_size: int | None = None
+    """store the images of a folder or list at this height and width, not smaller than --image-size: training crops
+    them at random to --image-size, and evaluation uses the centre"""
+    crop: Literal["pad", "resized"] = "pad"
+    """random crop in training; pad: of the image with 4 black pixels on each side, or without them if --store-size is
+    given; resized: a random part of 8 to 100 percent of the image, resized"""
+    data_placement: Literal["auto", "device", "stream"] = "auto"
+    """where the images stay; device: in the memory of the device; stream: in a file, or in the memory of the host, from
+    which they are read during training, so that they can be larger than the memory; auto: device if they fill at most
+    half of its free memory"""
     bad_images: Literal["stop", "skip"] = "stop"
     """image files that cannot be read or decoded; stop: name them and end; skip: train without them and list them"""
     augment: Literal["none", "randaugment", "autoaugment"] = "none"
@@ -89,6 +99,9 @@ class TrainingSettings:
     """images per step of the student, summed over all processes"""
     teacher_batch_size: int = 32
     """images per step of the teacher, summed over all processes"""
+    accumulate: int = 1
+    """split each batch into N equal micro-batches, one after the other, and update once; less memory, the same result
+    up to rounding, but batch norm takes its statistics from a micro-batch (docs/memory.md)"""
     gamma: float | None = None
     """images per class in the teacher's balanced set, divided by the size of the smallest class; half the imbalance
     ratio if not given, as in the paper, but at least 1"""
@@ -250,6 +263,8 @@ PRESETS: dict[str, dict] = {
         "arch": "timm:resnet50",
         "imbalance_ratio": None,
         "image_size": 224,
+        "store_size": 256,
+        "crop": "resized",
         "eps": "4/255",
         "step_size": "1/255",
     },
@@ -273,7 +288,7 @@ METHOD_PRESETS: dict[tuple[str, str], dict] = {
 }
 # Settings that --resume may change: they say where and how a run computes, not what it trains. Another device, backend
 # or evaluation batch size changes rounding errors. The batch size also changes the random parts of AutoAttack.
-FREE_ON_RESUME = {"resume", "out", "data_dir", "device", "compile", "save_minutes", "eval_batch_size"}
+FREE_ON_RESUME = {"resume", "out", "data_dir", "data_placement", "device", "compile", "save_minutes", "eval_batch_size"}
 FREE_ON_RESUME |= {"on_nan", "on_collapse", "log_every"}
 
 
@@ -331,13 +346,14 @@ def validate(config: Config, method: Method) -> None:
         "teacher_epochs",
         "batch_size",
         "teacher_batch_size",
+        "accumulate",
         "attack_steps",
         "awp_from",
         "eval_every",
         "log_every",
     )
-    optional = ("eval_batch_size", "image_size", "limit_eval", "limit_autoattack", "max_steps")
-    for name in at_least_one + optional:
+    optional = ("eval_batch_size", "image_size", "store_size", "limit_eval", "limit_autoattack", "max_steps")
+    for name in (*at_least_one, *optional):
         value = getattr(config, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} must be 1 or more, not {value}")
@@ -355,10 +371,13 @@ def validate(config: Config, method: Method) -> None:
         raise UserError(f"--label-smoothing: the loss of --method {method.name} with these options has no label term")
     if not 0 < config.heldout < 1:
         raise UserError(f"--heldout must be a share between 0 and 1, not {config.heldout:g}")
-    if config.image_size and config.dataset not in AS_FOUND:
-        raise UserError(
-            f"--image-size is for {' and '.join(AS_FOUND)}; all images of {config.dataset} have the same size"
-        )
+    for name in ("image_size", "store_size"):
+        if getattr(config, name) and config.dataset not in AS_FOUND:
+            only = f"--{name.replace('_', '-')} is for {' and '.join(AS_FOUND)}"
+            raise UserError(f"{only}; all images of {config.dataset} have the same size")
+    if config.store_size and config.store_size < (config.image_size or math.inf):
+        what = f"smaller than --image-size {config.image_size}" if config.image_size else "without --image-size"
+        raise UserError(f"--store-size {config.store_size} {what}: it is the size from which training takes its crops")
     if config.bad_images != "stop" and config.dataset not in (*AS_FOUND, "tinyimagenet-lt"):
         raise UserError(f"--bad-images is for datasets of image files; {config.dataset} has none")
     if config.attack == "n-fgsm" and not method.uses_attack:
@@ -370,8 +389,26 @@ def validate(config: Config, method: Method) -> None:
     if config.teacher is not None and method.teacher == "none":
         unless = " without --igdm-alpha" if isinstance(method, WithIgdm) else ""
         raise UserError(f"--teacher is not used by --method {config.method}{unless}")
+    validate_batches(config, method)
     _validate_modifiers(config, method)
     method.check()
+
+
+def validate_batches(config: Config, method: Method, processes: int = 1) -> None:
+    """Raise UserError if a share of a batch, one of ``processes``, does not split evenly into micro-batches."""
+    if config.accumulate == 1:
+        return
+    trains_teacher = method.teacher != "none" and config.teacher is None
+    for name in ("batch_size", "teacher_batch_size") if trains_teacher else ("batch_size",):
+        size, parts = getattr(config, name), config.accumulate
+        if size % (parts * processes):
+            over = f"{processes} processes with " if processes > 1 else ""
+            raise UserError(
+                f"--{name.replace('_', '-')} {size} does not split evenly over {over}--accumulate {parts}: choose a "
+                f"multiple of {parts * processes}"
+            )
+    if method.couples_images and method.needs_double_backward:
+        raise UserError(f"--accumulate is not possible with --method {config.method}, which needs the whole batch")
 
 
 def _validate_network(config: Config) -> None:

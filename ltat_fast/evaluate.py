@@ -3,7 +3,7 @@
     python -m ltat_fast.evaluate RUN [--checkpoint best] [--attacks clean,fgsm,pgd20,cw20,autoattack]
 
 The work is in ``ltat_fast/training/evaluation.py``; docs/evaluation.md describes attacks, checks and the file. Exit
-status: 0 done; 2 a flag, a path or the data is wrong; 75 interrupted, finished attacks are kept.
+status: 0 done; 2 a flag, a path or the data is wrong, or out of memory; 75 interrupted, finished attacks are kept.
 """
 
 import ltat_fast.entry_point  # noqa: F401  (before torch)
@@ -23,6 +23,7 @@ from ltat_fast import config as configuration
 from ltat_fast.attacks.by_name import CHOICES, parse_attacks
 from ltat_fast.errors import EXIT_INTERRUPTED, exit_on_user_error
 from ltat_fast.files import refuse_read_only
+from ltat_fast.out_of_memory import explained
 from ltat_fast.runs import log, tables
 from ltat_fast.runs.results import EvalFile
 from ltat_fast.runs.splits import load_splits
@@ -81,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
         refuse_read_only(arguments.run)  # checked early; whether stored results fit the test set is known only later
     hardware = device.choose(arguments.device, "fp32")
     try:
-        with stop_at_once():
+        with stop_at_once(), explained("evaluate on a device with more free memory (--device)"):
             data = load_splits(config, hardware.device)
             evaluate_checkpoints(config, data, hardware, which, attacks, arguments.again)
     except Interrupted as error:

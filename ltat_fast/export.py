@@ -11,13 +11,14 @@ import tyro
 
 from ltat_fast import cli
 from ltat_fast.errors import exit_on_user_error
+from ltat_fast.out_of_memory import explained
 from ltat_fast.runs import log
 from ltat_fast.runs.export import export
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Export a trained network: safetensors and a card, plain torch code, torch.export, ONNX."""
+    """Export a trained network as a folder for the Hugging Face hub: safetensors, torch code, torch.export, ONNX."""
 
     run: tyro.conf.Positional[Path]
     """run folder"""
@@ -33,7 +34,9 @@ class Arguments:
 def main(argv: list[str] | None = None) -> None:
     arguments = cli.parse(Arguments, "python -m ltat_fast.export", argv)
     out = arguments.out or arguments.run / f"export-{arguments.checkpoint}"
-    for file in export(arguments.run, arguments.checkpoint, out, arguments.image_size):
+    with explained("export on a machine with more free memory"):
+        files = export(arguments.run, arguments.checkpoint, out, arguments.image_size)
+    for file in files:
         log.say(f"{file}  {file.stat().st_size / 2**20:.2f} MiB")
     log.say(f"In {out}: from model import load_model; model = load_model(); logits = model(images)")
 

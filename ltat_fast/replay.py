@@ -6,7 +6,8 @@ The file holds the batch, the seed and all tensors that the step starts from. Th
 images and the teacher are loaded from the folders that the run used. The step runs in eager mode, whatever backend the
 run used.
 
-Exit status: 0 a number is not finite again; 1 all numbers are finite; 2 the file, the run or the data is wrong.
+Exit status: 0 a number is not finite again; 1 all numbers are finite; 2 the file, the run or the data is wrong, or
+out of memory.
 """
 
 import ltat_fast.entry_point  # noqa: F401  (before torch)
@@ -20,6 +21,7 @@ import tyro
 
 from ltat_fast import cli
 from ltat_fast.errors import exit_on_user_error
+from ltat_fast.out_of_memory import explained
 from ltat_fast.runs import log
 from ltat_fast.training.replay import replay
 
@@ -41,7 +43,8 @@ class Arguments:
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> int:
     arguments = cli.parse(Arguments, "python -m ltat_fast.replay", argv)
-    findings = replay(arguments.dump, arguments.data_dir, arguments.device)
+    with explained("replay on a device with more free memory, for example with --device cpu"):
+        findings = replay(arguments.dump, arguments.data_dir, arguments.device)
     for finding in findings[:SHOWN]:
         log.say(f"not finite: {finding}")
     if len(findings) > SHOWN:

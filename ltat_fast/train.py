@@ -5,9 +5,9 @@
     python -m ltat_fast.train --out RUN --resume                               # resume after an interruption
     torchrun --nproc-per-node=8 -m ltat_fast.train ...                         # the same on eight GPUs
 
-Exit status: 0 done; 2 wrong flag, path or data, or a full disk; 3 a loss or a weight was not finite, or a one-step
-attack collapsed; 4 another process of the run died; 75 interrupted, state saved; 76 the CUDA graph could not be
-captured (the command then continues by itself in a new process with --compile step). See docs/reliability.md.
+Exit status: 0 done; 2 wrong flag, path or data, full disk, or out of memory; 3 a loss or a weight was not finite, or a
+one-step attack collapsed; 4 another process of the run died; 75 interrupted, state saved; 76 the CUDA graph could not
+be captured (the command then continues by itself in a new process with --compile step). See docs/reliability.md.
 """
 
 import ltat_fast.entry_point  # noqa: F401  (before torch)
@@ -24,6 +24,7 @@ from ltat_fast.errors import (
     EXIT_GRAPH_FAILED,
     EXIT_INTERRUPTED,
     EXIT_LOST_PROCESS,
+    EXIT_USER_ERROR,
     UserError,
     exit_on_user_error,
 )
@@ -36,6 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     config, method = parse_args(argv)
 
     from ltat_fast.files import lock_run_dir
+    from ltat_fast.out_of_memory import OutOfMemory, explained
     from ltat_fast.runs import log
     from ltat_fast.training import device, distributed, pipeline
     from ltat_fast.training.backend import GraphNotUsable
@@ -50,11 +52,19 @@ def main(argv: list[str] | None = None) -> int:
     else:
         log.quiet()
     try:
-        with lock_run_dir(config.run_dir) if is_main else contextlib.nullcontext(), stop_at_once():
+        lock = lock_run_dir(config.run_dir) if is_main else contextlib.nullcontext()
+        advice = "keep the images off the device (--data-placement stream), or use a smaller --batch-size"
+        with lock, stop_at_once(), explained(advice):
             (config.run_dir / "interrupted").unlink(missing_ok=True)
             distributed.start(hardware.device.type == "cuda")
             pipeline.train(config, method, hardware)
             distributed.wait()  # a process that exits early aborts the collectives of the others
+    except OutOfMemory as error:
+        sentence = f"{error}{what_is_kept(config, error.flags)}"
+        if distributed.current().size == 1:
+            raise UserError(sentence) from error
+        print(f"ltat_fast: error: {sentence}", file=sys.stderr)
+        distributed.exit_at_once(EXIT_USER_ERROR)
     except (Diverged, Collapsed) as error:
         print(f"ltat_fast: {error}", file=sys.stderr)
         return EXIT_DIVERGED
@@ -66,12 +76,12 @@ def main(argv: list[str] | None = None) -> int:
             raise
         reason = str(error).splitlines()[0].split(". ")[0]
         print(f"ltat_fast: another process of this run died, see its own message ({reason})", file=sys.stderr)
-        distributed.exit_after_lost_process(EXIT_LOST_PROCESS)
+        distributed.exit_at_once(EXIT_LOST_PROCESS)
     except Interrupted as error:
         if is_main and (config.run_dir / "config.json").exists():
             with contextlib.suppress(OSError):
                 (config.run_dir / "interrupted").write_text(f"{error}\n")
-        log.say(f"{error}; resume with: python -m ltat_fast.train --out {shlex.quote(str(config.run_dir))} --resume")
+        log.say(f"{error}; resume with: {resume_command(config)}")
         return EXIT_INTERRUPTED
     finally:
         distributed.stop()
@@ -104,6 +114,32 @@ def prepare_run_dir(config: Config, method) -> None:
         except OSError as error:
             raise UserError(f"cannot create the run folder {run_dir}: {error.strerror}") from None
     files.refuse_read_only(run_dir)
+
+
+def resume_command(config: Config, flags: str = "") -> str:
+    return f"python -m ltat_fast.train --out {shlex.quote(str(config.run_dir))} --resume {flags}".rstrip()
+
+
+def what_is_kept(config: Config, flags: str) -> str:
+    """Return the end of a sentence: how the run can go on after it ran out of memory.
+
+    flags: with which it can be resumed. The sizes of batches are part of the experiment, so without such flags only a
+    machine with more memory can resume it.
+    """
+    from ltat_fast.runs import checkpoint
+    from ltat_fast.training.stage import state_file
+
+    saved = any(checkpoint.has_state(state_file(config, stage)) for stage in ("teacher", "student"))
+    if saved and flags:
+        return f"; resume with: {resume_command(config, flags)}"
+    if saved:
+        return (
+            "; these need a new run in another --out; the saved state is kept, and with more free memory it resumes "
+            f"with: {resume_command(config)}"
+        )
+    if (config.run_dir / "config.json").exists():
+        return f"; nothing is trained yet: delete {config.run_dir}, or choose another --out"
+    return ""
 
 
 def continue_without_graph() -> None:

@@ -185,6 +185,9 @@ def test_help_of_every_method(name, capsys):
         ("--teacher-epochs -1", "--teacher-epochs must be 1 or more"),
         ("--batch-size 0", "--batch-size must be 1 or more"),
         ("--attack-steps 0", "--attack-steps must be 1 or more"),
+        ("--accumulate 0", "--accumulate must be 1 or more"),
+        ("--batch-size 30 --accumulate 4", "--batch-size 30 does not split evenly over --accumulate 4: .* of 4$"),
+        ("--teacher-batch-size 6 --accumulate 4", "--teacher-batch-size 6 does not split evenly over --accumulate 4"),
         ("--limit-eval 0", "--limit-eval must be 1 or more"),
         ("--limit-autoattack 0", "--limit-autoattack must be 1 or more"),
         ("--max-steps 0", "--max-steps must be 1 or more"),
@@ -202,6 +205,9 @@ def test_help_of_every_method(name, capsys):
         ("--weight-decay -1", "--weight-decay must be 0 or more"),
         ("--select-on heldout --heldout 1", "--heldout must be a share between 0 and 1"),
         ("--image-size 32", "--image-size is for imagefolder-lt and imagelist-lt and parquet-lt and imagenet-lt"),
+        ("--store-size 40", "--store-size is for imagefolder-lt and imagelist-lt and parquet-lt and imagenet-lt"),
+        ("--dataset imagefolder-lt --store-size 40", "--store-size 40 without --image-size: it is the size from which"),
+        ("--dataset imagelist-lt --image-size 64 --store-size 40", "--store-size 40 smaller than --image-size 64: it"),
         ("--method pgd-at --teacher x", "--teacher is not used by --method pgd-at"),
         (
             "--settings authors",
@@ -432,3 +438,17 @@ def test_auto_is_what_the_run_on_disk_chose(recorded):
     assert differences(old, method, dataclasses.replace(asked, select_on="test"), method) == (
         [] if recorded == "test" else [f"select_on ({recorded} -> test)"]
     )
+
+
+def test_a_batch_splits_over_processes_and_micro_batches():
+    config, method = parse("--batch-size", "24", "--teacher-batch-size", "32", "--accumulate", "4")
+    configuration.validate_batches(config, method, processes=2)
+    with pytest.raises(UserError, match="--batch-size 24 does not split evenly over 4 processes with --accumulate 4"):
+        configuration.validate_batches(config, method, processes=4)
+    unused = ("--method", "pgd-at", "--batch-size", "24", "--teacher-batch-size", "30", "--accumulate", "4")
+    configuration.validate_batches(*parse(*unused))
+
+
+def test_micro_batches_are_part_of_the_experiment():
+    (old, method), (new, _) = parse(), parse("--accumulate", "2")
+    assert differences(old, method, new, method) == ["accumulate (1 -> 2)"]

@@ -241,9 +241,10 @@ def test_a_run_from_training_to_export(tree, tmp_path, arch, flags):
     assert train_runs.status_of("report", str(run)) == 0
     assert train_runs.status_of("export", str(run)) == 0
     exported = run / "export-last"
-    assert json.loads((exported / "card.json").read_text())["architecture"]["arch"] == arch
-    program = "import torch; from model import load_model; x = torch.linspace(0, 1, 6144).view(2, 3, 32, 32);"
-    program += "torch.save(load_model()(x).detach(), 'out.pt')"
+    assert json.loads((exported / "config.json").read_text())["architecture"]["arch"] == arch
+    program = "import torch; from model import Model, load_model; x = torch.linspace(0, 1, 6144).view(2, 3, 32, 32);"
+    program += "logits = load_model()(x).detach(); torch.save(logits, 'out.pt');"
+    program += "assert torch.equal(Model.from_pretrained('.')(x), logits)"
     subprocess.run([sys.executable, "-c", program], cwd=exported, check=True, timeout=600)
     logits = torch.load(exported / "out.pt")
     images = torch.linspace(0, 1, 6144).view(2, 3, 32, 32)
@@ -271,10 +272,15 @@ def test_a_killed_run_continues_bit_equal(tree, tmp_path, zoo, arch):
 
 def test_an_export_of_a_module_has_no_model_py(tree, tmp_path, zoo, capsys):
     assert train(tree, tmp_path / "run", "--arch", f"{zoo}:shared", "--method", "natural") == 0
+    earlier = tmp_path / "run" / "export-last"
+    earlier.mkdir()
+    (earlier / "config.json").write_text('{"architecture": {}, "ltat_fast": "1"}')
+    (earlier / "model.py").write_text("of another network")
     assert train_runs.status_of("export", str(tmp_path / "run")) == 0
     assert "no model.py: module:my_networks:shared is code of yours" in capsys.readouterr().out
     files = {path.name for path in (tmp_path / "run" / "export-last").iterdir()}
     assert "model.py" not in files and {"model.safetensors", "model.pt2", "README.md"} <= files  # noqa: PT018
+    assert "`from_pretrained` cannot load this folder" in (tmp_path / "run" / "export-last" / "README.md").read_text()
 
 
 def test_weights_without_gradient_are_refused_with_awp(tree, tmp_path, zoo, capsys):

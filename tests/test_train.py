@@ -148,7 +148,7 @@ def test_a_run_with_all_modifiers_resumes_and_says_what_they_are(tmp_path, image
     assert train_runs.status_of("export", str(tmp_path / "whole"), "--out", str(export)) == 0
     last, _ = read_weights(tmp_path / "whole" / "checkpoints" / "last.safetensors")
     assert torch.equal(load_file(export / "model.safetensors")["fc.weight"], last["fc.weight"])
-    assert json.loads((export / "card.json").read_text())["training"]["modifiers"]["ema"] == 0.5
+    assert json.loads((export / "config.json").read_text())["training"]["modifiers"]["ema"] == 0.5
 
 
 def test_sigterm_while_evaluating_stops_at_once(tmp_path, digits_run, monkeypatch):

@@ -177,7 +177,7 @@ def corruptions_on_common(analysed: list[Analysed]) -> Callable[[Analysed], dict
     """Return the function that measures corruptions on the images that all ``analysed`` classify correctly."""
     first = analysed[0]
     for other in analysed[1:]:
-        if not torch.equal(first.test.images, other.test.images):
+        if other.asked["corruptions"]["test_set"] != first.asked["corruptions"]["test_set"]:
             raise UserError(f"corruptions compare runs on the same images, but {first.run} and {other.run} use others")
     common = torch.stack([measures.classified(a.subject) for a in analysed]).all(0)
     return lambda a: measures.corruption(a.subject, common)

@@ -11,6 +11,7 @@ docs/evaluation.md describes the protocol.
 
 import re
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,6 +23,9 @@ from ltat_fast.attacks.pgd import AttackConfig, pgd
 from ltat_fast.errors import UserError
 from ltat_fast.models.frozen import FrozenTwin
 from ltat_fast.pixels import to_unit
+
+if TYPE_CHECKING:  # the attacks do not need the datasets
+    from ltat_fast.data import HostImages
 
 AUTOATTACK: dict[str, Version] = {"autoattack": "standard", "autoattack-plus": "plus", "autoattack-rand": "rand"}
 OBJECTIVES = {"pgd": cross_entropy, "cw": cw_margin, "scaled-pgd": scaled_cross_entropy}
@@ -51,7 +55,7 @@ def _unknown(name: str) -> UserError:
 def correct_under(
     name: str,
     model: FrozenTwin,
-    images: Tensor,
+    images: "Tensor | HostImages",
     labels: Tensor,
     eps: float,
     *,
@@ -63,7 +67,7 @@ def correct_under(
 ) -> Tensor:
     """Return whether each image is classified correctly under the attack ``name``: bool ``(N,)`` on the CPU.
 
-    images: uint8 ``(N, C, H, W)`` and labels: int64 ``(N,)``, on the model's device. eps: radius of the L_inf ball.
+    images: uint8 ``(N, C, H, W)`` and labels: int64 ``(N,)``, for the model's device. eps: radius of the L_inf ball.
     indices: int64 ``(N,)`` on the CPU, the index of each image in its dataset; ``arange(N)`` if None. The start noise
         of an image depends on the seed, the attack, the number of the start and this index, not on the batch.
         AutoAttack is the exception: it seeds every batch with the same seed.

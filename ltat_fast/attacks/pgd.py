@@ -69,13 +69,31 @@ def attack_loop(
     eps, step size and ``start_eps`` of each image. Without ``start_eps``, the start noise has the plain eps, and the
     first step projects it (RobustLT).
     """
-    if start is not None or config.noise == "none":
-        x_adv = (x if start is None else start).clone()
-    else:
-        radius = config.start_radius
-        if scale is not None and config.start_eps is not None:
-            radius = radius * scale
-        x_adv = pgd_init(x, radius, config.noise, generator=generator)
+    x_adv = random_start(x, config, generator, scale) if start is None else start.clone()
+    return ascend_from(x_adv, x, ascend, config, context, scale)
+
+
+def random_start(
+    x: Tensor, config: AttackConfig, generator: torch.Generator | None = None, scale: Tensor | None = None
+) -> Tensor:
+    """Return the start point of :func:`attack_loop`, a new tensor shaped like ``x``. The arguments are the same."""
+    if config.noise == "none":
+        return x.clone()
+    radius = config.start_radius
+    if scale is not None and config.start_eps is not None:
+        radius = radius * scale
+    return pgd_init(x, radius, config.noise, generator=generator)
+
+
+def ascend_from(
+    x_adv: Tensor,
+    x: Tensor,
+    ascend: Ascend,
+    config: AttackConfig,
+    context: tuple = (),
+    scale: Tensor | None = None,
+) -> Tensor:
+    """Run the steps of :func:`attack_loop` from the point ``x_adv``, and perhaps write into it."""
     ball = None if scale is None else (config.step_size * scale, config.eps * scale)
     for _ in range(config.steps):
         x_adv = ascend(x, x_adv, *context, ball=ball)

@@ -1,5 +1,6 @@
 """Datasets as uint8 arrays, the long-tailed profile, and batches made on the training device."""
 
+from ltat_fast.data.host import HostImages
 from ltat_fast.data.loader import DeviceLoader, resident
 from ltat_fast.data.longtail import (
     LongTailed,
@@ -17,6 +18,7 @@ __all__ = [
     "DATASETS",
     "Dataset",
     "DeviceLoader",
+    "HostImages",
     "ImageSet",
     "LongTailed",
     "balanced_indices",

@@ -30,12 +30,12 @@ class Crops(NamedTuple):
     """bool, whether the crop is flipped horizontally"""
 
 
-def draw_crops(n: int, pad: int, flip: bool, generator: torch.Generator) -> Crops:
-    """Draw crops for ``n`` images: offsets uniform on 0..2*pad, and a flip with probability 1/2 if ``flip`` is set.
+def draw_crops(n: int, slack: int, flip: bool, generator: torch.Generator) -> Crops:
+    """Draw crops for ``n`` images: offsets uniform on 0..slack, and a flip with probability 1/2 if ``flip`` is set.
 
     ``generator`` is a CPU generator, and the result is on the CPU.
     """
-    top, left = torch.randint(2 * pad + 1, (2, n), generator=generator)
+    top, left = torch.randint(slack + 1, (2, n), generator=generator)
     if flip:
         flipped = torch.randint(2, (n,), generator=generator).bool()
     else:
@@ -43,19 +43,20 @@ def draw_crops(n: int, pad: int, flip: bool, generator: torch.Generator) -> Crop
     return Crops(top, left, flipped)
 
 
-def apply_crops(x: Tensor, pad: int, crops: Crops) -> Tensor:
-    """Pad images (N, C, H, W) of any dtype with ``pad`` zeros per side, then crop each to (H, W) and flip it.
+def apply_crops(x: Tensor, pad: int, crops: Crops, size: int | None = None) -> Tensor:
+    """Pad images (N, C, H, W) of any dtype with ``pad`` zeros per side, crop each to ``size`` (H, W if None), flip it.
 
     ``crops`` holds N entries on the device of ``x``. The whole batch is one gather, with one index per pixel for all
     channels.
     """
-    n, channels, height, width = x.shape
+    n, channels, stored_height, stored_width = x.shape
+    height, width = (stored_height, stored_width) if size is None else (size, size)
     padded = F.pad(x, (pad, pad, pad, pad)).flatten(2)
     rows = crops.top[:, None] + torch.arange(height, device=x.device)
     columns = torch.arange(width, device=x.device)
     columns = crops.left[:, None] + torch.where(crops.flipped[:, None], columns.flip(0), columns)
-    pixels = (rows[:, :, None] * (width + 2 * pad) + columns[:, None, :]).flatten(1)[:, None]
-    return padded.gather(2, pixels.expand(n, channels, height * width)).view(x.shape)
+    pixels = (rows[:, :, None] * (stored_width + 2 * pad) + columns[:, None, :]).flatten(1)[:, None]
+    return padded.gather(2, pixels.expand(n, channels, height * width)).view(n, channels, height, width)
 
 
 class Policy:

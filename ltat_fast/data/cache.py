@@ -1,136 +1,185 @@
 """Cache of decoded images: the first start decodes them, every later start maps the arrays into memory.
 
-Each dataset has one folder with the ``.npy`` files of its splits and ``cache.json``, which holds the key and the CRC-32
-of each file. The key, also the name of the folder, is a hash of everything that determines the arrays: names, sizes and
-modification times of the image files, labels and options. So a changed dataset misses the cache. The folder is written
-under a temporary name, synced and renamed. A reader that finds it incomplete or damaged decodes again. The cache may be
-deleted at any time.
+Each dataset has one folder with an ``.npy`` file per split and ``cache.json``, which holds the key, the checksums of
+the files and the bad images that they leave out. The key, also the name of the folder, is a hash of everything that
+determines the pixels: names, sizes and modification times of the image files, and the size of the stored images. So a
+changed dataset misses the cache. While images are decoded, the folder is called ``<key>.part``, and an interrupted
+decoding is continued from it (:mod:`ltat_fast.data.partial`). A reader that finds a cache incomplete or damaged decodes
+again. The cache may be deleted at any time.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
+import math
 import os
 import shutil
 import stat
 import time
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
-from ltat_fast.data.decode import bad_images_error, decode_images, decoded_bytes
+from ltat_fast.data.decode import bad_images_error, decode_into, image_shape
+from ltat_fast.data.digest import crc32_of_chunks, digest, images_digest
 from ltat_fast.data.folder import Tree
+from ltat_fast.data.partial import HEADER, Blocks, InMemory, OnDisk, Shape
 from ltat_fast.data.space import free_disk, gib, require_memory
 from ltat_fast.files import exclusive
 
-FORMAT = 2
+FORMAT = 3
 """version of the cache, part of the key: raise it when the decoding or the layout of the cache changes"""
-NAMES = ("train.images", "train.labels", "test.images", "test.labels")
-"""the arrays of every dataset: images uint8 (N, 3, H, W), labels int64 (N,). With a split "val" there are those of
-val too. If bad images are left out, each split has also positions int64 (N,): the places of its images in the tree"""
-KINDS = ("images", "labels", "positions")
 CARD = "cache.json"
+KEPT = 2
+"""caches of one dataset that are kept, the last used ones; each size of the images has its own"""
+ABANDONED = 7 * 24 * 3600
+"""seconds after which an interrupted decoding of another size or of other files is removed"""
 
-Arrays = dict[str, np.ndarray]
+IN_WORDS = {"train": "training", "test": "test", "val": "validation"}
+
+Report = Callable[[str], None]
 
 
-def load_or_decode(
-    tree: Tree, image_size: int | None, folders: list[Path], report: Callable[[str], None], skip_bad: bool = False
-) -> Arrays:
-    """Load the arrays of ``tree``, by name of :data:`NAMES`, from the cache, or decode the images and write the cache.
+class Bar(Protocol):
+    """A progress bar."""
+
+    def advance(self, images: int, /) -> None: ...
+
+
+OpenBar = Callable[[str, int], contextlib.AbstractContextManager[Bar]]
+"""takes what is counted and how many there are"""
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """The images of a dataset."""
+
+    images: dict[str, np.ndarray]
+    """uint8 (N, 3, H, W) by split, without the bad images; read-only memory maps unless no disk had room for them"""
+    digests: dict[str, str]
+    """:func:`ltat_fast.data.digest.images_digest` of each split"""
+    bad: dict[int, str]
+    """reasons of the bad images by position among the images of all splits"""
+
+
+@dataclass(frozen=True)
+class Source:
+    """The image files to decode, and whom to tell about it."""
+
+    tree: Tree
+    image_size: int | None
+    """see :func:`ltat_fast.data.decode.read_image`"""
+    report: Report
+    """called with each line for the user"""
+    open_bar: OpenBar
+
+    @functools.cached_property
+    def paths(self) -> list[str]:
+        """The files of all splits."""
+        return [path for split in self.tree.splits.values() for path in split.paths]
+
+    @functools.cached_property
+    def counts(self) -> dict[str, int]:
+        """Images by split."""
+        return {name: len(split.paths) for name, split in self.tree.splits.items()}
+
+    @functools.cached_property
+    def key_and_missing(self) -> tuple[str, dict[int, str]]:
+        """The hash of everything that determines the pixels, as 32 hex digits, and the files that are missing.
+
+        Missing files are reasons by position in ``paths``.
+        """
+        key = hashlib.sha256(json.dumps([FORMAT, self.image_size, *self.counts.items()]).encode())
+        root = os.fspath(self.tree.root)
+        missing: dict[int, str] = {}
+        for place, path in enumerate(self.paths):
+            status = _status(self.tree.file_of(path))
+            if isinstance(status, str):
+                missing[place] = f"cannot read {path}: {status}"
+                version = status
+            else:
+                version = f"{status.st_size} {status.st_mtime_ns}"
+            key.update(f"{path.removeprefix(root)!r} {version}\n".encode())
+        return key.hexdigest()[:32], missing
+
+    def decode(self, blocks: Blocks) -> None:
+        """Decode the images into ``blocks``."""
+        start = time.monotonic()
+        what = " and ".join(f"{count:,} {IN_WORDS[split]}" for split, count in self.counts.items())
+        self.report(f"decoding {what} images from {self.tree.root}")
+        with self.open_bar("decoded images", len(self.paths)) as bar:
+            # One call for all splits, so that a training and a test image of different size are found too.
+            decode_into(blocks, self.paths, self.image_size, self.key_and_missing[1], self.tree.open_image, bar.advance)
+        self.report(f"decoded in {time.monotonic() - start:.1f} s")
+
+
+def load_or_decode(source: Source, folders: Sequence[Path], skip_bad: bool) -> Decoded:
+    """Load the images of ``source`` from the cache, or decode them and write the cache.
 
     Args:
-        image_size: see :func:`ltat_fast.data.decode.read_image`
-        folders: the folders that may hold the cache, in order of preference; one that is not writable is reported and
-            skipped
-        report: called with each line for the user
-        skip_bad: leave out images that cannot be read or decoded, and say which
-
-    Returns:
-        Arrays that are read-only memory maps if they come from the cache.
+        folders: the folders that may hold the cache, in order of preference; one that is not writable or has too
+            little room is reported and skipped
+        skip_bad: leave out images that cannot be read or decoded
 
     Raises:
-        UserError: see :func:`ltat_fast.data.decode.decode_images`.
+        UserError: images are bad and ``skip_bad`` is not set, or all of them are bad; images differ in size; neither
+            disk nor memory has room for them.
     """
-    key, missing = _key(tree, image_size, skip_bad)
-    if len(missing) == len(_paths(tree)):
-        raise bad_images_error(missing)
-    names = tuple(f"{split}.{kind}" for split in tree.splits for kind in KINDS[: 3 if skip_bad else 2])
+    decoded = _load_or_decode(source, folders)
+    if decoded.bad and (not skip_bad or len(decoded.bad) == len(source.paths)):
+        raise bad_images_error(decoded.bad)
+    return decoded
+
+
+def _load_or_decode(source: Source, folders: Sequence[Path]) -> Decoded:
+    key, missing = source.key_and_missing
+    splits, report = tuple(source.counts), source.report
     for folder in folders:
-        if (arrays := read_cache(folder / key, key, names)) is not None:
-            return arrays
-    paths = [path for i, path in enumerate(_paths(tree)) if i not in missing]
-    needed = decoded_bytes(paths, image_size, tree.open_image)
-    require_memory(needed)
+        if (found := read_cache(folder / key, key, splits)) is not None:
+            return found
+    shape = image_shape(source.paths, source.image_size, missing, source.tree.open_image)
+    needed = len(source.paths) * math.prod(shape)
     for folder in folders:
-        if not _fits(folder, needed, report):
+        partial = folder / f"{key}.part"
+        if not _fits(folder, partial, needed, report):
             continue
         with contextlib.ExitStack() as stack:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(exclusive(folder / f"{key}.lock", report))
+                # Another process may have written it while this one waited for the lock.
+                if (found := read_cache(folder / key, key, splits)) is None:
+                    found = _write_cache(source, folder / key, partial, shape)
+                    _remove_old(folder, key, source.tree.root, report)
+                return found
             except OSError as error:
                 report(f"cannot keep decoded images in {folder}: {error.strerror}")
-                continue
-            # Another process may have written it while this one waited for the lock.
-            if (arrays := read_cache(folder / key, key, names)) is not None:
-                return arrays
-            arrays = _decode(tree, image_size, report, missing, skip_bad)
-            try:
-                write_cache(folder / key, key, arrays)
-            except OSError as error:
-                report(f"cannot keep decoded images in {folder}: {error.strerror}")
-            return arrays
-    return _decode(tree, image_size, report, missing, skip_bad)
+                shutil.rmtree(partial, ignore_errors=True)
+    require_memory(needed)
+    blocks = InMemory(source.counts, shape)
+    source.decode(blocks)
+    images = blocks.finish()
+    digests = {split: images_digest(array.shape, crc32_of_chunks(array)) for split, array in images.items()}
+    return Decoded(images, digests, blocks.bad)
 
 
-def left_out(tree: Tree, arrays: Arrays) -> list[str]:
-    """Return the paths of ``tree`` that ``arrays`` leave out, relative to its root."""
-    paths = []
-    for name, split in tree.splits.items():
-        if (positions := arrays.get(f"{name}.positions")) is not None:
-            kept = np.isin(np.arange(len(split.paths)), positions)
-            paths += [os.path.relpath(split.paths[i], tree.root) for i in np.flatnonzero(~kept)]
-    return paths
-
-
-def read_cache(folder: Path, key: str, names: Sequence[str] = NAMES) -> Arrays | None:
-    """Map the arrays ``names``, read-only; None if ``folder`` is missing, incomplete, damaged, or has another key."""
+def read_cache(folder: Path, key: str, splits: Sequence[str]) -> Decoded | None:
+    """Map the images of ``splits``; None if ``folder`` is missing, incomplete, damaged, or has another key."""
     try:
-        if json.loads((folder / CARD).read_bytes()) != _card(folder, key, names):
+        card = _read_card(folder)
+        if card["key"] != key or card["crc32"] != _checksums(folder, splits):
             return None
-        return {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in names}
-    except (OSError, ValueError, RecursionError):  # RecursionError: damaged JSON can nest without end
+        with contextlib.suppress(OSError):  # the folder may be read-only
+            os.utime(folder / CARD)  # when it was last used
+        return _open(folder, splits, card)
+    # A damaged file can have any content, and damaged JSON can nest without end.
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
-
-
-def write_cache(folder: Path, key: str, arrays: Arrays) -> None:
-    """Replace ``folder`` by one that holds ``arrays``. The caller holds the lock.
-
-    Args:
-        arrays: C-contiguous, with names as in :data:`NAMES`
-
-    Raises:
-        OSError: the disk is full or not writable.
-    """
-    partial = folder.with_name(f"{folder.name}.part")
-    shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
-    try:
-        partial.mkdir()
-        for name in arrays:
-            with (partial / f"{name}.npy").open("wb") as file:
-                # Not np.save: on a full disk it raises an OSError without a reason, or loses the last bytes silently.
-                np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(arrays[name]))
-                file.write(arrays[name].data)
-                file.flush()
-                os.fsync(file.fileno())
-        (partial / CARD).write_text(json.dumps(_card(partial, key, arrays)))
-        shutil.rmtree(folder, ignore_errors=True)  # a damaged cache
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def user_cache_folder() -> Path:
@@ -138,51 +187,77 @@ def user_cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ltat_fast"
 
 
-def _card(folder: Path, key: str, names: Iterable[str]) -> dict:
-    """Return what :data:`CARD` must hold. The files are read through memory maps, so nothing is copied."""
-    files = [f"{name}.npy" for name in names]
-    return {"key": key, "crc32": {file: zlib.crc32(np.memmap(folder / file, np.uint8, "r")) for file in files}}
+def _write_cache(source: Source, folder: Path, partial: Path, shape: Shape) -> Decoded:
+    """Decode the images into ``partial``, then rename it to ``folder``. The caller holds the lock. Raises OSError."""
+    about = {"key": folder.name, "root": os.fspath(source.tree.root)}
+    blocks = OnDisk(partial, about, source.counts, shape)
+    if blocks.finished:
+        source.report(f"continuing an interrupted decoding of {source.tree.root}")
+    try:
+        source.decode(blocks)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            blocks.close()
+        raise
+    blocks.finish()
+    card = about | {"bad": sorted(blocks.bad.items()), "crc32": _checksums(partial, tuple(source.counts))}
+    with (partial / CARD).open("w") as file:
+        json.dump({"content": card, "sha256": digest(card)}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    shutil.rmtree(folder, ignore_errors=True)  # a damaged cache
+    partial.rename(folder)
+    return _open(folder, tuple(source.counts), card)
 
 
-def _decode(
-    tree: Tree, image_size: int | None, report: Callable[[str], None], missing: dict[int, str], skip_bad: bool
-) -> Arrays:
-    """Decode the images of ``tree``. missing: files that cannot be read, by position.
+def _open(folder: Path, splits: Sequence[str], card: dict) -> Decoded:
+    images = {split: np.load(folder / f"{split}.npy", mmap_mode="r", allow_pickle=False) for split in splits}
+    digests = {split: images_digest(array.shape, card["crc32"][f"{split}.npy"][1:]) for split, array in images.items()}
+    return Decoded(images, digests, {int(position): str(reason) for position, reason in card["bad"]})
 
-    Raises UserError, unless ``skip_bad`` is set, if there are missing files or some cannot be decoded.
+
+def _read_card(folder: Path) -> dict:
+    """Return the content of the card. Raises an error of any type if it is missing or damaged."""
+    card = json.loads((folder / CARD).read_bytes())
+    if card["sha256"] != digest(card["content"]):
+        raise ValueError("the card is damaged")
+    return card["content"]
+
+
+def _checksums(folder: Path, splits: Sequence[str]) -> dict[str, list[int]]:
+    """Return the CRC-32 of the header of each file, followed by those of its pixels."""
+    files = {f"{split}.npy": np.memmap(folder / f"{split}.npy", np.uint8, "r") for split in splits}
+    return {name: [zlib.crc32(file[:HEADER]), *crc32_of_chunks(file[HEADER:])] for name, file in files.items()}
+
+
+def _remove_old(folder: Path, key: str, root: Path, report: Report) -> None:
+    """Remove all but the :data:`KEPT` last used caches of ``root`` in ``folder``, and abandoned decodings of it."""
+    finished = []
+    for card in folder.glob(f"*/{CARD}"):
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
+            if card.parent.name != key and _read_card(card.parent)["root"] == os.fspath(root):
+                finished.append((card.stat().st_mtime, card.parent))
+    old = [path for _, path in sorted(finished)[: 1 - KEPT]]
+    for journal in folder.glob("*.part/decoded.jsonl"):
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
+            about = json.loads(journal.open().readline())
+            if about["root"] == os.fspath(root) and time.time() - journal.stat().st_mtime > ABANDONED:
+                old.append(journal.parent)
+    for path in old:
+        size = sum(file.stat().st_blocks * 512 for file in path.iterdir())
+        shutil.rmtree(path, ignore_errors=True)
+        report(f"removed decoded images of {root} at another size or from earlier files: {gib(size)}")
+
+
+def _fits(folder: Path, partial: Path, needed: int, report: Report) -> bool:
+    """Return whether the disk of ``folder`` has room for ``needed`` bytes; report it if not.
+
+    partial: files of an interrupted decoding, which count as free.
     """
-    start = time.monotonic()
-    val = f", {len(tree.val.paths):,} validation" if tree.val is not None else ""
-    report(
-        f"decoding {len(tree.train.paths):,} training{val} and {len(tree.test.paths):,} test images from {tree.root}"
-    )
-    bad = dict(missing)
-    # One call for all splits, so that a training and a test image of different size are found too.
-    images = decode_images(_paths(tree), image_size, report, bad, tree.open_image)
-    if bad and not skip_bad:
-        raise bad_images_error(bad)
-    report(f"decoded in {time.monotonic() - start:.1f} s")
-    arrays, first, row = {}, 0, 0
-    for name, split in tree.splits.items():
-        places = range(first, first + len(split.paths))
-        positions = np.array([i - first for i in places if i not in bad], np.int64)
-        arrays[f"{name}.images"] = images[row : row + len(positions)]
-        arrays[f"{name}.labels"] = np.array(split.labels, np.int64)[positions]
-        if skip_bad:
-            arrays[f"{name}.positions"] = positions
-        first, row = places.stop, row + len(positions)
-    return arrays
-
-
-def _paths(tree: Tree) -> list[str]:
-    """Return the paths of all splits of ``tree``."""
-    return [path for split in tree.splits.values() for path in split.paths]
-
-
-def _fits(folder: Path, needed: int, report: Callable[[str], None]) -> bool:
-    """Return whether the disk of ``folder`` has room for ``needed`` bytes; report it if not."""
     try:
         free = free_disk(folder)
+        with contextlib.suppress(FileNotFoundError):
+            free += sum(file.stat().st_blocks * 512 for file in partial.iterdir())
     except OSError:  # the next step reports it
         return True
     if needed > free:
@@ -190,30 +265,6 @@ def _fits(folder: Path, needed: int, report: Callable[[str], None]) -> bool:
             f"these images need {gib(needed)}, but the disk of {folder} has {gib(free)} free: they are not kept there"
         )
     return needed <= free
-
-
-def _key(tree: Tree, image_size: int | None, skip_bad: bool) -> tuple[str, dict[int, str]]:
-    """Return the hash of everything that determines the arrays, as 32 hex digits, and the files that are missing.
-
-    Missing files are reasons by position in :func:`_paths`.
-    """
-    options = [FORMAT, image_size, tree.class_names] + (["skip"] if skip_bad else [])
-    digest = hashlib.sha256(json.dumps(options).encode())
-    root = os.fspath(tree.root)
-    missing: dict[int, str] = {}
-    place = 0
-    for number, split in enumerate(tree.splits.values()):
-        digest.update(b"\n" if number else b"")
-        for path, label in zip(split.paths, split.labels, strict=True):
-            status = _status(tree.file_of(path))
-            if isinstance(status, str):
-                missing[place] = f"cannot read {path}: {status}"
-                version = "missing"
-            else:
-                version = f"{status.st_size} {status.st_mtime_ns}"
-            digest.update(f"{path.removeprefix(root)!r} {label} {version}\n".encode())
-            place += 1
-    return digest.hexdigest()[:32], missing
 
 
 def _status(path: str) -> os.stat_result | str:

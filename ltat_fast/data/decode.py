@@ -1,7 +1,7 @@
-"""Decode image files into one uint8 array."""
+"""Decode image files into uint8 arrays."""
 
+import math
 import os
-import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +11,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from ltat_fast.data.partial import Blocks
 from ltat_fast.errors import UserError
 
 EXTENSIONS = frozenset(
@@ -23,6 +24,8 @@ MAX_PIXELS = 2**26
 """limit on the pixels of an image, checked before decoding, because a file of a few kilobytes can claim gigabytes"""
 NAMED_FILES = 20
 """number of bad files that a message names; the others are counted"""
+BLOCK_IMAGES, BLOCK_BYTES = 256, 2**25
+"""how many images one thread decodes at a time, at most"""
 
 OpenImage = Callable[[str | Path], BinaryIO]
 
@@ -32,76 +35,87 @@ def open_file(path: str | Path) -> BinaryIO:
     return open(path, "rb")
 
 
-def decode_images(
-    paths: list[str],
+def decode_into(
+    blocks: Blocks,
+    paths: Sequence[str],
     image_size: int | None,
-    report: Callable[[str], None] = lambda line: None,
-    bad: dict[int, str] | None = None,
+    bad: Mapping[int, str],
     open_image: OpenImage = open_file,
-) -> np.ndarray:
-    """Decode files into uint8 (N, 3, H, W), in parallel.
+    advance: Callable[[int], None] = lambda images: None,
+) -> None:
+    """Decode files into ``blocks``, in parallel. Blocks that are finished already are not decoded again.
 
     Threads are enough: Pillow releases the GIL while it decodes, converts and resizes.
 
     Args:
+        blocks: takes the images; files that cannot be decoded are in its ``bad`` afterwards
+        paths: the files of all splits, in order
         image_size: see :func:`read_image`; None requires that all images have the same size
-        report: called with a line of progress every ten seconds
-        bad: None refuses bad files. A dict leaves them out: the reason of each is added under its position in
-            ``paths``, files whose position it holds already are not opened, and N counts the others.
+        bad: files that are known to be bad, by position in ``paths``; they are not opened
         open_image: opens one of ``paths``
+        advance: called with the number of images of each finished block, also of those finished before
 
     Raises:
-        UserError: files cannot be decoded, or two files differ in size; the message names them. Or no file is left.
+        UserError: two files differ in size; the message names them.
+        OSError: the disk of ``blocks`` is full or not writable.
     """
-    refuse, bad = bad is None, {} if bad is None else bad
-    first_path, first = _first_image(paths, image_size, bad, open_image)
-    images = np.empty((len(paths), *first.shape), np.uint8)
 
-    def decode(start: int) -> int:
-        stop = min(start + 256, len(paths))
-        for i in range(start, stop):
-            if i in bad:
-                continue
+    def decode(block: range) -> int:
+        images, reasons = np.empty((len(block), *blocks.shape), np.uint8), {}
+        for row, i in enumerate(block):
             try:
+                if i in bad:
+                    raise UserError(bad[i])
                 image = read_image(paths[i], image_size, open_image)
             except UserError as error:
-                bad[i] = str(error)
+                reasons[i] = str(error)
                 continue
-            if image.shape != first.shape:
+            if image.shape != blocks.shape:
                 raise UserError(
-                    f"images differ in size: {first_path} is {_size(first)}, {paths[i]} is {_size(image)}; "
-                    "set --image-size to resize them to one size"
+                    f"images differ in size: {paths[i]} is {_size(image.shape)}, the first image "
+                    f"{_size(blocks.shape)}; set --image-size to resize them to one size"
                 )
-            images[i] = image
-        return stop
+            images[row] = image
+        blocks.write(block.start, images, reasons)
+        return len(block)
 
-    last_report = time.monotonic()
+    todo, first = [], 0
+    size = max(1, min(BLOCK_IMAGES, BLOCK_BYTES // math.prod(blocks.shape)))
+    for count in blocks.counts.values():  # no block has images of two splits
+        for start in range(first, first + count, size):
+            block = range(start, min(start + size, first + count))
+            advance(len(block)) if start in blocks.finished else todo.append(block)
+        first += count
     with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None) as pool:
         try:
-            for done in pool.map(decode, range(0, len(paths), 256)):
-                if time.monotonic() - last_report > 10:
-                    last_report = time.monotonic()
-                    report(f"decoded {done:,} of {len(paths):,} images")
+            for done in pool.map(decode, todo):
+                advance(done)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    if not bad:
-        return images
-    if refuse:
-        raise bad_images_error(bad)
-    good = [i for i in range(len(paths)) if i not in bad]
-    for row, i in enumerate(good):  # in place: the images may fill most of the memory
-        images[row] = images[i]
-    return images[: len(good)]
 
 
-def decoded_bytes(paths: list[str], image_size: int | None, open_image: OpenImage = open_file) -> int:
-    """Return the bytes that the decoded ``paths`` fill, by the size of the first image that can be decoded.
+def image_shape(
+    paths: Sequence[str], image_size: int | None, bad: Mapping[int, str], open_image: OpenImage = open_file
+) -> tuple[int, int, int]:
+    """Return channels, height and width of the first image that can be decoded, which is the shape of all images.
 
-    Raises UserError if no image can be decoded.
+    Args:
+        bad: files that are not opened, by position in ``paths``
+
+    Raises:
+        UserError: no image can be decoded.
     """
-    one = 3 * image_size**2 if image_size is not None else _first_image(paths, image_size, {}, open_image)[1].nbytes
-    return len(paths) * one
+    if image_size is not None:
+        return 3, image_size, image_size
+    reasons = dict(bad)
+    for i, path in enumerate(paths):
+        if i not in reasons:
+            try:
+                return read_image(path, None, open_image).shape
+            except UserError as error:
+                reasons[i] = str(error)
+    raise bad_images_error(reasons)
 
 
 def bad_images_error(reasons: Mapping[int, str]) -> UserError:
@@ -118,19 +132,6 @@ def some_of(items: Sequence[str]) -> str:
     """Join up to :data:`NAMED_FILES` items by semicolons, and count the rest."""
     rest = len(items) - NAMED_FILES
     return "; ".join(items[:NAMED_FILES]) + (f"; and {rest:,} more" if rest > 0 else "")
-
-
-def _first_image(
-    paths: list[str], image_size: int | None, bad: dict[int, str], open_image: OpenImage
-) -> tuple[str, np.ndarray]:
-    """Return the first image that can be decoded, with its path; add those before it to ``bad``."""
-    for i, path in enumerate(paths):
-        if i not in bad:
-            try:
-                return path, read_image(path, image_size, open_image)
-            except UserError as error:
-                bad[i] = str(error)
-    raise bad_images_error(bad)
 
 
 def read_image(path: str | Path, image_size: int | None = None, open_image: OpenImage = open_file) -> np.ndarray:
@@ -203,6 +204,6 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _size(image: np.ndarray) -> str:
-    """Return the size of a (C, H, W) image as WxH."""
-    return f"{image.shape[2]}x{image.shape[1]}"
+def _size(shape: tuple[int, ...]) -> str:
+    """Return the size of an image of shape (C, H, W) as WxH."""
+    return f"{shape[2]}x{shape[1]}"

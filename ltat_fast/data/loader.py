@@ -1,4 +1,4 @@
-"""Batches from a dataset that is kept as uint8 on the training device.
+"""Batches from a dataset of uint8 images, which are on the training device or stay on the host.
 
 Order and augmentation of an epoch are a function of (seed, epoch) alone: one permutation and one set of augmentation
 draws, made on the CPU and sent to the device once. So a run can start at any step of any epoch without stored state,
@@ -12,9 +12,14 @@ import torch
 from torch import Tensor
 
 from ltat_fast.data.augment import POLICIES, Crops, apply_crops, draw_crops
+from ltat_fast.data.host import HostImages
+from ltat_fast.data.resized_crop import ResizedCrops, apply_resized_crops, draw_resized_crops
 from ltat_fast.errors import UserError
 from ltat_fast.pixels import to_unit
 from ltat_fast.seeding import stream
+
+Draws = tuple[Crops | ResizedCrops, Tensor | None]
+"""crops on the device, and operations of the augmentation on the CPU"""
 
 
 class DeviceLoader:
@@ -23,14 +28,17 @@ class DeviceLoader:
     The images after the last full batch of an epoch are dropped; they are different images in each epoch.
 
     Args:
-        images: uint8 (N, C, H, W), tensor or array; moved to ``device``, and shared, not copied, if it is there already
+        images: uint8 (N, C, H, W), tensor or array; moved to ``device``, and shared, not copied, if it is there
+            already. Or :class:`HostImages` for ``device``, whose batches are read and copied while the device computes
         labels: int64 (N,)
         batch_size: images per step over all processes together. Each process takes its contiguous share of every
             batch, so the shares of all processes together are the batch of a run with one process.
         seed: seed of the order and of the augmentation
-        pad: zeros per side before the random crop
+        pad: zeros per side before the random crop of ``crop="pad"``
         flip: whether images are flipped horizontally with probability 1/2
-        augment: "none", "randaugment" or "autoaugment", applied before crop and flip
+        augment: "none", "randaugment" or "autoaugment"; applied before the crop of "pad" and after that of "resized"
+        crop: "pad": a random crop of the padded images; "resized": a random part of the image, resized
+        size: height and width of the batches in pixels; None keeps those of the images
         device: device of the dataset and of the batches
         channels_last: whether the batches have the channels_last memory format
         rank, world_size: number of this process, and number of processes, which must divide ``batch_size``
@@ -45,7 +53,7 @@ class DeviceLoader:
 
     def __init__(
         self,
-        images: Tensor | np.ndarray,
+        images: Tensor | np.ndarray | HostImages,
         labels: Tensor | np.ndarray,
         *,
         batch_size: int,
@@ -53,16 +61,18 @@ class DeviceLoader:
         pad: int,
         flip: bool,
         augment: str = "none",
+        crop: str = "pad",
+        size: int | None = None,
         device: torch.device | str,
         channels_last: bool = False,
         rank: int = 0,
         world_size: int = 1,
         indices: Tensor | np.ndarray | None = None,
     ) -> None:
-        self.images = resident(images, device)
+        self.images = images if isinstance(images, HostImages) else resident(images, device)
         self.labels = resident(labels, device).long()
         self.indices = torch.arange(len(labels)) if indices is None else torch.as_tensor(indices, dtype=torch.int64)
-        if self.images.dtype != torch.uint8 or self.images.ndim != 4 or len(images) != len(labels):
+        if self.images.dtype != torch.uint8 or len(self.images.shape) != 4 or len(images) != len(labels):
             raise ValueError(
                 "images must be uint8 (N, C, H, W) with N labels, "
                 f"got {self.images.dtype} {tuple(images.shape)} and {len(labels)} labels"
@@ -80,9 +90,16 @@ class DeviceLoader:
                 f"{len(self.indices)} images do not fill one batch of {batch_size}; use a smaller batch "
                 "(--batch-size, for the teacher --teacher-batch-size)"
             )
+        height, width = self.images.shape[2:]
+        if size is None and crop == "resized":
+            raise ValueError("resized crops need a size")
+        if size is not None and crop == "pad" and (height != width or height + 2 * pad < size):
+            raise ValueError(f"crops of {size} x {size} pixels do not fit into images of {height} x {width}")
         self.batch_size = batch_size
         self.seed, self.pad, self.flip = seed, pad, flip
-        self.policy = None if augment == "none" else POLICIES[augment](*images.shape[2:], self.images.device)
+        self.is_resized, self.size = crop == "resized", size
+        augmented = (size, size) if self.is_resized else (height, width)
+        self.policy = None if augment == "none" else POLICIES[augment](*augmented, self.images.device)
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.rank, self.world_size = rank, world_size
 
@@ -100,19 +117,44 @@ class DeviceLoader:
         """
         device = self.images.device
         order = torch.randperm(len(self.indices), generator=stream("cpu", self.seed, "permutation", epoch))
-        order = self.indices[order].to(device)
-        crops = draw_crops(len(order), self.pad, self.flip, stream("cpu", self.seed, "crop", epoch))
-        crops = Crops(*(draw.to(device) for draw in crops))
+        order = self.indices[order]
+        draws = self._draw(len(order), epoch)
+        shares = [self._share(step) for step in range(start, len(self))]
+        labels = self.labels[order.to(device)]
+        for share, x in zip(shares, self._stored([order[share] for share in shares]), strict=True):
+            yield to_unit(self._augment(x, draws, share), self.memory_format), labels[share]
+
+    def _stored(self, indices: list[Tensor]) -> Iterator[Tensor]:
+        """Yield the images of each of ``indices``, int64 (n,) on the CPU, as uint8 on the device."""
+        if isinstance(self.images, HostImages):
+            yield from self.images.batches(index.numpy() for index in indices)
+        elif indices:
+            lengths = [len(index) for index in indices]
+            for index in torch.cat(indices).to(self.images.device).split(lengths):  # one copy per epoch
+                yield self.images[index]
+
+    def _draw(self, n: int, epoch: int) -> Draws:
+        """Draw the augmentation of the ``n`` images of an epoch."""
+        device = self.images.device
+        generator, (height, width) = stream("cpu", self.seed, "crop", epoch), self.images.shape[2:]
+        if self.is_resized:
+            crops = draw_resized_crops(n, height, width, self.flip, generator)
+        else:
+            slack = 2 * self.pad + (0 if self.size is None else height - self.size)
+            crops = draw_crops(n, slack, self.flip, generator)
+        crops = type(crops)(*(draw.to(device) for draw in crops))
+        operations = self.policy.draw(n, stream("cpu", self.seed, "augment", epoch)) if self.policy else None
+        return crops, operations
+
+    def _augment(self, x: Tensor, draws: Draws, share: slice) -> Tensor:
+        """Augment a batch, uint8 (n, C, H, W), with its ``share`` of the draws of the epoch."""
+        crops, operations = draws
+        crops = type(crops)(*(draw[share] for draw in crops))
+        if isinstance(crops, ResizedCrops):
+            x = apply_resized_crops(x, self.size, crops)
         if self.policy:
-            draws = self.policy.draw(len(order), stream("cpu", self.seed, "augment", epoch))
-        for step in range(start, len(self)):
-            share = self._share(step)
-            index = order[share]
-            x = self.images[index]
-            if self.policy:
-                x = self.policy.apply(x, draws[share])
-            x = apply_crops(x, self.pad, Crops(*(draw[share] for draw in crops)))
-            yield to_unit(x, self.memory_format), self.labels[index]
+            x = self.policy.apply(x, operations[share])
+        return apply_crops(x, self.pad, crops, self.size) if isinstance(crops, Crops) else x
 
     def _share(self, step: int) -> slice:
         """Return this process's share of batch ``step``, as positions in the order of the epoch."""

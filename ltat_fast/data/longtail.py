@@ -21,10 +21,10 @@ SHOT_DATASETS = ("imagelist-lt", "imagenet-lt")
 
 @dataclass(frozen=True)
 class LongTailed:
-    """A long-tailed training set, stored class by class."""
+    """A long-tailed training set, class by class."""
 
-    images: np.ndarray
-    """uint8 (N, C, H, W)"""
+    rows: np.ndarray
+    """int64 (N,), the rows of its images in the array of the training images"""
     labels: np.ndarray
     """int64 (N,), ascending"""
     indices: np.ndarray
@@ -54,9 +54,7 @@ def make_long_tailed(dataset: Dataset, imbalance_ratio: float | None, seed: int 
     counts = np.bincount(labels, minlength=len(train.class_names)).tolist()
     positions = indices if train.positions is None else train.positions[indices]
     groups = class_groups(counts, dataset.name)
-    return LongTailed(
-        train.images[indices], labels, positions, counts, index_hash(positions), groups, train.class_names
-    )
+    return LongTailed(indices, labels, positions, counts, index_hash(positions), groups, train.class_names)
 
 
 def class_counts(n_max: int, num_classes: int, imbalance_ratio: float) -> list[int]:

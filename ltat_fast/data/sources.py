@@ -1,18 +1,23 @@
 """The datasets by name, each with its training and test images as uint8 arrays."""
 
-from collections.abc import Callable
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import isqrt
 from pathlib import Path
 
 import numpy as np
 
-from ltat_fast.data.cache import left_out, load_or_decode, user_cache_folder
+from ltat_fast.data.cache import Bar, OpenBar, Source, load_or_decode, user_cache_folder
 from ltat_fast.data.cifar import read_cifar
 from ltat_fast.data.decode import MAX_PIXELS, some_of
+from ltat_fast.data.digest import crc32_of_chunks, images_digest
 from ltat_fast.data.download import Archive, fetch, unpack
 from ltat_fast.data.folder import Tree, scan_image_folder, scan_tiny_imagenet
 from ltat_fast.data.imagelist import scan_image_lists
+from ltat_fast.data.partial import good_rows
 from ltat_fast.data.svhn import read_svhn
 from ltat_fast.errors import UserError
 
@@ -33,6 +38,13 @@ class ImageSet:
     class_names: tuple[str, ...]
     positions: np.ndarray | None = None
     """int64 (N,), ascending: the place of each image in the files as found; None if no bad image was left out"""
+    known_digest: str | None = None
+    """``digest`` if the cache knows it"""
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """:func:`ltat_fast.data.digest.images_digest` of the images."""
+        return self.known_digest or images_digest(self.images.shape, crc32_of_chunks(np.ascontiguousarray(self.images)))
 
 
 @dataclass(frozen=True)
@@ -65,6 +77,7 @@ class Request:
     download: bool
     bad_images: str
     report: Callable[[str], None]
+    open_bar: OpenBar
 
 
 def load_dataset(
@@ -75,6 +88,7 @@ def load_dataset(
     download: bool = True,
     bad_images: str = "stop",
     report: Callable[[str], None] = print,
+    open_bar: OpenBar | None = None,
 ) -> Dataset:
     """Load the dataset called ``name``, one of :data:`DATASETS`.
 
@@ -88,13 +102,15 @@ def load_dataset(
         bad_images: what to do with image files that cannot be read or decoded; "stop": raise an error that names them;
             "skip": leave them out and report which
         report: called with each line for the user
+        open_bar: takes what is counted and how many there are, and returns a context manager with a progress bar for
+            long work; None shows none
 
     Raises:
         UserError: an unknown name, or missing, damaged or inconsistent data.
     """
     if name not in DATASETS:
         raise UserError(f"unknown dataset {name!r}; choose from {', '.join(DATASETS)}")
-    dataset = DATASETS[name](Request(name, data_dir, image_size, download, bad_images, report))
+    dataset = DATASETS[name](Request(name, data_dir, image_size, download, bad_images, report, open_bar or _no_bar))
     _check(dataset)
     return dataset
 
@@ -181,19 +197,31 @@ def _load_tree(request: Request, tree: Tree, n_max: int | None) -> Dataset:
     if request.image_size is not None and not 1 <= request.image_size <= isqrt(MAX_PIXELS):
         raise UserError(f"the image size must be between 1 and {isqrt(MAX_PIXELS):,} pixels, got {request.image_size}")
     cache_folders = [(request.data_dir or DEFAULT_DATA_DIR) / ".ltat_fast_cache", user_cache_folder()]
-    arrays = load_or_decode(tree, request.image_size, cache_folders, request.report, request.bad_images == "skip")
-    skipped = left_out(tree, arrays)
-    if skipped:
-        listed = some_of([path.encode(errors="backslashreplace").decode() for path in skipped])
-        request.report(f"left out {len(skipped):,} bad images: {listed}")
+    source = Source(tree, request.image_size, request.report, request.open_bar)
+    decoded = load_or_decode(source, cache_folders, request.bad_images == "skip")
+    left_out = [os.path.relpath(source.paths[i], tree.root) for i in sorted(decoded.bad)]
+    if left_out:
+        listed = some_of([path.encode(errors="backslashreplace").decode() for path in left_out])
+        request.report(f"left out {len(left_out):,} bad images: {listed}")
+    good = good_rows(source.counts, decoded.bad)
 
     def image_set(split: str) -> ImageSet:
-        images, labels = arrays[f"{split}.images"], arrays[f"{split}.labels"]
-        return ImageSet(images, labels, tree.class_names, arrays[f"{split}.positions"] if skipped else None)
+        labels = np.array(tree.splits[split].labels, np.int64)[good[split]]
+        positions = good[split] if left_out else None
+        return ImageSet(decoded.images[split], labels, tree.class_names, positions, decoded.digests[split])
 
     val = image_set("val") if tree.val is not None else None
     train, test = image_set("train"), image_set("test")
-    return Dataset(request.name, train, test, n_max, pad=4, flip=True, val=val, left_out=tuple(skipped))
+    return Dataset(request.name, train, test, n_max, pad=4, flip=True, val=val, left_out=tuple(left_out))
+
+
+@contextlib.contextmanager
+def _no_bar(what: str, total: int) -> Iterator[Bar]:
+    class Hidden:
+        def advance(self, images: int, /) -> None:
+            pass
+
+    yield Hidden()
 
 
 def _cifar10(request: Request) -> Dataset:

@@ -1,9 +1,11 @@
-"""Free memory and disk space, asked before images are decoded."""
+"""Free memory and disk space, and the choice where the images of a run stay."""
 
+import os
 import shutil
 from pathlib import Path
 
 import psutil
+import torch
 
 from ltat_fast.errors import UserError
 
@@ -13,18 +15,42 @@ except ImportError:  # Windows has no such limits
     resource = None
 
 CGROUPS = Path("/sys/fs/cgroup")
-"""where the kernel shows the control groups of version 2, which limit the memory of containers and jobs"""
+"""where the kernel shows the control groups, which limit the memory of containers and jobs"""
 OWN_CGROUP = Path("/proc/self/cgroup")
 """names the control group of this process"""
 
 
 def require_memory(needed: int) -> None:
-    """Raise UserError if ``needed`` bytes of decoded images do not fit into the free memory."""
+    """Raise UserError if ``needed`` bytes of decoded images, which no disk can hold, do not fit into the memory."""
     if needed > (free := free_memory()):
         raise UserError(
-            f"these images need {gib(needed)} of memory, and {gib(free)} is free: use a smaller --image-size or fewer "
-            "images"
+            f"these images need {gib(needed)}: no disk has room for them, and {gib(free)} of memory is free; "
+            "free some disk space, or use a smaller --image-size or fewer images"
         )
+
+
+def choose_placement(asked: str, needed: int, device: torch.device) -> tuple[str, str]:
+    """Return where the images of a run stay, "device" or "stream", and the line that tells the user.
+
+    asked: "auto", "device" or "stream". auto chooses the device if the images fill at most half of its free memory.
+    needed: bytes of the images.
+
+    Raises:
+        UserError: "device" was asked for, and its free memory is too small.
+    """
+    if device.type == "cuda":
+        free, where = torch.cuda.mem_get_info(device)[0], "on the GPU"
+    else:  # the processes of a run on this machine share its memory
+        free, where = free_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), "in memory"
+    if asked == "device" and needed > free:
+        raise UserError(
+            f"--data-placement device: the images need {gib(needed)}, and {gib(free)} is free {where}; use stream or "
+            "auto, a smaller --image-size or fewer images"
+        )
+    placement = asked if asked != "auto" else "device" if 2 * needed <= free else "stream"
+    if placement == "device":
+        return placement, f"the images stay {where} ({gib(needed)} of {gib(free)} free)"
+    return placement, f"the images ({gib(needed)}) are streamed; {gib(free)} is free {where}"
 
 
 def free_memory() -> int:
@@ -51,15 +77,23 @@ def _free_in_cgroups() -> list[int]:
     """Return the bytes left in the control group of this process and in each group above it that has a limit."""
     free = []
     try:
-        own = next(line for line in OWN_CGROUP.read_text().splitlines() if line.startswith("0::"))
-        group = CGROUPS / own[3:].strip().lstrip("/")
-    except (OSError, StopIteration):  # no Linux, or version 1 of the control groups
+        lines = [line.split(":", 2) for line in OWN_CGROUP.read_text().splitlines()]
+    except OSError:  # no Linux
         return free
-    for folder in (group, *group.parents):
-        try:
-            limit, used = int((folder / "memory.max").read_text()), int((folder / "memory.current").read_text())
-            stats = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-        except (OSError, ValueError):  # no such file in the highest group; no limit: "max"
+    for _, controllers, path in lines:
+        if controllers == "":  # version 2
+            root, limit_file, used_file, cached = CGROUPS, "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):  # version 1
+            root, limit_file, used_file = CGROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            cached = "total_inactive_file"
+        else:
             continue
-        free.append(limit - used + int(stats.get("inactive_file", 0)))  # the kernel takes cached files back
+        group = root / path.strip().lstrip("/")
+        for folder in (group, *group.parents):
+            try:
+                limit, used = int((folder / limit_file).read_text()), int((folder / used_file).read_text())
+                stats = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            except (OSError, ValueError):  # no such file in the highest group; no limit: "max"
+                continue
+            free.append(limit - used + int(stats.get(cached, 0)))  # the kernel takes cached files back
     return free

@@ -65,6 +65,11 @@ class Method:
     """True if the loss contains an input gradient of the student. torch.compile and synchronised batch norm cannot
     differentiate that, so the student is not compiled, and the run needs a single process."""
 
+    couples_images: ClassVar[bool] = False
+    """True if the loss on a batch is not the mean of the losses on its parts, for example because it compares images.
+    ``--accumulate`` then computes the outputs of the student on the whole batch first, and everything with gradients
+    after it: one more forward pass (:mod:`ltat_fast.training.micro_batches`)."""
+
     default_awp: ClassVar[float] = 0.0
     """Size gamma of the weight perturbation (AWP) if ``--awp`` is not given."""
     smooths_labels: ClassVar[bool] = False

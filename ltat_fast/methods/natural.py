@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch.nn.functional as F
 
 from ltat_fast.methods.base import Method
+from ltat_fast.methods.distillation import widen
 
 
 @dataclass
@@ -22,5 +23,5 @@ class Natural(Method):
     uses_attack: ClassVar[bool] = False
 
     def loss(self, model, x, x_adv, y, progress):
-        loss = F.cross_entropy(model(x).float(), y, label_smoothing=self.context.label_smoothing)
+        loss = F.cross_entropy(widen(model(x)), y, label_smoothing=self.context.label_smoothing)
         return loss, {"ce": loss.detach()}

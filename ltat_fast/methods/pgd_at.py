@@ -15,6 +15,7 @@ from typing import ClassVar
 
 import torch.nn.functional as F
 
+from ltat_fast.methods.distillation import widen
 from ltat_fast.methods.igdm import WithIgdm
 
 
@@ -27,5 +28,5 @@ class PgdAt(WithIgdm):
 
     def loss(self, model, x, x_adv, y, progress):
         at = self.logits(model, x, x_adv)
-        loss = F.cross_entropy(at.student("adv").float(), y, label_smoothing=self.context.label_smoothing)
+        loss = F.cross_entropy(widen(at.student("adv")), y, label_smoothing=self.context.label_smoothing)
         return self.add_igdm(loss, {"ce": loss.detach()}, at, progress)

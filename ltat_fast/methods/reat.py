@@ -42,6 +42,7 @@ class Reat(Method):
     """min_w  BSL(f(x'), y) + tail_weight L_tail."""
 
     name: ClassVar[str] = "reat"
+    couples_images: ClassVar[bool] = True
     smooths_labels: ClassVar[bool] = True
     """The balanced softmax is smoothed. The tail feature term compares samples of hard classes and stays as it is."""
 

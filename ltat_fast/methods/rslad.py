@@ -17,7 +17,7 @@ Departures: those of :mod:`ltat_fast.methods.distillation`.
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ltat_fast.methods.base import Noise
 from ltat_fast.methods.distillation import Distillation, kl
@@ -38,7 +38,7 @@ class Rslad(Distillation):
     """factor s on the loss without IGDM"""
 
     def __post_init__(self) -> None:
-        self._attacked: tuple[Tensor, Tensor] | None = None  # images of the last attack, teacher logits on them
+        self._attacked = WeakTensorKeyDictionary()  # images under attack to the teacher's logits on them
 
     def check(self):
         super().check()
@@ -46,7 +46,7 @@ class Rslad(Distillation):
 
     def target(self, frozen, x, y):
         logits = self.context.teacher_logits(x)
-        self._attacked = x, logits
+        self._attacked[x] = logits
         return logits
 
     def objective(self, x_adv, logits, target):
@@ -54,10 +54,7 @@ class Rslad(Distillation):
 
     def distill(self, at, y, progress):
         # A teacher can be ten times larger than the student, so reuse its logits from the attack on the same images.
-        if self._attacked is not None and self._attacked[0] is at.x:
-            target = self._attacked[1]
-        else:
-            target = at.teacher("clean")
+        target = self._attacked[at.x] if at.x in self._attacked else at.teacher("clean")
         adversarial = kl(target, at.student("adv")).mean()
         clean = kl(target, at.student("clean")).mean()
         loss = self.adversarial_weight * adversarial + (1 - self.adversarial_weight) * clean

@@ -37,6 +37,7 @@ class Taet(Method):
 
     name: ClassVar[str] = "taet"
     noise: ClassVar[Noise] = "gaussian"
+    couples_images: ClassVar[bool] = True
     smooths_labels: ClassVar[bool] = True
 
     attack_begin: float = 0.4

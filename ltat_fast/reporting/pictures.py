@@ -1,6 +1,7 @@
 """Pictures of a study: adversarial examples, saliency maps and input gradients of each network on the same images."""
 
 import base64
+import dataclasses
 import io
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,16 +20,15 @@ from ltat_fast.analysis.inequality import saliency
 from ltat_fast.attacks import AttackConfig, pgd
 from ltat_fast.attacks.objectives import cross_entropy
 from ltat_fast.config import parse_fraction
-from ltat_fast.data import load_dataset, longtail, resident
+from ltat_fast.data import longtail
 from ltat_fast.errors import UserError
 from ltat_fast.models.frozen import FrozenTwin
 from ltat_fast.pixels import to_unit
 from ltat_fast.reporting.headline import names
 from ltat_fast.reporting.study import Study
-from ltat_fast.runs import log
 from ltat_fast.runs.experiments import Experiment
 from ltat_fast.runs.metrics import spread
-from ltat_fast.runs.splits import DeviceImages, Splits
+from ltat_fast.runs.splits import DeviceImages, Splits, host_images, read_dataset
 from ltat_fast.runs.weights import load_model, weights_file
 from ltat_fast.training.device import without_tf32
 
@@ -107,14 +107,12 @@ def _data(study: Study, device: torch.device, data_dir: Path | None) -> Splits:
     """Load the test images. Unlike :func:`ltat_fast.runs.splits.load_splits` it downloads nothing."""
     config, _ = configuration.load(study.runs[0].path)
     where = data_dir or config.data_dir
-    options = {"image_size": config.image_size, "bad_images": config.bad_images}
-    dataset = load_dataset(config.dataset, where, **options, download=False, report=log.say)
+    dataset = read_dataset(dataclasses.replace(config, data_dir=where), download=False)
     tailed = longtail.make_long_tailed(dataset, config.imbalance_ratio)
     counts = study.counts or tailed.counts
     if len(counts) != len(tailed.counts):
         raise UserError(f"the runs have {len(counts)} classes, the images {len(tailed.counts)}")
-    # The pixels stay on the CPU. The training images are not needed, and may be too many to load.
-    test = DeviceImages(resident(dataset.test.images, "cpu"), resident(dataset.test.labels, device))
+    test = host_images(dataset.test, device, config)  # the pixels stay on the host
     return Splits(
         test,
         test,
@@ -150,7 +148,7 @@ def _examples(shown: Gallery, study: Study, data: Splits, models: list[nn.Module
     places = np.unique(np.linspace(0, len(order) - 1, min(ROWS, len(order))).round().astype(int))
     labels = data.test.labels.cpu()
     firsts = [int((labels == order[p]).nonzero()[0]) for p in places if (labels == order[p]).any()]
-    x = to_unit(data.test.images[firsts].to(data.test.labels.device))
+    x = to_unit(data.test.images[torch.tensor(firsts)])
     y = data.test.labels[firsts]
     eps = parse_fraction(study.config.eps)
     attack = AttackConfig(eps, eps / 4, STEPS)
@@ -198,7 +196,7 @@ def _gradient_sizes(model: nn.Module, test: DeviceImages, index: np.ndarray, bat
     sizes = []
     for part in torch.from_numpy(index).split(batch):
         y = test.labels[part.to(test.labels.device)]
-        x = to_unit(test.images[part].to(y.device))
+        x = to_unit(test.images[part])
         gradient = input_gradient(model, x, lambda logits, y=y: F.cross_entropy(logits, y, reduction="none"))
         sizes.append(gradient.abs().flatten().cpu().numpy())
     return np.concatenate(sizes)

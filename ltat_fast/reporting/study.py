@@ -106,8 +106,8 @@ def studies(found: list[Experiment]) -> list[Study]:
     alike: dict[str, list[Experiment]] = {}
     for experiment in found:
         c = experiment.config
-        classes, images = max(map(_num_classes, experiment.runs)), experiment.runs[0].environment.index_hash
-        key = [c.dataset, c.imbalance_ratio, c.arch, c.eps, classes, images]
+        classes, first = max(map(_num_classes, experiment.runs)), experiment.runs[0]
+        key = [c.dataset, c.imbalance_ratio, c.arch, c.eps, classes, first.training_set, first.test_set]
         alike.setdefault(json.dumps(key), []).append(experiment)
     return [_study(tuple(group)) for group in alike.values()]
 

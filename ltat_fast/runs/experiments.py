@@ -70,14 +70,17 @@ def experiments(run_dirs: Sequence[Path]) -> list[Experiment]:
         alike.setdefault(json.dumps(_settings(run), sort_keys=True), []).append(run)
     found = []
     for runs in alike.values():
-        teachers: dict[str | None, list[FinishedRun]] = {}
+        teachers: dict[tuple[str | None, str | None], list[FinishedRun]] = {}
         for run in runs:
-            teachers.setdefault(run.config.teacher if _repeated_seed(runs) is not None else None, []).append(run)
-        for teacher, repetitions in teachers.items():
+            given = (run.config.teacher, run.environment.data.get("teacher"))
+            teachers.setdefault(given if _repeated_seed(runs) is not None else (None, None), []).append(run)
+        for (teacher, weights), repetitions in teachers.items():
             if (seed := _repeated_seed(repetitions)) is not None:
                 names = " and ".join(run.name for run in repetitions if run.config.seed == seed)
                 raise UserError(f"{names} are the same experiment with the same seed, {seed}: name only one of them")
             of_teacher = f" teacher={Path(teacher).name}" if teacher is not None else ""
+            if sum(name == teacher for name, _ in teachers) > 1:  # one file that held several teachers
+                of_teacher += f" ({weights or 'weights not recorded'})"
             found.append(Experiment(label(repetitions[0].config) + of_teacher, tuple(repetitions)))
     return _told_apart(found)
 
@@ -122,7 +125,7 @@ def _told_apart(found: list[Experiment]) -> list[Experiment]:
 
 
 def _settings(run: FinishedRun) -> dict[str, Any]:
-    """What repetitions have in common: the settings of the experiment, and the training images.
+    """What repetitions have in common: the settings of the experiment, and the images.
 
     A run of an earlier version lacks later settings. It trained as their defaults do.
     """
@@ -130,7 +133,7 @@ def _settings(run: FinishedRun) -> dict[str, Any]:
     settings = {name: value for name, value in settings.items() if name not in NOT_THE_EXPERIMENT}
     settings |= _default_options(run.config) | run.config.method_options
     settings["teacher"] = "own" if run.config.teacher is None else "given"
-    return settings | {"train_images": run.environment.index_hash}
+    return settings | {"training_set": run.training_set, "test_set": run.test_set}
 
 
 def _repeated_seed(runs: list[FinishedRun]) -> int | None:

@@ -1,14 +1,18 @@
 """Write a trained network as a folder of standard files.
 
-The folder holds ``model.safetensors`` (weights), ``card.json`` (architecture, training, scores), ``model.py`` (the
+The folder holds ``model.safetensors`` (weights), ``config.json`` (architecture, training, scores), ``model.py`` (the
 network in plain torch, with ``load_model()``), ``README.md``, ``model.pt2`` (a ``torch.export`` program) and, if its
 exporter is installed, ``model.onnx``. Each takes float32 images (N, C, H, W) in [0, 1] and returns logits. The
 ``model.py`` of a network of timm or torchvision imports that library. There is none for a network of a user's module.
+
+The folder can be uploaded to the Hugging Face hub as it is: ``config.json`` and the class ``Model`` of ``model.py``
+follow ``huggingface_hub.PyTorchModelHubMixin``, and ``README.md`` is a model card.
 """
 
 import importlib.util
 import inspect
 import io
+import json
 import re
 import sys
 import tempfile
@@ -30,10 +34,11 @@ from ltat_fast.files import write_json
 from ltat_fast.models import ARCHS, classifier, cosine, foreign, standalone
 from ltat_fast.models.libraries import Shape, find, is_foreign
 from ltat_fast.runs import log
+from ltat_fast.runs.model_card import model_card
 from ltat_fast.runs.results import EvalFile, Result
 from ltat_fast.runs.weights import build_from_card, read_weights, weights_file
 
-FILES = (standalone.WEIGHTS, standalone.CARD, "model.py", "model.pt2", "model.onnx", "README.md")
+FILES = (standalone.WEIGHTS, standalone.CONFIG, "model.py", "model.pt2", "model.onnx", "README.md")
 TOLERANCE = 1e-4  # as a share of the largest logit; a compiler may sum in another order
 
 
@@ -54,11 +59,13 @@ def export(run_dir: Path, which: str, out: Path, image_size: int | None = None) 
     with torch.no_grad():
         expected = model(images)
 
-    about = card(run_dir, which, model, origin | {"image_size": size})
+    about = describe(run_dir, which, model, origin | {"image_size": size})
     with files.oserror_as_user_error(out), tempfile.TemporaryDirectory(prefix=".partial-", dir=out) as folder:
         written = write_all(Path(folder), model, about, images, expected)
         for path in written:  # all of them are tested by now
             path.replace(out / path.name)
+        for name in set(FILES) - {path.name for path in written}:  # of an earlier export of another network
+            (out / name).unlink(missing_ok=True)
     return [out / path.name for path in written]
 
 
@@ -76,11 +83,11 @@ def size_of_images(weights: Path, recorded: list[int] | None, given: int | None)
 
 def write_all(folder: Path, model: nn.Module, about: dict, images: Tensor, expected: Tensor) -> list[Path]:
     """Write ``model`` to ``folder`` in every format, test each on ``images`` and return the paths."""
-    weights, card_file, module, program_file, onnx, readme = (folder / name for name in FILES)
+    weights, config, module, program_file, onnx, readme = (folder / name for name in FILES)
     # Written as bytes, because torch and safetensors do not raise OSError when the disk is full.
     weights.write_bytes(save(model.state_dict()))
-    write_json(card_file, about)
-    written = [weights, card_file]
+    write_json(config, about)
+    written = [weights, config]
     arch = about["architecture"]["arch"]
     if arch.startswith("module:"):
         log.say(f"no {module.name}: {arch} is code of yours, and only you can pass it on")
@@ -89,7 +96,7 @@ def write_all(folder: Path, model: nn.Module, about: dict, images: Tensor, expec
         with torch.no_grad():
             check(module.name, import_file(module).load_model()(images), expected)
         written.append(module)
-    readme.write_text(readme_text(about, has_module=module in written))
+    readme.write_text(model_card(about, has_module=module in written))
     written.append(readme)
     try:
         program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
@@ -120,12 +127,21 @@ def make_export_folder(out: Path) -> None:
         found = [path.name for path in out.iterdir() if not path.name.startswith(".partial-")]
     except OSError as error:
         raise UserError(f"cannot write to {out}: {error.strerror}") from None
-    if found and standalone.CARD not in found:
+    if found and not is_export(out):
         raise UserError(f"{out} is not empty, and not an export: choose another --out")
 
 
-def card(run_dir: Path, which: str, model: nn.Module, origin: dict) -> dict:
-    """The content of card.json: the network, its input and output, threat model, training and accuracies.
+def is_export(folder: Path) -> bool:
+    """Whether ``folder`` holds an export. A run and other projects have a config.json too, but with other content."""
+    try:
+        content = json.loads((folder / standalone.CONFIG).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and {"ltat_fast", "architecture"} <= content.keys()
+
+
+def describe(run_dir: Path, which: str, model: nn.Module, origin: dict) -> dict:
+    """The content of config.json: the network, its input and output, threat model, training and accuracies.
 
     origin: the card in the weights file.
     """
@@ -149,7 +165,7 @@ def card(run_dir: Path, which: str, model: nn.Module, origin: dict) -> dict:
 
 
 def accuracy(result: Result) -> dict:
-    """The part of a result that card.json contains."""
+    """The part of a result that config.json contains."""
     content = result.to_json()
     return {name: content[name] for name in ("all", "tail", "images") if name in content}
 
@@ -167,7 +183,7 @@ def architecture(model: nn.Module, origin: dict) -> dict:
 def source_of(model: nn.Module, built: dict, image_size: tuple[int, int]) -> str:
     """Source code of model.py. built: :func:`architecture` of ``model``. image_size: height and width."""
     if not isinstance(model, foreign.ForeignClassifier):
-        return source(ARCHS[built["arch"]])
+        return source(model, ARCHS[built["arch"]])
     from ltat_fast import _torchvision  # not for a network of our own, because it imports torchvision
 
     library, _, name = built["arch"].partition(":")
@@ -185,36 +201,21 @@ def source_of(model: nn.Module, built: dict, image_size: tuple[int, int]) -> str
         f"    return ForeignClassifier(net, num_classes, {model.head!r}, {mean!r}, {std!r})\n"
     )
     # timm imports torchvision, whose wheel may need the repair of _torchvision.py
-    return _module_text((_torchvision, classifier, foreign, cosine, standalone), text, "network")
+    modules = (_torchvision, classifier, foreign, cosine, standalone)
+    return _module_text(modules, text, "network", type(model).__name__)
 
 
-def readme_text(about: dict, has_module: bool) -> str:
-    """Content of README.md: what the network is, and how to load it. about: the content of card.json."""
-    arch = about["architecture"]["arch"]
-    library = arch.partition(":")[0]
-    lines = [f"# {about['name']}", "", f"Network: {arch}. Input: {about['input']}. Output: {about['output']}."]
-    eps = about["threat_model"]["eps"]
-    lines += [f"Threat model: L_inf, eps {eps}. card.json has classes, training and scores.", ""]
-    if has_module:
-        needs = f", safetensors and {library} ({version(library)} wrote it)" if is_foreign(arch) else " and safetensors"
-        lines += [f"With torch{needs}:", "", "    from model import load_model", "    logits = load_model()(images)"]
-    else:
-        function = arch.removeprefix("module:")
-        lines += [f"There is no model.py: the network is the return value of the function {function}."]
-        lines += [
-            "Its weights are in model.safetensors: `net.` is before their names, and `fc.` is the last layer if it"
-        ]
-        lines += ["is linear."]
-    return "\n".join([*lines, ""])
+def source(model: nn.Module, network: Callable[..., nn.Module]) -> str:
+    """Source code of model.py for ``model``, which ``network`` built. It needs only torch and safetensors."""
+    modules = (classifier, cosine, sys.modules[network.__module__], standalone)
+    return _module_text(modules, "", network.__name__, type(model).__name__)
 
 
-def source(network: Callable[..., nn.Module]) -> str:
-    """Source code of a module with ``network`` and ``load_model()``. It imports only torch and safetensors."""
-    return _module_text((classifier, cosine, sys.modules[network.__module__], standalone), "", network.__name__)
+def _module_text(modules: tuple[ModuleType, ...], more: str, network: str, base: str) -> str:
+    """Join the code of ``modules`` and ``more``, and add the class ``Model`` and ``load_model()``.
 
-
-def _module_text(modules: tuple[ModuleType, ...], more: str, network: str) -> str:
-    """Join the code of ``modules`` and ``more``, and add ``load_model()`` for the function ``network``."""
+    network: name of the function that builds the network. base: name of its class.
+    """
     lines: dict[str, None] = {}
     code = []
     for module in modules:
@@ -227,11 +228,13 @@ def _module_text(modules: tuple[ModuleType, ...], more: str, network: str) -> st
     imports = sorted(line for line in lines if not re.match(r"from (\.|ltat_fast)", line))
     body = re.sub(r"\n{3,}", "\n\n\n", "\n".join(code)).strip()
     return (
-        '"""A network written by ltat-fast: images (N, C, H, W), float32 in [0, 1], to logits. See card.json."""\n\n'
+        '"""A network written by ltat-fast: images (N, C, H, W), float32 in [0, 1], to logits. See README.md."""\n\n'
         + "\n".join(imports)
-        + f"\n\n{body}\n{more}\n\ndef load_model() -> nn.Module:\n"
+        + f"\n\n{body}\n{more}\n\nclass Model(Exported, {base}):\n"
+        + f"    network = staticmethod({network})\n\n\n"
+        + "def load_model() -> Model:\n"
         + '    """The trained network beside this file, in eval mode."""\n'
-        + f"    return load(Path(__file__).parent, {network})\n"
+        + "    return Model.load(Path(__file__).parent)\n"
     )
 
 

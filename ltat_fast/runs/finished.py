@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ltat_fast.config import parse_fraction
+from ltat_fast.data.digest import digest
 from ltat_fast.errors import UserError
 from ltat_fast.runs.json_object import JsonObject, is_count, is_integer, is_number, is_text, list_of, optional
 from ltat_fast.runs.results import EvalFile
@@ -102,6 +103,8 @@ class Environment:
     """hash that identifies the selection of training images"""
     class_counts: tuple[int, ...] = ()
     """training images per class"""
+    data: dict[str, str] = field(default_factory=dict)
+    """checksums of images, labels, class names and a given teacher; empty for runs of early versions"""
 
     @classmethod
     def load_or_empty(cls, path: Path) -> "Environment":
@@ -109,10 +112,11 @@ class Environment:
         if not path.exists():
             return cls()
         content = JsonObject.load(path)
-        packages = content.object("packages")
+        packages, data = content.object("packages"), content.object("data")
         texts = ("command", "python", "gpu", "machine", "precision", "git", "index_hash")
         return cls(
             packages={name: packages.take(name, optional(is_text)) for name in packages.content},
+            data={name: data.take(name, is_text) for name in data.content},
             threads=content.take("threads", optional(is_count), None),
             class_counts=tuple(content.take("class_counts", list_of(is_count), ())),
             **{name: content.take(name, optional(is_text), None) for name in texts},
@@ -128,6 +132,23 @@ class FinishedRun:
     config: RunConfig
     evaluation: EvalFile
     environment: Environment
+
+    @property
+    def training_set(self) -> str | None:
+        """Identifies the training images and labels, as far as the run recorded them."""
+        data, selection = self.environment.data, self.environment.index_hash
+        if not data:
+            return selection
+        return digest([selection, *(data.get(name) for name in ("class names", "training images", "training labels"))])
+
+    @property
+    def test_set(self) -> str | None:
+        """Identifies the test images and labels of the results. Raises UserError if there are several test sets."""
+        known = {result.test_set for result in self.evaluation.every_result()} - {None}
+        if len(known) > 1:
+            what = f"{self.path / 'eval.json'} has results on {len(known)} different test sets"
+            raise UserError(f"{what}: evaluate the run under all of its attacks with --again")
+        return known.pop() if known else None
 
     @classmethod
     def load(cls, path: Path, name: str | None = None) -> "FinishedRun":

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from ltat_fast.attacks.checks import Check
 from ltat_fast.errors import UserError
 from ltat_fast.files import exclusive, refuse_read_only
@@ -18,8 +20,9 @@ from ltat_fast.runs.splits import DeviceImages
 def fingerprint(images: DeviceImages) -> str:
     """16 hexadecimal digits that identify a set of images and labels."""
     digest = hashlib.sha256(repr(tuple(images.images.shape)).encode())
-    for tensor in (images.images, images.labels):
-        digest.update(tensor.cpu().contiguous().numpy())
+    for index in torch.arange(len(images)).split(1024):  # the images may be larger than the memory
+        digest.update(images.images[index].cpu().contiguous().numpy())
+    digest.update(images.labels.cpu().contiguous().numpy())
     return digest.hexdigest()[:16]
 
 

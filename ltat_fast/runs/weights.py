@@ -35,6 +35,11 @@ def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
     return digest.hexdigest()
 
 
+def state_digest(model: nn.Module) -> str:
+    """Return 16 hexadecimal digits that identify the weights of ``model``."""
+    return _digest({name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}, {})[:16]
+
+
 def write_weights(path: Path, tensors: dict[str, Tensor], metadata: dict, previous: Path | None = None) -> None:
     """Write ``tensors`` and JSON-able ``metadata`` to ``path`` with :func:`files.atomic_write`.
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from ltat_fast.files import make_folder, oserror_as_user_error
+from ltat_fast.out_of_memory import exhausted
 from ltat_fast.runs import log
 from ltat_fast.training import distributed
 from ltat_fast.training.cuda_graph import CaptureError
@@ -77,14 +78,21 @@ def _candidates(wanted: str, x: Tensor, capture_marker: Path | None) -> list[str
 def _problem(
     step: TrainStep, x: Tensor, y: Tensor, reference: tuple[Tensor, float], capture_marker: Path | None
 ) -> str:
-    """Try one step. Return why its backend cannot be used, or an empty string. Print the traceback of an error."""
+    """Try one step. Return why its backend cannot be used, or an empty string. Print the traceback of an error,
+    but not if memory ran out: the next backend may need less."""
     try:
         with _marked(capture_marker):
             return disagreement(step.trial(x, y), reference, step)
     except Exception as error:  # a compiler can raise anything; eager always works
-        log.say("".join(traceback.format_exception(error)))
+        out_of_memory = exhausted(error)
+        if out_of_memory and distributed.current().size > 1:
+            raise  # the other processes wait for this one in a collective of the step
+        if not out_of_memory:
+            log.say("".join(traceback.format_exception(error)))
         if failed := _failed_capture(error):
-            raise GraphNotUsable(str(failed)) from error
+            raise GraphNotUsable(out_of_memory or str(failed)) from error
+        if out_of_memory:
+            return out_of_memory
         message = str(error).strip().splitlines()
         return f"{type(error).__name__}: {message[0] if message else 'no message'}"
 

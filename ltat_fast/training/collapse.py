@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ltat_fast.attacks import AttackConfig, cross_entropy, pgd
 from ltat_fast.training import distributed
+from ltat_fast.training.micro_batches import join
 from ltat_fast.training.step import TrainStep
 
 ONE_STEP, PGD10 = "train_one_step", "train_pgd10"  # entries of a record: accuracy on one training batch, in percent
@@ -33,9 +34,12 @@ def one_step_health(step: TrainStep, x: Tensor, y: Tensor, eps: float) -> dict[s
     correct = []
     for config in attacks.values():
         generator = torch.Generator(x.device).manual_seed(0)
-        x_adv = pgd(step.frozen, x, cross_entropy(y), replace(config, noise="uniform"), generator)
-        with torch.no_grad():
-            correct.append((step.frozen(x_adv).argmax(1) == y).float().mean())
+        of_parts = []
+        for part, labels in zip(step.split(x), step.split(y), strict=True):
+            x_adv = pgd(step.frozen, part, cross_entropy(labels), replace(config, noise="uniform"), generator)
+            with torch.no_grad():
+                of_parts.append(step.frozen(x_adv).argmax(1) == labels)
+        correct.append(join(of_parts).float().mean())
     percent = distributed.mean_over_processes(100 * torch.stack(correct)).tolist()
     return dict(zip(attacks, percent, strict=True))
 

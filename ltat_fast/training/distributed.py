@@ -89,11 +89,11 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def exit_after_lost_process(status: int) -> NoReturn:
+def exit_at_once(status: int) -> NoReturn:
     """Exit at once with ``status``, without the shutdown of the interpreter.
 
-    After another process died, gloo's threads still hold unfinished work of DDP. If a thread releases it during the
-    shutdown, the process aborts with "terminate called without an active exception".
+    If this or another process stopped in the middle of a step, gloo's threads still hold unfinished work of DDP. If a
+    thread releases it during the shutdown, the process aborts with "terminate called without an active exception".
     """
     sys.stdout.flush()
     sys.stderr.flush()

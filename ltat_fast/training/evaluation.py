@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from ltat_fast.attacks.by_name import AUTOATTACK, correct_under, parse_attacks
 from ltat_fast.attacks.checks import Check, run_checks
 from ltat_fast.config import Config
+from ltat_fast.data import HostImages
 from ltat_fast.models.frozen import FrozenTwin
+from ltat_fast.out_of_memory import explained
 from ltat_fast.pixels import to_unit
 from ltat_fast.runs import log
 from ltat_fast.runs.metrics import spread
@@ -30,7 +32,7 @@ from ltat_fast.training.step import frozen_twin
 
 def evaluate(
     model: nn.Module,
-    images: Tensor,
+    images: Tensor | HostImages,
     labels: Tensor,
     attacks: Sequence[str],
     groups: dict[str, list[int]],
@@ -45,7 +47,7 @@ def evaluate(
     """Return the result of each attack on ``model`` in eval mode.
 
     model: a network, which is evaluated in float32, or a frozen twin, which is evaluated as it is. strict: forbid TF32.
-    images: uint8 ``(N, C, H, W)`` and labels: int64 ``(N,)``, on the model's device. limits: the largest number of
+    images: uint8 ``(N, C, H, W)`` and labels: int64 ``(N,)``, for the model's device. limits: the largest number of
     images to use, by attack; the limit "default" holds for all attacks. Several processes share the batches; each of
     them returns the whole result.
     """
@@ -58,7 +60,8 @@ def evaluate(
     for name in attacks:
         chosen = every[spread(classes[every], limits.get(name))]
         places = torch.from_numpy(chosen)
-        x, y = images[places.to(images.device)], labels[places.to(images.device)]
+        y = labels[places.to(labels.device)]
+        x = images.select(chosen) if isinstance(images, HostImages) else images[places.to(images.device)]
         share = {"batch_size": batch_size, "indices": places, "part": (world.rank, world.size)}
         own_images = sum(len(batch) for batch in places.split(batch_size)[world.rank :: world.size])
         exact = without_tf32() if strict else contextlib.nullcontext()
@@ -71,12 +74,14 @@ def evaluate(
     return results
 
 
-def check(model: nn.Module, images: Tensor, labels: Tensor, eps: float, say: Callable[[str], None]) -> list[Check]:
+def check(
+    model: nn.Module, images: Tensor | HostImages, labels: Tensor, eps: float, say: Callable[[str], None]
+) -> list[Check]:
     """Run the checks of :mod:`ltat_fast.attacks.checks` on 64 of the images and print the failures.
 
     The checks use the network that :func:`evaluate` attacks. The arguments are those of :func:`evaluate`.
     """
-    index = torch.from_numpy(spread(labels.cpu().numpy(), 64)).to(images.device)
+    index = torch.from_numpy(spread(labels.cpu().numpy(), 64)).to(labels.device)
     with without_cudnn_search(), without_tf32():
         checks = run_checks(FrozenTwin(model, fold_bn=True), to_unit(images[index]), labels[index], eps)
     failed = [check for check in checks if not check.passed]
@@ -108,7 +113,8 @@ def evaluate_checkpoints(
     for weights, names in by_weights.items():
         identity = Identity(weights, config.eps, test_set)
         scores = Scores(file, identity, names, splits.test, splits.groups, splits.num_classes)
-        _evaluate_weights(config, splits, hardware, scores, attacks, again)
+        with _explained(config):
+            _evaluate_weights(config, splits, hardware, scores, attacks, again)
 
 
 def _evaluate_weights(
@@ -144,6 +150,13 @@ def _evaluate_weights(
     distributed.wait()  # the next call reads what this one wrote
 
 
+def _explained(config: Config) -> contextlib.AbstractContextManager[None]:
+    """Return the context in which an evaluation that runs out of memory says so."""
+    now = config.eval_batch_size
+    advice = f"evaluate fewer than {now} images at a time (--eval-batch-size of train, --batch-size of evaluate)"
+    return explained(f"{advice}; finished attacks are kept", f"--eval-batch-size {max(now // 2, 1)}")
+
+
 def _limits(config: Config) -> dict[str, int | None]:
     return {"default": config.limit_eval} | dict.fromkeys(AUTOATTACK, config.limit_autoattack)
 
@@ -158,19 +171,20 @@ def evaluate_model(
     strict: bool = True,
 ) -> dict[str, Result]:
     """Run :func:`evaluate` on ``images`` of ``splits`` with the eps, batch size and limits of ``config``."""
-    return evaluate(
-        model,
-        images.images,
-        images.labels,
-        attacks,
-        splits.groups,
-        splits.num_classes,
-        config.attack_config.eps,
-        batch_size=config.eval_batch_size,
-        limits=_limits(config),
-        say=say,
-        strict=strict,
-    )
+    with _explained(config):
+        return evaluate(
+            model,
+            images.images,
+            images.labels,
+            attacks,
+            splits.groups,
+            splits.num_classes,
+            config.attack_config.eps,
+            batch_size=config.eval_batch_size,
+            limits=_limits(config),
+            say=say,
+            strict=strict,
+        )
 
 
 def selection_twin(model: nn.Module, config: Config, hardware: Hardware) -> FrozenTwin:

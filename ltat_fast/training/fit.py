@@ -9,6 +9,7 @@ from torch import nn
 
 from ltat_fast.models.joint_batch import allow_joint_calls
 from ltat_fast.models.sync_batch_norm import synchronise_batch_norm
+from ltat_fast.out_of_memory import explained
 from ltat_fast.runs import checkpoint, log
 from ltat_fast.runs.checkpoint import Progress
 from ltat_fast.runs.records import NoLog, StageLog
@@ -17,6 +18,7 @@ from ltat_fast.training import distributed, entries, recovery, speed
 from ltat_fast.training.backend import choose_backend
 from ltat_fast.training.collapse import Collapsed, collapse, one_step_health
 from ltat_fast.training.device import Hardware
+from ltat_fast.training.micro_batches import has_batch_norm
 from ltat_fast.training.precision import gradient_health
 from ltat_fast.training.recovery import Diverged
 from ltat_fast.training.signals import Interrupted, StopOnSignal
@@ -30,8 +32,23 @@ def fit(stage: Stage, hardware: Hardware) -> Progress:
     """Train ``stage`` to its end. Start from the state in its folder, if there is one.
 
     Raises :class:`Diverged` if a loss or a weight is not finite, :class:`Collapsed` if a one-step attack collapses and
-    ``--on-collapse`` says stop, and :class:`Interrupted` after a signal.
+    ``--on-collapse`` says stop, :class:`Interrupted` after a signal, and OutOfMemory.
     """
+    with explained(less_memory(stage)):
+        return _train(stage, hardware)
+
+
+def less_memory(stage: Stage) -> str:
+    """Return which flags of ``stage`` to change if its steps need too much memory."""
+    name, size = ("--teacher-batch-size" if stage.name == "teacher" else "--batch-size"), stage.loader.batch_size
+    now, share = stage.config.accumulate, size // distributed.current().size
+    advice = f"use a smaller {name} (it is {size})"
+    if more := next((n for n in range(now + 1, share + 1) if share % n == 0 and n >= 2 * now), None):
+        advice += f", or --accumulate {more}, which computes each batch in {more} parts"
+    return advice
+
+
+def _train(stage: Stage, hardware: Hardware) -> Progress:
     allow_joint_calls(synchronise_batch_norm(stage.model))
     optimizer = make_optimizer(stage.model, stage.config.lr, stage.config.momentum, stage.config.weight_decay)
     progress = Progress()
@@ -42,6 +59,9 @@ def fit(stage: Stage, hardware: Hardware) -> Progress:
             return progress
         log.say(f"{stage.name}: resumes after epoch {progress.epoch}, step {progress.step}")
     wrapped = distributed.wrap(stage.model)
+    if (parts := stage.config.accumulate) > 1 and has_batch_norm(stage.model):
+        seen, batch = stage.loader.batch_size // parts, stage.loader.batch_size
+        log.say(f"{stage.name}: --accumulate {parts}: batch norm takes its statistics from {seen} images, not {batch}")
 
     def build(backend: str) -> TrainStep:
         return train_step(stage, optimizer, hardware, backend, wrapped)
@@ -80,6 +100,7 @@ def train_step(
         train_model,
         twin,
         modifiers=stage.modifiers,
+        accumulate=stage.config.accumulate,
     )
 
 

@@ -22,7 +22,7 @@ from ltat_fast.models.frozen import FrozenTwin
 from ltat_fast.models.libraries import is_foreign
 from ltat_fast.models.sync_batch_norm import unknown_batch_norm
 from ltat_fast.runs import checkpoint, log, tables
-from ltat_fast.runs.environment import describe_environment
+from ltat_fast.runs.environment import describe_environment, record_environment, refuse_other_data
 from ltat_fast.runs.results import BALANCED, CheckpointResults, EvalFile
 from ltat_fast.runs.splits import Splits, balanced_indices, counts_tensor, load_splits
 from ltat_fast.runs.weights import new_model, read_weights, weights_card
@@ -45,6 +45,7 @@ def train(config: Config, method: Method, hardware: Hardware) -> None:
     run_dir = config.run_dir
     if method.needs_double_backward and distributed.current().size > 1:
         raise UserError(f"--method {method.name} with these options needs a double backward: use a single process")
+    configuration.validate_batches(config, method, distributed.current().size)
     if config.teacher is not None:
         teachers.find(config.teacher, config.arch, config.activation)  # report a wrong --teacher before any long work
     if is_foreign(config.arch):
@@ -59,10 +60,12 @@ def train(config: Config, method: Method, hardware: Hardware) -> None:
     teacher = teacher_or_stage(config, method.teacher, splits, hardware) if method.teacher != "none" else None
     hardware = choose_for_cpu(student, hardware)
     student.selection = selection_by_pgd20(student, splits, hardware)
-    environment = describe_environment(hardware.device, hardware.dtype, splits)
+    given = None if isinstance(teacher, Stage) else teacher
+    environment = describe_environment(hardware.device, hardware.dtype, splits, given)
+    refuse_other_data(run_dir / "env.json", environment)
     if distributed.current().is_main:
         write_json(run_dir / "config.json", configuration.to_json(config, method))
-        write_json(run_dir / "env.json", environment)
+        record_environment(run_dir / "env.json", environment)
     log.say(f"{hardware.device.type}, {environment['precision']} ({hardware.why}); seed {config.seed}; run {run_dir}")
     if changed := configuration.changed_modifiers(dataclasses.asdict(config)):
         log.say("modifiers: " + ", ".join(f"{name} {value}" for name, value in changed.items()))
@@ -156,6 +159,8 @@ def _stage(
         pad=splits.pad,
         flip=splits.flip,
         augment=config.augment,
+        crop=config.crop,
+        size=splits.image_size[0] if config.crop == "resized" or config.store_size else None,
         device=hardware.device,
         rank=distributed.current().rank,
         world_size=distributed.current().size,

@@ -9,6 +9,7 @@ from torch import Tensor
 from ltat_fast.models.frozen import FrozenTwin
 from ltat_fast.ops import pgd_init
 from ltat_fast.training.device import without_tf32
+from ltat_fast.training.micro_batches import join
 from ltat_fast.training.step import TrainStep
 
 
@@ -32,7 +33,10 @@ def gradient_health(step: TrainStep, x: Tensor, y: Tensor) -> dict[str, float]:
 
 
 def _input_gradient(step: TrainStep, network: FrozenTwin, x: Tensor, start: Tensor, y: Tensor) -> Tensor:
-    with torch.no_grad():
-        target = step.method.target(network, x, y)
-    point = start.detach().requires_grad_()
-    return torch.autograd.grad(step.method.objective(point, network(point), target), point)[0]
+    grads = []
+    for images, points, labels in zip(step.split(x), step.split(start), step.split(y), strict=True):
+        with torch.no_grad():
+            target = step.method.target(network, images, labels)
+        point = points.detach().requires_grad_()
+        grads.append(torch.autograd.grad(step.method.objective(point, network(point), target), point)[0])
+    return join(grads)

@@ -12,6 +12,7 @@ from ltat_fast import config as configuration
 from ltat_fast.config import Config
 from ltat_fast.errors import UserError
 from ltat_fast.methods import Method
+from ltat_fast.methods.base import Model
 from ltat_fast.runs import checkpoint, log
 from ltat_fast.runs.splits import load_splits
 from ltat_fast.runs.weights import load_model, read_weights, weights_file
@@ -109,9 +110,9 @@ def _watched(step: TrainStep, watch: Watch) -> Iterator[None]:
         watch("attack: objective", value)
         return value
 
-    def loss(x: Tensor, x_adv: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(x: Tensor, x_adv: Tensor, y: Tensor, *student: Model) -> tuple[Tensor, dict[str, Tensor]]:
         watch("attack: adversarial examples", x_adv)
-        value, parts = original_loss(x, x_adv, y)
+        value, parts = original_loss(x, x_adv, y, *student)
         for name, part in parts.items():
             watch(f"loss: part {name}", part)
         watch("loss", value)

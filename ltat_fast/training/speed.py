@@ -14,7 +14,7 @@ from ltat_fast.training.step import TrainStep
 # Large enough to reach the highest rate, small enough to measure at every start: milliseconds on a GPU, less than a
 # second on two cores.
 MATMUL_SIZE = {"cuda": 8192, "cpu": 2048}
-COUNTED_IMAGES = 2  # batch norm in train mode needs more than one
+COUNTED_IMAGES = 2  # per micro-batch; batch norm in train mode needs more than one
 
 
 @register_flop_formula(
@@ -45,7 +45,8 @@ def flops_per_image(eager: TrainStep, x: Tensor, y: Tensor) -> float:
 
     eager: a step on the eager backend, because a compiled step hides its operators. x, y: a batch.
     """
-    x, y = x[:COUNTED_IMAGES], y[:COUNTED_IMAGES]
+    counted = COUNTED_IMAGES * eager.accumulate
+    x, y = x[:counted], y[:counted]
     with without_cudnn_search():  # no later batch has this size
         with FlopCounter() as counter:
             eager.trial(x, y)

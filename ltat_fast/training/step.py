@@ -20,9 +20,9 @@ import torch._inductor
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ltat_fast.attacks.pgd import AttackConfig, attack_loop, make_ascend
+from ltat_fast.attacks.pgd import AttackConfig, ascend_from, make_ascend, random_start
 from ltat_fast.methods import Method, MethodContext
-from ltat_fast.methods.base import Model
+from ltat_fast.methods.base import Model, Parts
 from ltat_fast.methods.modifiers import OFF, Modifiers
 from ltat_fast.models.frozen import FrozenTwin
 from ltat_fast.models.fused_conv import is_supported
@@ -32,6 +32,7 @@ from ltat_fast.runs import log
 from ltat_fast.training import distributed
 from ltat_fast.training.cuda_graph import capture
 from ltat_fast.training.device import Hardware
+from ltat_fast.training.micro_batches import OutputsFirst, backward_coupled, backward_each, join, split
 
 BACKENDS = ("eager", "step", "graph")
 WARM_UP_STEPS = 3  # before a capture: compile, choose convolution algorithms, fill the allocator
@@ -123,6 +124,7 @@ class TrainStep:
     twin: network under attack; :func:`frozen_twin` of ``model`` if None.
     levers: optimisations of a compiled backend; eager uses none of them.
     modifiers: additions to the step.
+    accumulate: number of micro-batches that a batch is split into, to save memory. It must divide the batch size.
     Raises ValueError if a joint student was not prepared by ``allow_joint_calls``.
     """
 
@@ -138,9 +140,10 @@ class TrainStep:
         twin: FrozenTwin | None = None,
         levers: Levers = ALL_LEVERS,
         modifiers: Modifiers = OFF,
+        accumulate: int = 1,
     ):
         self.model, self.method, self.optimizer, self.attack = model, method, optimizer, attack
-        self.modifiers = modifiers
+        self.modifiers, self.accumulate = modifiers, accumulate
         self.device, self.dtype, self.backend = hardware.device, hardware.dtype, backend
         self.frozen = twin or frozen_twin(model, hardware)
         self.generator = torch.Generator(device=self.device)
@@ -164,6 +167,7 @@ class TrainStep:
             compile_ if levers.compiled else None,
         )
         self._student: Callable[[Tensor], Tensor] = train_model or model
+        self._no_sync = getattr(train_model, "no_sync", contextlib.nullcontext)  # of DistributedDataParallel
         if levers.compiled and not method.needs_double_backward:
             self._student = compile_(self._student)
         self._teacher = method.context.teacher
@@ -209,45 +213,77 @@ class TrainStep:
 
     def _run(self, x: Tensor, y: Tensor) -> None:
         self._refresh()
-        x_adv = self.perturb(x, y) if self._attacks else x
+        xs, ys = self.split(x), self.split(y)
+        x_advs = self._perturb_each(x, y, xs) if self._attacks else xs
         self.model.train()
-        with self._perturbed_weights(x, x_adv, y):
+        batches = list(zip(xs, x_advs, ys, strict=True))
+        with self._perturbed_weights(batches):
             self.optimizer.zero_grad(set_to_none=True)
-            loss, parts = self.loss(x, x_adv, y)
-            loss.backward()
+            parts = self._backward(batches)
             self.optimizer.step()
         if self.modifiers.ema:
             self.modifiers.ema.update(self.model)
-        self._record({"loss": loss.detach(), **parts})
+        self._record(parts)
 
-    def _perturbed_weights(self, x: Tensor, x_adv: Tensor, y: Tensor) -> contextlib.AbstractContextManager[None]:
+    def split(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Return the micro-batches of a batch, or of its labels. Raises ValueError if it does not split evenly."""
+        return split(self.accumulate, x)
+
+    def _perturbed_weights(self, batches: list[tuple[Tensor, ...]]) -> contextlib.AbstractContextManager[None]:
         """Return the context in which the weights are updated: that of AWP, or an empty one."""
         if not self.modifiers.awp:
             return contextlib.nullcontext()
-        state = self.method.state().values()
-        return self.modifiers.awp.perturbed(self.model, lambda: self.loss(x, x_adv, y)[0], state)
+        return self.modifiers.awp.perturbed(self.model, lambda: self._backward(batches), self.method.state().values())
+
+    def _backward(self, batches: list[tuple[Tensor, ...]]) -> Parts:
+        """Add the gradient of the loss on all micro-batches to ``.grad``. Return "loss" and its parts, detached."""
+        if len(batches) == 1 or not self.method.couples_images:
+            return backward_each(self.loss, batches, self._no_sync)
+        x, x_adv, y = (join(parts) for parts in zip(*batches, strict=True))
+        student = OutputsFirst(self._student, self.accumulate, self._precision, self._no_sync)
+        return backward_coupled(self.loss, (x, x_adv, y), student, self.model)
 
     def perturb(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the adversarial examples of a step, for the weights of the last :meth:`FrozenTwin.refresh`.
 
         The attack runs even if the present epoch of the method has none.
         """
-        if not self.method.uses_attack:
-            return x
-        with torch.no_grad():
-            target = self.method.target(self.frozen, x, y)
+        return join(self._perturb_each(x, y, self.split(x))) if self.method.uses_attack else x
+
+    def _perturb_each(self, x: Tensor, y: Tensor, xs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Return the adversarial examples of each micro-batch in ``xs``, the parts of ``x``.
+
+        The start noise is drawn for the whole batch, so it does not depend on their number.
+        """
         budget = self.modifiers.budget
         scale = budget.scale(y, x.dtype) if budget else None
-        return attack_loop(x, self._ascend, self.attack, self.generator, context=(target,), scale=scale)
+        starts = self.split(random_start(x, self.attack, self.generator, scale))
+        scales = [None] * len(xs) if scale is None else self.split(scale)
+        return tuple(map(self._ascend_from, starts, xs, self.split(y), scales))
 
-    def loss(self, x: Tensor, x_adv: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the method's loss in the training precision. The backward pass must run outside of autocast."""
+    def _ascend_from(self, start: Tensor, x: Tensor, y: Tensor, scale: Tensor | None) -> Tensor:
+        with torch.no_grad():
+            target = self.method.target(self.frozen, x, y)
+        return ascend_from(start, x, self._ascend, self.attack, (target,), scale)
+
+    def loss(self, x: Tensor, x_adv: Tensor, y: Tensor, student: Model | None = None) -> tuple[Tensor, Parts]:
+        """Return the method's loss in the training precision. The backward pass must run outside of autocast.
+
+        student: called in place of that of the step, once for each batch of a joint call.
+        """
+        joint = joint_calls(self.joint_student and student is None)
+        with self._precision(), joint, teacher_replaced(self.method.context, self._teacher):
+            return self.method.loss(student or self._student, x, x_adv, y, self.progress)
+
+    @contextlib.contextmanager
+    def _precision(self) -> Iterator[None]:
+        """The context of a forward pass of the student."""
         reduced = self.dtype != torch.float32
         autocast = torch.autocast(self.device.type, self.dtype) if reduced else contextlib.nullcontext()
         # Fused attention has no second derivative.
         plain = sdpa_kernel(SDPBackend.MATH) if self.method.needs_double_backward else contextlib.nullcontext()
-        with autocast, plain, joint_calls(self.joint_student), teacher_replaced(self.method.context, self._teacher):
-            return self.method.loss(self._student, x, x_adv, y, self.progress)
+        with autocast, plain:
+            yield
 
     def _record(self, parts: dict[str, Tensor]) -> None:
         finite = torch.isfinite(parts["loss"])

@@ -56,7 +56,7 @@ def load(name: str, arch: str, splits: Splits, hardware: Hardware, activation: s
     # Float32 head, as in our own networks: IGDM subtracts logits from logits; bf16 would lose most of the difference.
     model = with_float32_head(model, splits.num_classes)
     model = model.to(hardware.device, memory_format=torch.channels_last)
-    images = to_unit(splits.train.images[:2])
+    images = to_unit(splits.test.images[torch.arange(2)])
     with torch.no_grad():
         logits = user_error_on_failure(flag, lambda: frozen_twin(model, hardware)(images))
     require_logits(flag, logits, len(images), splits.num_classes)

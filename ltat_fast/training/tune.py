@@ -36,7 +36,7 @@ def choose_for_cpu(stage: Stage, hardware: Hardware) -> Hardware:
 
     Only what the user left open is measured: the precision if ``--precision`` is auto, the threads if OMP_NUM_THREADS
     is not set. A resumed run keeps its choice, so that it stays bit-equal. On a GPU and with several processes
-    nothing changes. The measured attack is on the network of ``stage``, on a batch of its images.
+    nothing changes. The measured attack is on the network of ``stage``, on a micro-batch of its images.
     """
     config = stage.config
     if hardware.device.type != "cpu" or distributed.current().size > 1:
@@ -49,7 +49,9 @@ def choose_for_cpu(stage: Stage, hardware: Hardware) -> Hardware:
         dtype, threads = earlier
         why = f"{_name(earlier)}, as before"
     else:
-        times = _measure(candidates, stage.model, *next(stage.loader.batches(0)))
+        x, y = next(stage.loader.batches(0))
+        n = len(x) // config.accumulate
+        times = _measure(candidates, stage.model, x[:n], y[:n])
         dtype, threads = fastest(times, default)
         told = "; ".join(f"{_name(choice)} {1e3 * seconds:.3g} ms" for choice, seconds in times.items())
         why = f"{_name((dtype, threads))}, measured per attack step: {told}"

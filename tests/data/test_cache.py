@@ -1,13 +1,14 @@
 """The cache of decoded images is used when nothing changed, missed when something changed, and never read damaged."""
 
+import io
 import json
 import os
 import resource
-import shutil
 import signal
 import subprocess
 import sys
 import textwrap
+import time
 import tracemalloc
 import zlib
 
@@ -15,10 +16,14 @@ import numpy as np
 import pytest
 
 from helpers.image_trees import write_folder, write_image
-from ltat_fast.data import load_dataset
-from ltat_fast.data.cache import CARD, NAMES, read_cache, write_cache
+from ltat_fast.data import decode, load_dataset
+from ltat_fast.data.cache import CARD, read_cache
+from ltat_fast.data.decode import read_image
+from ltat_fast.data.digest import digest
+from ltat_fast.data.partial import InMemory, OnDisk, npy_header
 
 COUNTS = {"a": (6, 2), "b": (4, 2)}
+SPLITS = ("train", "test")
 
 
 @pytest.fixture
@@ -38,14 +43,9 @@ def cache_folders(folder):
     return sorted(card.parent for card in folder.glob(f"*/{CARD}") if card.parent.suffix != ".part")
 
 
-def make_arrays(train=6, test=3):
-    rng = np.random.RandomState(0)
-    return {
-        "train.images": rng.randint(0, 256, (train, 3, 4, 4), np.uint8),
-        "train.labels": np.arange(train),
-        "test.images": rng.randint(0, 256, (test, 3, 4, 4), np.uint8),
-        "test.labels": np.arange(test),
-    }
+def pixels(dataset):
+    """Return a copy of all pixels; the arrays of a dataset are maps of files that a test may damage."""
+    return [part.images.copy() for part in (dataset.train, dataset.test)]
 
 
 def same(one, other):
@@ -70,8 +70,8 @@ def test_the_second_start_maps_what_the_first_decoded(root):
     assert isinstance(second.train.images, np.memmap)
     assert not second.train.images.flags.writeable
     (folder,) = cache_folders(root / ".ltat_fast_cache")
-    assert np.array_equal(np.load(folder / "test.images.npy"), first.test.images)
-    assert np.array_equal(np.load(folder / "train.labels.npy"), first.train.labels)
+    assert np.array_equal(np.load(folder / "test.npy"), first.test.images)
+    assert np.array_equal(np.load(folder / "train.npy"), first.train.images)
 
 
 def test_a_changed_dataset_misses_the_cache(root):
@@ -95,18 +95,18 @@ def test_a_damaged_cache_is_decoded_again(root):
     (folder,) = cache_folders(root / ".ltat_fast_cache")
     key = folder.name
     contents = {path: path.read_bytes() for path in folder.iterdir()}
-    assert len(contents) == 5
-    assert read_cache(folder, key) is not None
-    assert read_cache(folder, "another key") is None
+    assert len(contents) == 3
+    assert read_cache(folder, key, SPLITS) is not None
+    assert read_cache(folder, "another key", SPLITS) is None
     for path, content in contents.items():
         path.unlink()
-        assert read_cache(folder, key) is None
+        assert read_cache(folder, key, SPLITS) is None
         for length in (0, 4, 8, 100, len(content) // 2, len(content) - 1):
             path.write_bytes(content[: min(length, len(content) - 1)])
-            assert read_cache(folder, key) is None
+            assert read_cache(folder, key, SPLITS) is None
         for position in range(len(content)):
             path.write_bytes(content[:position] + bytes([content[position] ^ 0x10]) + content[position + 1 :])
-            assert read_cache(folder, key) is None, (path, position)
+            assert read_cache(folder, key, SPLITS) is None, (path, position)
         path.write_bytes(content)
     card = folder / CARD
     for text in (
@@ -115,49 +115,122 @@ def test_a_damaged_cache_is_decoded_again(root):
         b"null",
         b'{"key": "%s"}' % key.encode(),
         b"\xff\xfe",
-        b'{"key": 1, "crc32": 1}',
+        b'{"content": {"key": 1, "crc32": 1}, "sha256": 1}',
     ):
         card.write_bytes(text)
-        assert read_cache(folder, key) is None
+        assert read_cache(folder, key, SPLITS) is None
     card.write_bytes(contents[card])
-    train, test = folder / "train.labels.npy", folder / "test.labels.npy"  # two whole files, exchanged
+    train, test = folder / "train.npy", folder / "test.npy"  # two whole files, exchanged
     train.write_bytes(contents[test])
     test.write_bytes(contents[train])
-    assert read_cache(folder, key) is None
+    assert read_cache(folder, key, SPLITS) is None
     again, decoded, _ = load(root)
     assert decoded
     assert same(whole, again)
     assert {path: path.read_bytes() for path in folder.iterdir()} == contents
 
 
-def test_a_pickled_array_is_refused(tmp_path):
+def test_a_pickled_array_is_refused(root):
     """An array of objects is never unpickled, not even if the checksums are right."""
-    folder = tmp_path / "k"
-    write_cache(folder, "k", make_arrays())
-    np.save(folder / "test.labels.npy", np.array([{}], object), allow_pickle=True)
-    card = json.loads((folder / CARD).read_text())
-    card["crc32"]["test.labels.npy"] = zlib.crc32((folder / "test.labels.npy").read_bytes())
-    (folder / CARD).write_text(json.dumps(card))
-    assert read_cache(folder, "k") is None
+    load(root)
+    (folder,) = cache_folders(root / ".ltat_fast_cache")
+    np.save(folder / "test.npy", np.array([{}], object), allow_pickle=True)
+    content = json.loads((folder / CARD).read_text())["content"]
+    content["crc32"]["test.npy"] = [zlib.crc32((folder / "test.npy").read_bytes())]
+    (folder / CARD).write_text(json.dumps({"content": content, "sha256": digest(content)}))
+    assert read_cache(folder, folder.name, SPLITS) is None
 
 
-def test_files_of_a_killed_writer_do_no_harm(root):
-    """A process that is killed while it writes leaves a temporary folder; the next process replaces it."""
-    script = f"""
-        import os, signal
-        from pathlib import Path
-        from ltat_fast.data import cache, load_dataset
+KILLED = """
+    import os, signal
+    from pathlib import Path
+    from ltat_fast.data import decode, load_dataset, partial
 
-        cache.os.fsync = lambda file: os.kill(os.getpid(), signal.SIGKILL)
-        load_dataset("imagefolder-lt", Path({str(root)!r}))
-    """
-    killed = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True)
+    partial.SYNC_SECONDS = 0.0
+    decode.BLOCK_IMAGES = 4
+    syncs = []
+    real = os.fsync
+    def fsync(file):
+        syncs.append(file)
+        if len(syncs) == {sync}:
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(file)
+    os.fsync = fsync
+    load_dataset("imagefolder-lt", Path({root!r}), report=print)
+"""
+
+
+@pytest.mark.parametrize("sync", [2, 3, 8, 16])
+def test_a_killed_decoding_is_continued(root, tmp_path, monkeypatch, sync):
+    """Killed in one of 16 syncs: three for each of 4 blocks, three at the end, one of the card."""
+    whole = load(write_folder(tmp_path / "whole", COUNTS))[0]
+    script = textwrap.dedent(KILLED).format(sync=sync, root=str(root))
+    killed = subprocess.run([sys.executable, "-c", script], capture_output=True)
     assert killed.returncode == -9, killed.stderr
-    assert cache_folders(root / ".ltat_fast_cache") == []
-    assert len(list((root / ".ltat_fast_cache").glob("*.part"))) == 1
-    assert load(root)[1]
+    cache_folder = root / ".ltat_fast_cache"
+    assert cache_folders(cache_folder) == []
+    assert len(list(cache_folder.glob("*.part"))) == 1
+
+    opened = []
+    monkeypatch.setattr(decode, "BLOCK_IMAGES", 4)
+    monkeypatch.setattr(decode, "read_image", lambda path, *rest: opened.append(path) or read_image(path, *rest))
+    continued, _, lines = load(root)
+    blocks = min(sync // 3, 4) if sync < 16 else 0  # nothing is continued after the files are finished
+    assert len(opened) == 1 + [14, 10, 6, 4, 0][blocks]  # the first image is read for its size
+    assert (f"continuing an interrupted decoding of {root}" in lines) == (blocks > 0)
+    assert same(whole, continued)
+    assert list(cache_folder.glob("*.part")) == []
     assert not load(root)[1]
-    assert list((root / ".ltat_fast_cache").glob("*.part")) == []
+
+
+@pytest.mark.parametrize("end", [b"", b'{"start": 8, "ba', b"\xff", b'{"start": 8, "bad": {}}', b"null\n", b"[1]\n"])
+def test_a_damaged_end_of_the_journal_is_cut_off(tmp_path, end):
+    about, counts, shape = {"key": "k"}, {"train": 12, "test": 4}, (1, 2, 2)
+    pixels = np.arange(16, dtype=np.uint8)[:, None, None, None] * np.ones(shape, np.uint8)
+    first = OnDisk(tmp_path / "k", about, counts, shape)
+    first.write(0, pixels[:4], {})
+    first.write(4, pixels[4:8], {5: "it is bad"})
+    first.close()
+    journal = tmp_path / "k" / "decoded.jsonl"
+    journal.write_bytes(journal.read_bytes() + end)
+    second = OnDisk(tmp_path / "k", about, counts, shape)
+    if end == b"\xff":  # not text: nothing is known
+        assert second.finished == set()
+        return
+    assert second.finished == {0, 4}
+    assert second.bad == {5: "it is bad"}
+    second.write(8, pixels[8:12], {})
+    second.write(12, pixels[12:], {15: "bad too"})
+    second.close()
+    third = OnDisk(tmp_path / "k", about, counts, shape)
+    assert third.finished == {0, 4, 8, 12}
+    images = third.finish()
+    assert images["train"][:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4, 6, 7, 8, 9, 10, 11]
+    assert images["test"][:, 0, 0, 0].tolist() == [12, 13, 14]
+    assert OnDisk(tmp_path / "k", {"key": "other"}, counts, shape).finished == set()
+
+
+def test_memory_and_disk_give_the_same_arrays(tmp_path):
+    rng = np.random.RandomState(0)
+    counts, shape, bad = {"train": 9, "test": 5}, (3, 4, 5), {0: "a", 4: "b", 9: "c", 13: "d"}
+    pixels = rng.randint(0, 256, (14, *shape), np.uint8)
+    both = InMemory(counts, shape), OnDisk(tmp_path / "k", {}, counts, shape)
+    for blocks in both:
+        for start, stop in ((6, 9), (0, 6), (9, 14)):
+            blocks.write(start, pixels[start:stop], {i: bad[i] for i in bad if start <= i < stop})
+    memory, disk = (blocks.finish() for blocks in both)
+    for split, first, count in (("train", 0, 9), ("test", 9, 5)):
+        expected = pixels[[i for i in range(first, first + count) if i not in bad]]
+        assert np.array_equal(memory[split], expected)
+        assert np.array_equal(disk[split], expected)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 1, 1), (115_846, 3, 256, 256), (10**9, 3, 8192, 8192)])
+def test_npy_header(shape):
+    file = io.BytesIO(npy_header(shape))
+    assert np.lib.format.read_magic(file) == (1, 0)
+    assert np.lib.format.read_array_header_1_0(file) == (shape, False, np.dtype(np.uint8))
+    assert file.tell() == 128
 
 
 def test_two_processes_at_once_decode_once(root):
@@ -167,7 +240,7 @@ def test_two_processes_at_once_decode_once(root):
     script = f"""
         import hashlib
         from pathlib import Path
-        from ltat_fast.data import load_dataset
+        from ltat_fast.data import cache, decode, load_dataset
 
         dataset = load_dataset("imagefolder-lt", Path({str(root)!r}), image_size=16)
         print(hashlib.sha256(dataset.train.images.tobytes()).hexdigest())
@@ -182,13 +255,13 @@ def test_two_processes_at_once_decode_once(root):
 
 
 def test_two_processes_at_once_replace_a_damaged_cache(root):
-    whole, _, _ = load(root)
+    whole = pixels(load(root)[0])
     (folder,) = cache_folders(root / ".ltat_fast_cache")
-    (folder / "train.images.npy").write_bytes(b"damaged")
+    (folder / "train.npy").write_bytes(b"damaged")
     script = f"""
         import hashlib
         from pathlib import Path
-        from ltat_fast.data import load_dataset
+        from ltat_fast.data import cache, decode, load_dataset
 
         dataset = load_dataset("imagefolder-lt", Path({str(root)!r}))
         print(hashlib.sha256(dataset.train.images.tobytes()).hexdigest())
@@ -201,7 +274,7 @@ def test_two_processes_at_once_replace_a_damaged_cache(root):
     assert outputs[0].split()[-1] == outputs[1].split()[-1]
     again, decoded, _ = load(root)
     assert not decoded
-    assert same(whole, again)
+    assert all(map(np.array_equal, whole, pixels(again)))
 
 
 def test_a_folder_that_is_not_writable_is_reported_and_skipped(root, tmp_path, monkeypatch):
@@ -228,41 +301,59 @@ def small_files():
     signal.signal(signal.SIGXFSZ, handler)
 
 
-def test_a_full_disk_leaves_no_file(tmp_path, small_files):
-    for size in (50_000 - 128 + 1, 100_000):  # the first is too large by one byte
-        arrays = make_arrays() | {"train.images": np.zeros(size, np.uint8)}
-        with pytest.raises(OSError, match="File too large"):
-            write_cache(tmp_path / "k", "k", arrays)
-        assert list(tmp_path.iterdir()) == []
-
-
-def test_a_full_disk_is_reported(root, small_files):
+def test_a_full_disk_is_reported_and_leaves_no_file(root, tmp_path, small_files):
     dataset, decoded, lines = load(root, image_size=64)
     assert decoded
     assert dataset.train.images.shape == (10, 3, 64, 64)
-    assert lines[-1] == f"cannot keep decoded images in {root / '.ltat_fast_cache'}: File too large"
-    assert cache_folders(root / ".ltat_fast_cache") == []
+    folders = root / ".ltat_fast_cache", tmp_path / "xdg" / "ltat_fast"
+    reported = [line for line in lines if line.startswith("cannot keep")]
+    assert reported == [f"cannot keep decoded images in {folder}: File too large" for folder in folders]
+    assert [path for folder in folders for path in folder.iterdir() if path.suffix != ".lock"] == []
 
 
-def test_write_then_read(tmp_path):
-    for arrays in (make_arrays(), make_arrays(9, 5)):  # the second replaces the first
-        write_cache(tmp_path / "k", "k", arrays)
-        read = read_cache(tmp_path / "k", "k")
-        assert read.keys() == set(NAMES)
-        for name, array in arrays.items():
-            assert np.array_equal(read[name], array)
-            assert read[name].dtype == array.dtype
-    kept = {name: array.copy() for name, array in read.items()}
-    shutil.rmtree(tmp_path / "k")  # the maps stay valid
-    assert all(np.array_equal(read[name], kept[name]) for name in kept)
+def test_only_the_last_caches_of_a_dataset_are_kept(root, tmp_path):
+    cache_folder = root / ".ltat_fast_cache"
+    for size in (4, 5):
+        load(root, image_size=size)
+    os.utime(next(card for card in cache_folder.glob(f"*/{CARD}")), (1, 1))
+    for size in (4, 5):  # used again, the smaller one first
+        assert not load(root, image_size=size)[1]
+        time.sleep(0.01)
+    _, _, lines = load(root, image_size=6)
+    assert lines[-1].startswith(f"removed decoded images of {root} at another size or from earlier files: 0.0 MiB")
+    assert len(cache_folders(cache_folder)) == 2
+    assert not load(root, image_size=5)[1]
+    assert not load(root, image_size=6)[1]
+    other = write_folder(tmp_path / "other", COUNTS)
+    (other / ".ltat_fast_cache").symlink_to(cache_folder)  # another dataset in the same folder
+    load(other)
+    assert len(cache_folders(cache_folder)) == 3
 
 
-def test_reading_and_writing_copy_no_array(tmp_path):
-    arrays = make_arrays() | {"train.images": np.zeros((1000, 3, 64, 64), np.uint8)}
+def test_an_abandoned_decoding_is_removed(root):
+    cache_folder = root / ".ltat_fast_cache"
+    about = {"key": "k", "root": str(root)}
+    for name, age in (("old", 8), ("new", 6)):
+        blocks = OnDisk(_made(cache_folder) / f"{name}.part", about, {"train": 1}, (1, 1, 1))
+        blocks.close()
+        then = time.time() - 24 * 3600 * age
+        os.utime(cache_folder / f"{name}.part" / "decoded.jsonl", (then, then))
+    load(root)
+    assert sorted(path.name for path in cache_folder.glob("*.part")) == ["new.part"]
+
+
+def _made(folder):
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def test_decoding_copies_no_array(tmp_path, monkeypatch):
+    """The memory that a decoding needs does not grow with the images."""
+    root = write_folder(tmp_path / "tree", {"a": (100, 1), "b": (100, 1)})
     tracemalloc.start()
     try:
-        write_cache(tmp_path / "k", "k", arrays)
-        assert read_cache(tmp_path / "k", "k") is not None
-        assert tracemalloc.get_traced_memory()[1] < arrays["train.images"].nbytes / 4
+        monkeypatch.setattr(decode, "BLOCK_IMAGES", 4)
+        dataset = load(root, image_size=256)[0]
+        assert tracemalloc.get_traced_memory()[1] < dataset.train.images.nbytes / 4
     finally:
         tracemalloc.stop()

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ltat_fast.data.decode import MAX_PIXELS, decode_images, read_image
+from ltat_fast.data.decode import MAX_PIXELS, decode_into, image_shape, read_image
+from ltat_fast.data.partial import InMemory
 from ltat_fast.errors import UserError
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -246,12 +247,20 @@ def test_random_damage_gives_an_image_or_a_user_error(tmp_path):
     assert 250 < refused < 1000
 
 
+def decode(paths, image_size):
+    """Decode ``paths`` as the training images of a dataset, into memory."""
+    blocks = InMemory({"train": len(paths)}, image_shape(paths, image_size, {}))
+    decode_into(blocks, paths, image_size, {})
+    assert blocks.bad == {}
+    return blocks.finish()["train"]
+
+
 def test_many_images_keep_their_order_and_sizes_must_agree(tmp_path):
     paths = [save(tmp_path / f"{i}.png", "L", [i % 256, i // 256]) for i in range(600)]
-    images = decode_images(paths, None)
+    images = decode(paths, None)
     assert images.shape == (600, 3, 1, 2)
     assert [int(a) + 256 * int(b) for a, b in images[:, 0, 0]] == list(range(600))
     odd = save(tmp_path / "odd.png", "L", [1, 2, 3])
-    with pytest.raises(UserError, match=r"0.png is 2x1, .*odd.png is 3x1; set --image-size"):
-        decode_images([*paths, odd], None)
-    assert decode_images([*paths, odd], 4).shape == (601, 3, 4, 4)
+    with pytest.raises(UserError, match=r"odd.png is 3x1, the first image 2x1; set --image-size"):
+        decode([*paths, odd], None)
+    assert decode([*paths, odd], 4).shape == (601, 3, 4, 4)

@@ -222,7 +222,7 @@ def test_make_long_tailed_keeps_image_and_label_together():
     part = ImageSet(images, labels, names)
     tailed = make_long_tailed(Dataset("x", part, part, n_max=40, pad=4, flip=True), 10)
     assert tailed.counts == class_counts(40, 10, 10)
-    assert np.array_equal(tailed.images[:, 0, 0, 0], tailed.labels)
+    assert np.array_equal(images[tailed.rows, 0, 0, 0], tailed.labels)
     assert np.array_equal(tailed.labels, np.sort(tailed.labels))
     assert np.array_equal(labels[tailed.indices], tailed.labels)
     assert tailed.index_hash == index_hash(long_tailed_indices(labels, 10, 40))

@@ -19,7 +19,10 @@ def root(tmp_path):
     return write_folder(tmp_path / "tree", {"a": (6, 2), "b": (4, 2)})
 
 
-def test_images_larger_than_the_memory_are_refused_before_decoding(root):
+def test_images_larger_than_the_memory_are_refused_before_decoding(root, tmp_path):
+    """If no disk can hold them: both cache folders are files here."""
+    (root / ".ltat_fast_cache").write_text("")
+    (tmp_path / "xdg").write_text("")
     side = 8192  # 14 images of 192 MiB
     needed = 14 * 3 * side**2
     script = f"""
@@ -33,7 +36,10 @@ def test_images_larger_than_the_memory_are_refused_before_decoding(root):
         load_dataset("imagefolder-lt", Path({str(root)!r}), image_size={side})
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True)
-    assert re.search(rf"these images need {space.gib(needed)} of memory, and (0\.9|1\.0) GiB is free: use", done.stderr)
+    assert re.search(
+        rf"these images need {space.gib(needed)}: no disk has room for them, and (0\.9|1\.0) GiB of memory is free; ",
+        done.stderr,
+    )
     assert "decoding" not in done.stdout
 
 
@@ -49,10 +55,21 @@ def test_the_smallest_limit_counts(tmp_path, monkeypatch):
     for name, text in limits.items():
         (tmp_path / "job" / name).write_text(text)
     assert space.free_memory() == 400
-    with pytest.raises(UserError, match=r"need 1\.0 MiB of memory, and 0\.0 MiB is free"):
+    with pytest.raises(UserError, match=r"need 1\.0 MiB: .* and 0\.0 MiB of memory is free"):
         space.require_memory(2**20)
     (tmp_path / "job" / "memory.max").write_text("max\n")
     assert space.free_memory() > 1000
+
+
+def test_limits_of_control_groups_of_version_1_count(tmp_path, monkeypatch):
+    monkeypatch.setattr(space, "CGROUPS", tmp_path)
+    monkeypatch.setattr(space, "OWN_CGROUP", tmp_path / "own")
+    (tmp_path / "own").write_text("5:cpu,cpuacct:/x\n4:memory:/job\n0::/\n")
+    (tmp_path / "memory" / "job").mkdir(parents=True)
+    files = {"limit_in_bytes": "5000\n", "usage_in_bytes": "4500\n", "stat": "cache 9\ntotal_inactive_file 100\n"}
+    for name, text in files.items():
+        (tmp_path / "memory" / "job" / f"memory.{name}").write_text(text)
+    assert space.free_memory() == 600
 
 
 def test_a_disk_that_is_too_small_is_said_before_decoding_and_the_next_one_is_used(tmp_path):

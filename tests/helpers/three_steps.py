@@ -60,6 +60,7 @@ def train_step(
     lr: float = 1.0,
     teacher: nn.Module | None = None,
     label_smoothing: float = 0.0,
+    accumulate: int = 1,
     **settings,
 ) -> TrainStep:
     """Return the eager step of ``method`` on ``net``. settings: those of :func:`modifiers.build`."""
@@ -68,7 +69,7 @@ def train_step(
     attack = AttackConfig(EPS, STEP_SIZE, ATTACK_STEPS, method.noise)
     optimizer = make_optimizer(net, lr, MOMENTUM, WEIGHT_DECAY)
     own = modifiers.build(method, net, torch.tensor(COUNTS), **settings)
-    return TrainStep(net, method, optimizer, attack, HARDWARE, modifiers=own)
+    return TrainStep(net, method, optimizer, attack, HARDWARE, modifiers=own, accumulate=accumulate)
 
 
 def batch(seed: int = 0, n: int = 16) -> tuple[Tensor, Tensor]:

@@ -43,7 +43,7 @@ COUNTS = torch.arange(100, 0, -10)
 
 
 def trial(
-    name: str, hardware: Hardware, backend: str = "eager", **settings
+    name: str, hardware: Hardware, backend: str = "eager", accumulate: int = 1, **settings
 ) -> tuple[TrainStep, tuple[torch.Tensor, float]]:
     """Return a training step of ``name`` on noise, and its adversarial examples and loss.
 
@@ -61,7 +61,8 @@ def trial(
     method.setup(MethodContext(COUNTS.to(hardware.device), frozen_twin(teacher, hardware)))
     attack = AttackConfig(0.1, 0.025, 3, method.noise)
     own = modifiers.build(method, model, COUNTS.to(hardware.device), **settings)
-    step = TrainStep(model, method, make_optimizer(model, 0.1, 0.9, 5e-4), attack, hardware, backend, modifiers=own)
+    optimizer = make_optimizer(model, 0.1, 0.9, 5e-4)
+    step = TrainStep(model, method, optimizer, attack, hardware, backend, modifiers=own, accumulate=accumulate)
     generator = torch.Generator().manual_seed(0)
     x, y = torch.rand(32, 1, 8, 8, generator=generator), torch.randint(10, (32,), generator=generator)
     x = x.to(hardware.device).contiguous(memory_format=torch.channels_last)
@@ -83,6 +84,15 @@ def test_a_captured_step_equals_the_eager_step(name):
     hardware = Hardware(torch.device("cuda"), torch.float32, "")
     _, eager = trial(name, hardware)
     step, captured = trial(name, hardware, "graph")
+    assert disagreement(captured, eager, step) == ""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["ltat", "reat", "taet"])
+def test_a_captured_step_in_micro_batches_equals_the_eager_step(name):
+    hardware = Hardware(torch.device("cuda"), torch.float32, "")
+    _, eager = trial(name, hardware, accumulate=4, awp=0.005)
+    step, captured = trial(name, hardware, "graph", accumulate=4, awp=0.005)
     assert disagreement(captured, eager, step) == ""
 
 

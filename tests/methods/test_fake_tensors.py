@@ -30,7 +30,7 @@ CASES = {
 }
 
 
-def operators_of_a_step(method: Method, label_smoothing: float = 0.0, **settings) -> list[tuple]:
+def operators_of_a_step(method: Method, label_smoothing: float = 0.0, accumulate: int = 1, **settings) -> list[tuple]:
     """(operator, arguments, result) of each operator of one step on fake tensors, in order.
 
     settings: those of :func:`modifiers.build`.
@@ -48,7 +48,8 @@ def operators_of_a_step(method: Method, label_smoothing: float = 0.0, **settings
         method.setup(MethodContext(counts, frozen_twin(teacher, hardware), label_smoothing))
         attack = AttackConfig(0.1, 0.025, 2, method.noise)
         own = modifiers.build(method, model, counts, **settings)
-        step = TrainStep(model, method, make_optimizer(model, 0.1, 0.9, 5e-4), attack, hardware, modifiers=own)
+        optimizer = make_optimizer(model, 0.1, 0.9, 5e-4)
+        step = TrainStep(model, method, optimizer, attack, hardware, modifiers=own, accumulate=accumulate)
         x = torch.rand(BATCH, 1, 8, 8).to(fake.device, memory_format=torch.channels_last)
         y = torch.randint(CLASSES, (BATCH,)).to(fake.device)
         seen = []
@@ -81,6 +82,11 @@ def test_a_step_never_reads_the_device_and_never_leaves_it(name, settings):
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case().smooths_labels])
 def test_neither_does_a_step_with_smoothed_labels(name):
     assert departures(operators_of_a_step(CASES[name](), label_smoothing=0.1)) == []
+
+
+@pytest.mark.parametrize("name", ["ltat", "rslad", "reat", "taet"])
+def test_neither_does_a_step_in_micro_batches(name):
+    assert departures(operators_of_a_step(CASES[name](), accumulate=4, **ALL)) == []
 
 
 def test_a_read_is_found():

@@ -106,8 +106,8 @@ def test_no_attack_is_run_in_the_first_stage(monkeypatch):
     method = Taet()
     step = train_step(method, toy_classifier(method))
     attacked = []
-    perturb = step.perturb
-    monkeypatch.setattr(step, "perturb", lambda x, y: attacked.append(len(x)) or perturb(x, y))
+    perturb = step._perturb_each
+    monkeypatch.setattr(step, "_perturb_each", lambda x, *rest: attacked.append(len(x)) or perturb(x, *rest))
     for epoch in range(1, 6):
         step(*batch(epoch), lr=0.1, progress=epoch / 5, seed=epoch)
         assert len(attacked) == max(0, epoch - 2)

@@ -1,4 +1,4 @@
-"""AWP, REAT, TAET and all modifiers in two processes: what they measure is measured over all images."""
+"""AWP, REAT, TAET, modifiers, micro-batches in two processes: what they measure is measured over all images."""
 
 import pytest
 import torch

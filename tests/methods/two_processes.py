@@ -16,12 +16,14 @@ from ltat_fast.models.sync_batch_norm import synchronise_batch_norm
 from ltat_fast.training import distributed
 from ltat_fast.training.step import TrainStep, make_optimizer, trained_state
 
-# Method and modifiers. No tail term of REAT: it forms its pairs within a process.
+# Method, modifiers and micro-batches. No tail term of REAT: it forms its pairs within a process.
 CASES = {
     "awp": (PgdAt, {"awp": 0.3}),
     "reat": (lambda: Reat(tail_weight=0.0), {}),
     "taet": (Taet, {}),
     "modifiers": (AtBsl, {"awp": 0.3, "ema": 0.7, "eps_balance": 0.4}),
+    "micro-batches": (AtBsl, {"awp": 0.3, "ema": 0.7, "accumulate": 2}),
+    "taet in micro-batches": (Taet, {"accumulate": 2}),
 }
 
 
@@ -31,6 +33,8 @@ def outcome(name: str) -> dict[str, torch.Tensor]:
     make, settings = CASES[name]
     method = make()
     model = toy_classifier(method).float()
+    accumulate = settings.get("accumulate", 1)
+    settings = {name: value for name, value in settings.items() if name != "accumulate"}
     own = modifiers.build(method, model, torch.tensor(COUNTS), **settings)
     model = synchronise_batch_norm(model)
     method.setup(MethodContext(torch.tensor(COUNTS)))
@@ -38,7 +42,9 @@ def outcome(name: str) -> dict[str, torch.Tensor]:
     attack = AttackConfig(0.1, 0.05, 2, noise="none")
     optimizer = make_optimizer(model, 0.1, 0.9, 5e-4)
     train_model = distributed.wrap(model)
-    step = TrainStep(model, method, optimizer, attack, HARDWARE, train_model=train_model, modifiers=own)
+    step = TrainStep(
+        model, method, optimizer, attack, HARDWARE, train_model=train_model, modifiers=own, accumulate=accumulate
+    )
     for seed in range(2):
         x, y = batch(seed)
         share = slice(world.rank, None, world.size)

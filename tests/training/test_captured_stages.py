@@ -39,13 +39,13 @@ def captured(monkeypatch) -> list[tuple[bool, list[int]]]:
         attacked.append(False)
         run(step, x, y)
 
-    def recording_perturb(step: TrainStep, x, y):
+    def recording_perturb(step: TrainStep, *arguments):
         attacked[-1] = True
-        return perturb(step, x, y)
+        return perturb(step, *arguments)
 
-    perturb = TrainStep.perturb
+    perturb = TrainStep._perturb_each
     monkeypatch.setattr(TrainStep, "_run", recording_run)
-    monkeypatch.setattr(TrainStep, "perturb", recording_perturb)
+    monkeypatch.setattr(TrainStep, "_perturb_each", recording_perturb)
 
     def capture(work: Callable[[], None], generator, stream, pool) -> Graph:
         assert pool == ((0, 1) if graphs else None), "the graphs share their memory"

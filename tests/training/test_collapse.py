@@ -36,7 +36,7 @@ class Pit(nn.Module):
 
 
 def health(model: nn.Module, attack: AttackConfig) -> dict[str, float]:
-    step = SimpleNamespace(frozen=FrozenTwin(model, fold_bn=False), attack=attack)
+    step = SimpleNamespace(split=lambda x: (x,), frozen=FrozenTwin(model, fold_bn=False), attack=attack)
     return one_step_health(step, torch.full((2000, 1, 1, 1), 0.5), torch.zeros(2000, dtype=torch.int64), EPS)
 
 

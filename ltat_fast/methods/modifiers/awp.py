@@ -53,24 +53,26 @@ class WeightPerturbation:
         return self.gamma if epoch + 1 >= self.first_epoch else 0.0
 
     @contextlib.contextmanager
-    def perturbed(self, model: nn.Module, loss: Callable[[], Tensor], state: Iterable[Tensor] = ()) -> Iterator[None]:
+    def perturbed(
+        self, model: nn.Module, backward: Callable[[], object], state: Iterable[Tensor] = ()
+    ) -> Iterator[None]:
         """Add gamma d to the weights of ``model`` for a ``with`` block, in which the optimizer changes the weights.
 
-        loss: evaluates the loss on the current batch. state: tensors that ``loss`` changes besides the buffers of
-        ``model``; the evaluation that measures g leaves them unchanged.
+        backward: adds the gradient of the loss on the current batch to ``.grad`` of the weights. It must use
+        ``backward()``, not ``autograd.grad``: DistributedDataParallel averages gradients over processes only there.
+        state: tensors that it changes besides the buffers of ``model``; measuring g leaves them unchanged.
         """
         weights: list[Tensor] = [p for p in model.parameters() if p.ndim > 1]
         kept = [*model.buffers(), *state]
         kept_before = [tensor.clone() for tensor in kept]
-        # backward(), not autograd.grad: DistributedDataParallel averages gradients over processes in backward() only.
         model.zero_grad(set_to_none=True)
-        loss().backward()
+        backward()
         with torch.no_grad():
             for tensor, before in zip(kept, kept_before, strict=True):
                 tensor.copy_(before)
             original = [w.clone() for w in weights]
             norms = torch.stack(torch._foreach_norm(weights))
-            grads = cast(list[Tensor], [w.grad for w in weights])  # set by backward()
+            grads = cast(list[Tensor], [w.grad for w in weights])  # none is missing
             sizes = self.strength * norms / (torch.stack(torch._foreach_norm(grads)) + 1e-20)
             perturbed = [w.addcmul(g, size) for w, g, size in zip(weights, grads, sizes.unbind(), strict=True)]
             torch._foreach_copy_(weights, perturbed)

@@ -23,7 +23,8 @@ from rich.table import Table
 
 from bench import common
 from ltat_fast import train
-from ltat_fast.runs import checkpoint, log
+from ltat_fast.runs import checkpoint
+from ltat_fast.runs.records import read_metrics
 from ltat_fast.training import evaluation, fit, pipeline
 
 # The timed functions: the module that calls them, their name, and a function from their arguments to the phase.
@@ -83,7 +84,7 @@ def timed_run(flags: list[str]) -> dict[str, float]:
 def recorded(folder: Path) -> dict[str, float]:
     """Return the seconds by phase that the run in ``folder`` has recorded."""
     stages = {"teacher epochs": folder / "teacher", "student epochs": folder}
-    metrics = {name: log.read_metrics(path / "metrics.jsonl") for name, path in stages.items()}
+    metrics = {name: read_metrics(path / "metrics.jsonl") for name, path in stages.items()}
     if not any(metrics.values()):
         raise SystemExit(f"{folder} is not a run: it has no metrics.jsonl")
     return {name: sum(epoch["seconds"] for epoch in epochs) for name, epochs in metrics.items() if epochs}

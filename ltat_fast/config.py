@@ -203,6 +203,9 @@ class RunSettings:
     """continue the run in --out from its last saved state"""
     max_steps: int | None = None
     """stop each stage after this many steps, for a quick test"""
+    log_every: int = 50
+    """record losses, images per second and memory every N steps, in steps.jsonl and TensorBoard; the loss is checked as
+    often. It is the only time within an epoch that training waits for the device, apart from saving"""
     save_minutes: float = 10.0
     """save the training state at least every N minutes, also in the middle of an epoch"""
     on_nan: Literal["stop", "rollback"] = "stop"
@@ -286,7 +289,7 @@ METHOD_PRESETS: dict[tuple[str, str], dict] = {
 # Settings that --resume may change: they say where and how a run computes, not what it trains. Another device, backend
 # or evaluation batch size changes rounding errors. The batch size also changes the random parts of AutoAttack.
 FREE_ON_RESUME = {"resume", "out", "data_dir", "data_placement", "device", "compile", "save_minutes", "eval_batch_size"}
-FREE_ON_RESUME |= {"on_nan", "on_collapse"}
+FREE_ON_RESUME |= {"on_nan", "on_collapse", "log_every"}
 
 
 def parse_fraction(text: str, name: str = "value") -> float:
@@ -347,6 +350,7 @@ def validate(config: Config, method: Method) -> None:
         "attack_steps",
         "awp_from",
         "eval_every",
+        "log_every",
     )
     optional = ("eval_batch_size", "image_size", "store_size", "limit_eval", "limit_autoattack", "max_steps")
     for name in (*at_least_one, *optional):

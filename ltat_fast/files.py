@@ -49,7 +49,7 @@ def atomic_write(path: Path, previous: Path | None = None) -> Iterator[BinaryIO]
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with oserror_as_user_error(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_synced(path.parent)
         try:
             with open(partial, "wb") as file:
                 yield file
@@ -67,6 +67,26 @@ def write_json(path: Path, content: dict) -> None:
     """Write ``content`` to ``path`` as indented JSON with :func:`atomic_write`."""
     with atomic_write(path) as file:
         file.write((json.dumps(content, indent=1) + "\n").encode())
+
+
+def append(path: Path, text: str) -> None:
+    """Append ``text`` to ``path``. A power cut may lose it until :func:`sync`. Raises UserError on a full disk."""
+    with oserror_as_user_error(path), open(path, "a") as file:
+        file.write(text)
+
+
+def sync(path: Path) -> None:
+    """Wait until the content of ``path`` is on the disk. Raises UserError if the disk refuses."""
+    with oserror_as_user_error(path), open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def _make_synced(folder: Path) -> None:
+    """Create ``folder`` and its parents so that they survive a power cut."""
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    for each in reversed(missing):
+        each.mkdir(exist_ok=True)
+        _sync_directory(each.parent)
 
 
 def _sync_directory(directory: Path) -> None:

@@ -192,6 +192,7 @@ def test_help_of_every_method(name, capsys):
         ("--limit-autoattack 0", "--limit-autoattack must be 1 or more"),
         ("--max-steps 0", "--max-steps must be 1 or more"),
         ("--eval-every 0", "--eval-every must be 1 or more"),
+        ("--log-every 0", "--log-every must be 1 or more"),
         ("--lr 0", "--lr must be a positive number"),
         ("--lr nan", "--lr must be a positive number"),
         ("--gamma -1", "--gamma must be a positive number"),

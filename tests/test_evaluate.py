@@ -392,6 +392,22 @@ def test_damaged_or_missing_weights(run, capfd):
     assert list(json.loads((run / "eval.json").read_text())["best"]) == ["clean", "pgd20", "worst"]
 
 
+@pytest.mark.parametrize("measured", [True, False], ids=["all measured", "nothing measured"])
+def test_a_damaged_checkpoint_is_refused_even_if_the_other_has_the_same_weights(run, capfd, measured):
+    """Both files have the same checksum in their header, so that one of them would be enough to measure both."""
+    best, last = (run / "checkpoints" / f"{which}.safetensors" for which in ("best", "last"))
+    shutil.copyfile(best, last)
+    if measured:
+        evaluate(run, "--attacks", "clean")
+    before = (run / "eval.json").read_bytes()
+    content = bytearray(last.read_bytes())
+    content[-9] ^= 4
+    last.write_bytes(content)
+    message = refused(capfd, str(run), "--attacks", "clean" if measured else "fgsm")
+    assert "last.safetensors is damaged: its content does not match its checksum" in message
+    assert (run / "eval.json").read_bytes() == before
+
+
 def test_images_of_other_classes(tmp_path, folder_run, capfd):
     run = shutil.copytree(folder_run, tmp_path / "run")
     others = train_runs.write_images(tmp_path / "others", names=("ant", "bee", "dog"))
@@ -405,18 +421,18 @@ def test_images_of_other_classes(tmp_path, folder_run, capfd):
 def test_report(digits_run, folder_run, capfd):
     capfd.readouterr()
     assert train_runs.status_of("report", str(digits_run), str(folder_run), str(digits_run) + "/") == 0
-    text = capfd.readouterr().out
+    digits, folder = capfd.readouterr().out.split("imagefolder-lt")
+    title, _, headings, name, *rows = digits.splitlines()[:6]
+    assert title == "digits-lt, imbalance ratio 10, smallresnet: percent of 100 test images"
+    assert headings.split() == ["Clean", "PGD", "T-Clean", "T-PGD", "Worst", "T-Worst"]
+    assert name == "ltat alpha=10.0"
     scores = json.loads((digits_run / "eval.json").read_text())
-    for which in ("best", "last"):
-        (row,) = [line for line in text.splitlines() if "digits-lt" in line and which in line]
-        cells = [cell.strip() for cell in row.strip("│").split("│")]
-        clean, pgd = scores[which]["clean"], scores[which]["pgd20"]
-        numbers = [f"{x:.2f}" for x in (clean["all"], pgd["all"], clean["tail"], pgd["tail"])]
-        run = ["ltat alpha=10.0", "digits-lt", "10", "smallresnet", which, "1"]
-        worst = [f"{scores[which]['worst'][group]:.2f}" for group in ("all", "tail")]
-        assert cells == [*run, *numbers[:2], "-", *numbers[2:], *worst]
-    assert sum("imagefolder-lt" in line and "as found" in line for line in text.splitlines()) == 2
-    assert "Percent of 15 or 100 test images" in text
+    for which, row in zip(("best", "last"), rows, strict=True):
+        of = scores[which]
+        numbers = [of[attack][group] for group in ("all", "tail") for attack in ("clean", "pgd20")]
+        numbers += [of["worst"][group] for group in ("all", "tail")]
+        assert row.split() == [which, *(f"{number:.2f}" for number in numbers)]
+    assert folder.startswith(", imbalance ratio as found, smallresnet: percent of 15 test images\n")
 
 
 def test_report_refuses(tmp_path, capfd):

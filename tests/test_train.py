@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from helpers import train_runs
 from helpers.train_runs import assert_same
 from ltat_fast.models import build_model
-from ltat_fast.runs import log
+from ltat_fast.runs.records import StageLog, read_metrics
 from ltat_fast.runs.weights import read_weights, write_weights
 from ltat_fast.training import evaluation, pipeline
 
@@ -35,7 +35,7 @@ def test_a_run_writes_the_documented_files(digits_run):
         assert (digits_run / name).exists(), name
     assert not list(digits_run.rglob("*.partial"))
     assert not [p for p in digits_run.rglob("*") if p.suffix in (".pt", ".pth", ".pkl", ".ckpt")]
-    metrics = log.read_metrics(digits_run / "metrics.jsonl")
+    metrics = read_metrics(digits_run / "metrics.jsonl")
     assert [r["epoch"] for r in metrics] == [1, 2, 3]
     assert [r["steps"] for r in metrics] == [461 // 64] * 3
     assert ["test_pgd20" in r for r in metrics] == [False, True, True]
@@ -52,7 +52,7 @@ def test_weights_carry_a_card_of_their_network(digits_run):
 
 
 def test_best_is_the_epoch_with_the_highest_pgd20(digits_run):
-    evaluated = [r for r in log.read_metrics(digits_run / "metrics.jsonl") if "test_pgd20" in r]
+    evaluated = [r for r in read_metrics(digits_run / "metrics.jsonl") if "test_pgd20" in r]
     best = max(evaluated, key=lambda r: r["test_pgd20"])
     assert read_weights(digits_run / "checkpoints" / "best.safetensors")[1]["epoch"] == best["epoch"]
     scores = json.loads((digits_run / "eval.json").read_text())["best"]
@@ -63,7 +63,7 @@ def test_best_is_the_epoch_with_the_highest_pgd20(digits_run):
 def test_a_run_on_an_image_folder_with_spaces_in_its_name(folder_run, image_tree):
     assert json.loads((folder_run / "env.json").read_text())["class_counts"] == [24, 12, 8]
     assert json.loads((folder_run / "eval.json").read_text())["last"]["clean"]["images"] == 15
-    assert sum(r["steps"] for r in log.read_metrics(folder_run / "metrics.jsonl")) == 3
+    assert sum(r["steps"] for r in read_metrics(folder_run / "metrics.jsonl")) == 3
 
 
 @pytest.mark.parametrize("method", ["pgd-at", "at-bsl"])
@@ -79,7 +79,7 @@ def test_the_best_epoch_can_be_selected_on_held_out_images(tmp_path, image_tree)
     out = ("--data-dir", str(image_tree), "--out", str(tmp_path / "run"))
     assert train_runs.train(*train_runs.FOLDER, *flags, *out) == 0
     assert json.loads((tmp_path / "run" / "env.json").read_text())["class_counts"] == [18, 9, 6]
-    (record,) = log.read_metrics(tmp_path / "run" / "metrics.jsonl")
+    (record,) = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert "heldout_pgd20" in record
     assert "test_pgd20" not in record
 
@@ -124,7 +124,7 @@ def test_a_run_with_all_modifiers_resumes_and_says_what_they_are(tmp_path, image
     flags = (*train_runs.FOLDER, *modified.split(), "--data-dir", str(image_tree), "--max-steps", "12")
     flags += ("--teacher-epochs", "2", "--lr", "0.03")
     assert train_runs.train(*flags, "--out", str(tmp_path / "whole")) == 0
-    write = log.StageLog.epoch
+    write = StageLog.epoch
 
     def signalled(self, entry):
         write(self, entry)
@@ -132,7 +132,7 @@ def test_a_run_with_all_modifiers_resumes_and_says_what_they_are(tmp_path, image
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patched:
-        patched.setattr(log.StageLog, "epoch", signalled)
+        patched.setattr(StageLog, "epoch", signalled)
         assert train_runs.train(*flags, "--out", str(tmp_path / "parts")) == 75
     assert train_runs.train("--out", str(tmp_path / "parts"), "--resume") == 0
     assert_same(tmp_path / "parts", tmp_path / "whole")

@@ -10,6 +10,7 @@ docs/evaluation.md describes the protocol.
 """
 
 import re
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -62,6 +63,7 @@ def correct_under(
     batch_size: int = 256,
     indices: Tensor | None = None,
     part: tuple[int, int] = (0, 1),
+    advance: Callable[..., None] = lambda images, **shown: None,
 ) -> Tensor:
     """Return whether each image is classified correctly under the attack ``name``: bool ``(N,)`` on the CPU.
 
@@ -70,6 +72,8 @@ def correct_under(
         of an image depends on the seed, the attack, the number of the start and this index, not on the batch.
         AutoAttack is the exception: it seeds every batch with the same seed.
     part: (r, n) selects the batches r, r + n, r + 2 n, ...; the result then covers only their images.
+    advance: called after each batch with its number of images, and with what to show: the share of all images so far
+        that are classified correctly, as robust="47.1 %", or as correct="97.8 %" for "clean".
 
     Raises UserError if the name is unknown.
     """
@@ -83,6 +87,8 @@ def correct_under(
     for batch in batches:
         x, y = to_unit(images[batch]), labels[batch]
         correct.append(_under_restarts(name, model, x, y, indices[batch], eps, seed).cpu())
+        share = f"{100 * torch.cat(correct).float().mean():.1f} %"
+        advance(len(batch), **{"correct" if name == "clean" else "robust": share})
     return torch.cat(correct)
 
 

@@ -15,9 +15,9 @@ from matplotlib.ticker import MaxNLocator
 from ltat_fast.reporting.figure import INK, PAPER, Style, axes, to_svg
 from ltat_fast.reporting.headline import names
 from ltat_fast.reporting.study import Study, attack_name, summary
-from ltat_fast.runs import log
 from ltat_fast.runs.experiments import Experiment
 from ltat_fast.runs.json_object import is_number
+from ltat_fast.runs.records import read_metrics
 from ltat_fast.runs.results import CHECKPOINTS, percentages
 
 PANEL = (340, 220)
@@ -56,7 +56,7 @@ def key(style: Style) -> Markup:
 
 def training_curves(study: Study, styles: Sequence[Style]) -> list[Chart]:
     """One plot per entry of :data:`CURVES` that a run has: the mean over seeds as a line, their range as a band."""
-    records = [[log.read_metrics(run.path / "metrics.jsonl") for run in e.runs] for e in study.experiments]
+    records = [[read_metrics(run.path / "metrics.jsonl") for run in e.runs] for e in study.experiments]
     charts = []
     for title, name in CURVES:
         wanted = [name] if name in ("loss", "lr") else [f"test_{name}", f"heldout_{name}", f"val_{name}"]

@@ -44,8 +44,14 @@ def _lines(found: list[Experiment]) -> Iterator[tuple]:
 
 
 def as_markdown(found: list[Experiment]) -> str:
-    """The table that the terminal shows, as Markdown."""
-    headings, lines = tables.cells(found)
-    rule = ["---"] * tables.NUMBERS_FROM + ["---:"] * (len(headings) - tables.NUMBERS_FROM)
-    table = [headings, rule, *([text.replace("|", "\\|") for text in line] for line in lines)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in table) + f"\n\n{tables.note(found)}\n"
+    """The tables that the terminal shows, as Markdown."""
+    return "\n".join("\n".join(_markdown(table)) for table in tables.build(found))
+
+
+def _markdown(table: tables.Table) -> Iterator[str]:
+    rows = [[row.label, row.checkpoint, str(row.seeds), *row.cells] for row in table.rows]
+    rule = ["---"] * 3 + ["---:"] * len(table.headings)
+    yield from (f"**{table.title}**", "")
+    for row in (["method", "checkpoint", "seeds", *table.headings], rule, *rows):
+        yield "| " + " | ".join(text.replace("|", "\\|") for text in row) + " |"
+    yield from ("", *(f"{note}  " for note in table.notes), "")

@@ -22,8 +22,9 @@ class Progress:
     """Position and results of a stage.
 
     epoch: number of finished epochs. step: number of steps taken in the next epoch. best: epoch and scores of the best
-    epoch. sums: :meth:`TrainStep.totals` of the current epoch. seconds: time spent in the current epoch. skipped: epoch
-    and step, from 0, of the batch that is skipped because it gave numbers that are not finite.
+    epoch. sums: :meth:`TrainStep.totals` of the current epoch. seconds: time spent in the current epoch. recorded: the
+    sums, steps ("done") and seconds of the current epoch at its last record of steps. skipped: epoch and step, from 0,
+    of the batch that is skipped because it gave numbers that are not finite.
     """
 
     epoch: int = 0
@@ -32,7 +33,16 @@ class Progress:
     best: dict = field(default_factory=dict)
     sums: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
+    recorded: dict[str, float] = field(default_factory=dict)
     skipped: list[int] = field(default_factory=list)
+
+    def steps_done(self, per_epoch: int) -> int:
+        """The number of steps taken in the stage, which has ``per_epoch`` steps per epoch."""
+        return self.epoch * per_epoch + self.step
+
+    def steps_recorded(self, per_epoch: int) -> int:
+        """The number of steps in records of steps. A state at the end of an epoch can be from before its last one."""
+        return self.epoch * per_epoch + int(self.recorded.get("done", 0))
 
 
 def previous_state_file(path: Path) -> Path:

@@ -17,7 +17,7 @@ from ltat_fast.runs.results import CHECKPOINTS, percentages
 
 # Runs that differ only in these settings belong to one experiment, if all of them or none trained their own teacher.
 NOT_THE_EXPERIMENT = {"seed", "out", "data_dir", "teacher", "device", "compile", "resume", "eval_batch_size"}
-NOT_THE_EXPERIMENT |= {"save_minutes", "on_collapse"}
+NOT_THE_EXPERIMENT |= {"save_minutes", "on_collapse", "log_every"}
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from ltat_fast.runs import log
+from ltat_fast.runs.json_object import is_number
+from ltat_fast.runs.records import read_metrics
 from ltat_fast.runs.results import BALANCED, CheckpointResults, EvalFile, Result
 
 ATTACKS = ("clean", "pgd20")
@@ -13,7 +14,9 @@ def on_heldout_images(run_dir: Path) -> EvalFile:
 
     The best epoch is the one with the highest PGD-20 accuracy on these images. Empty if the run held out no images.
     """
-    records = [record for record in log.read_metrics(run_dir / "metrics.jsonl") if "heldout_pgd20" in record]
+    needed = [f"heldout_{attack}" for attack in ATTACKS]
+    records = read_metrics(run_dir / "metrics.jsonl")
+    records = [record for record in records if all(is_number(record.get(name)) for name in needed)]
     if not records:
         return EvalFile()
     best = max(records, key=lambda record: record["heldout_pgd20"])

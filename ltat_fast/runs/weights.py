@@ -274,9 +274,10 @@ def weights_file(path: Path, which: str = "last") -> Path:
 
 
 def weights_digest(path: Path) -> str:
-    """Return the checksum stored in a weights file, which shows whether a result belongs to it; "" if it has none."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return (file.metadata() or {}).get("sha256", "")
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged and cannot be read ({error})") from None
+    """Return the checksum of a weights file, which shows whether a result belongs to it.
+
+    "" for a file of another program, which has none. Raises UserError if the content does not match the checksum.
+    """
+    read_weights(path, foreign=True)
+    with safe_open(path, framework="pt") as file:
+        return (file.metadata() or {}).get("sha256", "")

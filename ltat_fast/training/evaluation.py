@@ -63,9 +63,11 @@ def evaluate(
         places = torch.from_numpy(chosen)
         y = labels[places.to(labels.device)]
         x = images.select(chosen) if isinstance(images, HostImages) else images[places.to(images.device)]
-        part = (world.rank, world.size)
-        with without_cudnn_search(), without_tf32() if strict else contextlib.nullcontext():
-            own_part = correct_under(name, frozen, x, y, eps, batch_size=batch_size, indices=places, part=part)
+        share = {"batch_size": batch_size, "indices": places, "part": (world.rank, world.size)}
+        own_images = sum(len(batch) for batch in places.split(batch_size)[world.rank :: world.size])
+        exact = without_tf32() if strict else contextlib.nullcontext()
+        with log.progress(name, own_images, "images", images_per_unit=1) as bar, without_cudnn_search(), exact:
+            own_part = correct_under(name, frozen, x, y, eps, **share, advance=bar.advance)
         correct = torch.cat(distributed.gather_in_turn(list(own_part.split(batch_size))))
         used = np.isin(np.arange(len(images)), chosen) if len(chosen) < len(images) else None
         results[name] = Result.from_correct(correct, y, groups, num_classes, used)
@@ -106,7 +108,7 @@ def evaluate_checkpoints(
     :mod:`ltat_fast.attacks.checks` run before AutoAttack.
     """
     by_weights: dict[str, list[str]] = {}
-    for which in checkpoints:
+    for which in checkpoints:  # each file is read here, so a damaged one is refused even if another has its results
         by_weights.setdefault(weights_digest(weights_file(config.run_dir, which)), []).append(which)
     file, test_set = config.run_dir / "eval.json", fingerprint(splits.test)
     if EvalFile.load_or_empty(file).test_sets - {test_set}:

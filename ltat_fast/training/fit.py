@@ -1,5 +1,6 @@
 """The training loop of one stage, teacher or student: steps, evaluation, records, saving and resuming."""
 
+import math
 import time
 from dataclasses import replace
 
@@ -11,8 +12,9 @@ from ltat_fast.models.sync_batch_norm import synchronise_batch_norm
 from ltat_fast.out_of_memory import explained
 from ltat_fast.runs import checkpoint, log
 from ltat_fast.runs.checkpoint import Progress
+from ltat_fast.runs.records import NoLog, StageLog
 from ltat_fast.runs.weights import write_weights
-from ltat_fast.training import distributed, recovery, speed
+from ltat_fast.training import distributed, entries, recovery, speed
 from ltat_fast.training.backend import choose_backend
 from ltat_fast.training.collapse import Collapsed, collapse, one_step_health
 from ltat_fast.training.device import Hardware
@@ -24,10 +26,6 @@ from ltat_fast.training.stage import Stage
 from ltat_fast.training.step import TrainStep, frozen_twin, make_optimizer
 
 AGREE_EVERY = 10  # number of steps after which several processes agree whether to save or to stop
-CHECK_EVERY = 50  # number of steps after which the host reads the sums: to check the loss, and for the progress bar
-# Entries of a record that its line on the terminal omits, or shows in another form.
-NOT_PRINTED = {"epoch", "steps", "lr", "seconds", "images_per_second"}
-NOT_PRINTED |= {"share_of_ceiling", "zero_gradients", "sign_disagreement"}
 
 
 def fit(stage: Stage, hardware: Hardware) -> Progress:
@@ -73,7 +71,8 @@ def _train(stage: Stage, hardware: Hardware) -> Progress:
     flops = speed.flops_per_image(build("eager"), x, y)
     ceiling = speed.matmul_ceiling(hardware.device, hardware.dtype)
     log.say(f"{stage.name}: {flops / 1e9:.3g} GFLOP per image; matrix products reach {ceiling / 1e12:.3g} TFLOP/s")
-    record = log.StageLog(stage.folder, progress.epoch) if distributed.current().is_main else log.NoLog()
+    is_main, per_epoch = distributed.current().is_main, len(stage.loader)
+    record = StageLog(stage.folder, progress.epoch, progress.steps_recorded(per_epoch)) if is_main else NoLog()
     try:
         with StopOnSignal() as stop:
             return _Fit(stage, step, progress, record, stop, flops / ceiling).run()
@@ -113,7 +112,7 @@ class _Fit:
         stage: Stage,
         step: TrainStep,
         progress: Progress,
-        record: log.StageLog,
+        record: StageLog | NoLog,
         stop: StopOnSignal,
         seconds_per_image: float,
     ):
@@ -122,19 +121,27 @@ class _Fit:
         self.seconds_per_image = seconds_per_image
         self.check_batch = next(stage.loader.batches(0))
         self.per_epoch = len(stage.loader)
+        self.all_steps = min(stage.epochs * self.per_epoch, stage.config.max_steps or math.inf)
         self.last_save = time.monotonic()
         self.world = distributed.current()
 
     def run(self) -> Progress:
         if not checkpoint.has_state(self.stage.state_file):
             self._save()  # so that there always is a good state to return to
-        while not self.progress.finished:
-            try:
-                self._train_epoch()
-            except Diverged as diverged:
-                self.progress = recovery.skip_bad_batch(self.stage, self.step, diverged)
-                self._save()
+        done = self.progress.steps_done(self.per_epoch)
+        with log.progress(self.stage.name, self.all_steps, "steps", done=done) as self.bar:
+            while not self.progress.finished:
+                try:
+                    self._train_epoch()
+                except Diverged as diverged:
+                    self._go_back(diverged)
         return self.progress
+
+    def _go_back(self, diverged: Diverged) -> None:
+        self.progress = recovery.skip_bad_batch(self.stage, self.step, diverged)
+        self.record.go_back(self.progress.epoch, self.progress.steps_recorded(self.per_epoch))
+        self.bar.go_to(self.progress.steps_done(self.per_epoch))
+        self._save()
 
     def _train_epoch(self) -> None:
         started = time.monotonic() - self.progress.seconds
@@ -142,21 +149,25 @@ class _Fit:
         if self.progress.step == 0:
             self.stage.method.on_epoch_start(self.progress.epoch)
         done = self._train_steps(started)
-        self._end_epoch(done, time.monotonic() - started)
+        self._end_epoch(done, started)
 
     def _train_steps(self, started: float) -> int:
         """Take the remaining steps of the epoch and return how many of its steps are done."""
         stage, step, epoch, done = self.stage, self.step, self.progress.epoch, self.progress.step
-        with log.progress_bar(f"{stage.name} epoch {epoch + 1}/{stage.epochs}", self.per_epoch, done) as bar:
+        steps = min(self.per_epoch, self.all_steps - epoch * self.per_epoch)
+        name, images = f"epoch {epoch + 1}/{stage.epochs}", stage.loader.batch_size
+        with log.progress(name, steps, "steps", done=done, images_per_unit=images) as bar:
             for x, y in stage.loader.batches(epoch, start=done):
-                if self._out_of_steps(done):
+                if done >= steps:
                     break
                 if self.progress.skipped != [epoch, done]:
                     step(x, y, **stage.step_arguments(epoch, done))
                 done += 1
-                if done % CHECK_EVERY == 0:
-                    totals = self._totals(done)
-                    bar.update(0, completed=done, rate=f"loss {totals['loss'] / totals['steps']:.3f}")
+                shown = {}
+                if done % stage.config.log_every == 0:
+                    shown = self._record_steps(done, self._totals(done), time.monotonic() - started)
+                bar.advance(1, **shown)
+                self.bar.advance(1)
                 if self._time_to_save(done):
                     self.progress.step, self.progress.sums = done, self._totals(done)
                     self.progress.seconds = time.monotonic() - started
@@ -164,24 +175,40 @@ class _Fit:
                     self._stop_if_signalled(f"in epoch {epoch + 1}, step {done}")
         return done
 
-    def _end_epoch(self, done: int, seconds: float) -> None:
+    def _record_steps(self, done: int, totals: dict[str, float], seconds: float) -> dict[str, float]:
+        """Record the steps since the last such record of the epoch; return what their bar shows.
+
+        totals, seconds: those of all ``done`` steps of the epoch. The time must be read after the totals, which wait
+        until the device has taken these steps.
+        """
+        before, epoch = self.progress.recorded, self.progress.epoch
+        entry = entries.means(totals, before)
+        if not entry["steps"]:  # the only one was skipped, or the epoch ended with a record
+            return {}
+        position = {"epoch": epoch + 1, "step": epoch * self.per_epoch + done, "lr": self.stage.rate(epoch, done - 1)}
+        images = entry["steps"] * self.stage.loader.batch_size
+        entry |= entries.speed(images, seconds - before.get("seconds", 0.0)) | entries.memory(self.step.device)
+        self.record.step(position | entry)
+        self.progress.recorded = totals | {"done": done, "seconds": seconds}
+        return {"loss": entry["loss"]}
+
+    def _end_epoch(self, done: int, started: float) -> None:
         """Evaluate and record the epoch, then save the state from which the next epoch starts."""
         stage, progress, epoch = self.stage, self.progress, self.progress.epoch + 1
-        totals = self._totals(done)
-        steps = int(totals.pop("steps"))
-        entry = {"epoch": epoch, "steps": steps, "lr": stage.rate(epoch - 1, done - 1)}
-        entry |= {name: total / max(steps, 1) for name, total in totals.items() if name != "first_bad"}
+        totals, seconds = self._totals(done), time.monotonic() - started
+        self._record_steps(done, totals, seconds)
+        means = entries.means(totals)
+        entry = {"epoch": epoch, "steps": means.pop("steps"), "lr": stage.rate(epoch - 1, done - 1)} | means
         if progress.skipped and progress.skipped[0] == epoch - 1:
             entry["skipped_step"] = progress.skipped[1] + 1
-        entry["seconds"] = round(seconds, 3)
-        images_per_second = steps * stage.loader.batch_size / seconds
-        entry["images_per_second"] = round(images_per_second, 1)
+        images = entry["steps"] * stage.loader.batch_size
+        entry |= entries.speed(images, seconds)
         if self.step.attacks_at(epoch / stage.epochs) == self.step.attacks_at(1.0):  # the step that was measured
-            entry["share_of_ceiling"] = round(images_per_second * self.seconds_per_image / self.world.size, 4)
+            entry["share_of_ceiling"] = round(images / seconds * self.seconds_per_image / self.world.size, 4)
 
         if stage.modifiers.ema:
             stage.modifiers.ema.copy_buffers(stage.model)
-        finished = epoch == stage.epochs or self._out_of_steps(done)
+        finished = (epoch - 1) * self.per_epoch + done >= self.all_steps
         scores = {}
         if (selection := stage.selection) and (selection.after(epoch - 1) or finished):
             scores = selection.evaluate()
@@ -200,9 +227,10 @@ class _Fit:
         if finished:
             self._save_weights("last", epoch, scores)
         # Save the state last: a run killed before this point repeats the epoch and writes all of the above again.
-        progress.epoch, progress.finished, progress.step, progress.sums, progress.seconds = epoch, finished, 0, {}, 0.0
+        progress.epoch, progress.finished, progress.step = epoch, finished, 0
+        progress.sums, progress.recorded, progress.seconds = {}, {}, 0.0
         self._save()
-        log.say(f"{stage.name} {_line(entry, stage.epochs)}")
+        log.say(f"{stage.name} {entries.line(entry, stage.epochs)}")
         if collapsed:
             self._warn_or_stop(collapsed, epoch)
         self._stop_if_signalled(f"after epoch {epoch}")
@@ -226,10 +254,6 @@ class _Fit:
             raise Collapsed(f"{message}; the state is saved; {advice}")
         log.say(f"WARNING: {message}")
 
-    def _out_of_steps(self, done: int) -> bool:
-        max_steps = self.stage.config.max_steps
-        return max_steps is not None and self.progress.epoch * self.per_epoch + done >= max_steps
-
     def _time_to_save(self, done: int) -> bool:
         if self.world.size > 1 and done % AGREE_EVERY != 0:
             return False
@@ -240,6 +264,7 @@ class _Fit:
     def _save(self) -> None:
         if self.world.is_main:
             stage = self.stage
+            self.record.sync()  # first: after a power cut the state must not claim records that are lost
             checkpoint.save_state(stage.state_file, stage.model, self.step.optimizer, self.progress, stage.state)
         self.last_save = time.monotonic()
 
@@ -258,10 +283,3 @@ class _Fit:
         if what := recovery.find_non_finite(self.step, totals):
             raise Diverged(what, self.progress.epoch, done)
         return totals
-
-
-def _line(entry: dict, epochs: int) -> str:
-    """Return the line that the terminal shows for an epoch."""
-    numbers = "  ".join(f"{name} {value:.4g}" for name, value in entry.items() if name not in NOT_PRINTED)
-    rate = f"{entry['seconds']:.1f} s  {entry['images_per_second']:.0f} images/s"
-    return f"{entry['epoch']:>3}/{epochs}  lr {entry['lr']:.4g}  {numbers}  {rate}"

@@ -1,8 +1,8 @@
 """Return to the last good state: after a process was killed, a disk damaged a file, or a number was not finite.
 
-A run checks its sums only every 50 steps. When a check fails, the run loads the last good state and repeats the
-steps since then, with a check after each. Order, augmentation and noise depend only on the position in the run, so the
-bad step is repeated exactly. Its inputs are written to a file for ``python -m ltat_fast.replay``.
+A run checks its sums only every ``--log-every`` steps. When a check fails, the run loads the last good state and
+repeats the steps since then, with a check after each. Order, augmentation and noise depend only on the position in the
+run, so the bad step is repeated exactly. Its inputs are written to a file for ``python -m ltat_fast.replay``.
 """
 
 import shlex

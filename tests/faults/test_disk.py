@@ -12,7 +12,8 @@ import pytest
 
 from helpers import launching, small_disks, train_runs
 from helpers.train_runs import assert_same
-from ltat_fast.runs import log
+from ltat_fast.errors import UserError
+from ltat_fast.runs.records import StageLog, read_metrics
 from ltat_fast.runs.weights import read_weights
 
 
@@ -64,13 +65,13 @@ def test_a_run_with_a_file_size_limit_resumes_without_it(tmp_path, undisturbed, 
 
 def test_a_metrics_line_that_did_not_fit_on_the_disk_is_not_read_back(tmp_path):
     with small_disks.file_system(tmp_path / "disk", "64k") as disk:
-        record = log.StageLog(disk, 0)
+        record = StageLog(disk, 0)
         record.epoch({"epoch": 1, "loss": 0.5})
         (disk / "ballast").write_bytes(b"0" * (os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize))
-        with pytest.raises(log.files.UserError, match=r"cannot write .*metrics\.jsonl: No space left on device"):
+        with pytest.raises(UserError, match=r"cannot write .*metrics\.jsonl: No space left on device"):
             record.epoch({"epoch": 2, "note": "x" * 10_000})
         record.close()
-        assert log.read_metrics(disk / "metrics.jsonl") == [{"epoch": 1, "loss": 0.5}]
+        assert read_metrics(disk / "metrics.jsonl") == [{"epoch": 1, "loss": 0.5}]
 
 
 def test_a_read_only_run_folder_is_refused(tmp_path, undisturbed, capfd):

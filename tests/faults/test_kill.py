@@ -12,7 +12,7 @@ import pytest
 
 from helpers import launching, train_runs
 from helpers.train_runs import SAFETY_NET, assert_same
-from ltat_fast.runs import log
+from ltat_fast.runs.records import read_metrics
 from ltat_fast.training.signals import SIGNALS
 
 KILLS = int(os.environ.get("FAULT_KILLS", "25"))
@@ -140,4 +140,4 @@ def test_a_start_killed_while_it_writes_its_config_can_be_started_again(tmp_path
 
 
 def test_the_metrics_have_each_epoch_once(undisturbed):
-    assert [r["epoch"] for r in log.read_metrics(undisturbed / "metrics.jsonl")] == [1, 2, 3]
+    assert [r["epoch"] for r in read_metrics(undisturbed / "metrics.jsonl")] == [1, 2, 3]

@@ -13,7 +13,7 @@ from helpers import train_runs
 # Two epochs of a teacher and three of a student, twenty steps in all, saved after each step.
 FLAGS = ("--dataset", "digits-lt", "--epochs", "3", "--teacher-epochs", "2", "--batch-size", "128")
 FLAGS += ("--teacher-batch-size", "128", "--attack-steps", "1", "--eval-every", "2", "--limit-eval", "40")
-FLAGS += ("--eval-attacks", "clean,pgd2", "--save-minutes", "1e-9")
+FLAGS += ("--eval-attacks", "clean,pgd2", "--save-minutes", "1e-9", "--log-every", "3")
 
 
 def in_two_processes(*command: str) -> subprocess.CompletedProcess:

@@ -6,12 +6,12 @@ import numpy as np
 import torch
 
 from helpers.toy_networks import small_net
-from helpers.train_runs import TIMES
+from helpers.train_runs import without_times
 from ltat_fast.config import Config
 from ltat_fast.data import DeviceLoader
 from ltat_fast.methods import MethodContext, modifiers
 from ltat_fast.methods.pgd_at import PgdAt
-from ltat_fast.runs import log
+from ltat_fast.runs.records import STEPS, read_metrics, read_steps
 from ltat_fast.runs.weights import read_weights
 from ltat_fast.training.device import Hardware
 from ltat_fast.training.stage import Selection, Stage
@@ -69,6 +69,7 @@ def stage(folder, method=None, selection=None, modified=None, **changes) -> Stag
         "epochs": EPOCHS,
         "lr_schedule": "onecycle",
         "seed": 3,
+        "log_every": 2,
         "compile": "none",
     }
     method, model = method or Method(), small_net(seed=5).to(memory_format=torch.channels_last)
@@ -85,17 +86,16 @@ def stage(folder, method=None, selection=None, modified=None, **changes) -> Stag
 
 
 def outcome(folder):
-    """Return all results of a stage except its times."""
-    records = log.read_metrics(folder / "metrics.jsonl")
-    metrics = [{k: v for k, v in record.items() if k not in TIMES} for record in records]
+    """Return all results of a stage except its times: records of epochs, weights, records of steps."""
     files = {name: read_weights(folder / "checkpoints" / f"{name}.safetensors") for name in ("best", "last")}
-    return metrics, files
+    return without_times(read_metrics(folder / "metrics.jsonl")), files, without_times(read_steps(folder / STEPS))
 
 
 def assert_same_outcome(ours, theirs):
-    (metrics, files), (expected_metrics, expected_files) = ours, theirs
+    (metrics, files, steps), (expected_metrics, expected_files, expected_steps) = ours, theirs
     assert metrics == expected_metrics
     assert [list(record) for record in metrics] == [list(record) for record in expected_metrics]  # in the same order
+    assert steps == expected_steps
     for name, (tensors, card) in files.items():
         expected, expected_card = expected_files[name]
         assert card == expected_card

@@ -16,7 +16,7 @@ import psutil
 import torch
 from PIL import Image
 
-from ltat_fast.runs import log
+from ltat_fast.runs.records import read_metrics, read_steps
 from ltat_fast.runs.weights import read_weights
 
 SAFETY_NET = 1200  # seconds that any wait may take: against a test that never ends, whatever else the machine does
@@ -114,15 +114,20 @@ def write_images(root: Path, names=("ant", "bee", "cow"), seed: int = 0) -> Path
     return root
 
 
-TIMES = {"seconds", "images_per_second", "share_of_ceiling"}
+NOT_RESULTS = {"seconds", "images_per_second", "share_of_ceiling", "memory_mib"}
+
+
+def without_times(records: list[dict]) -> list[dict]:
+    """Return records of epochs or of steps without what differs from run to run: times and memory."""
+    return [{name: value for name, value in record.items() if name not in NOT_RESULTS} for record in records]
 
 
 def outcome(run_dir: Path) -> dict:
     """Return all results of a run except its times."""
     result = {"eval": json.loads((run_dir / "eval.json").read_text())}
     for stage in ("", "teacher/"):
-        records = log.read_metrics(run_dir / f"{stage}metrics.jsonl")
-        result[f"{stage}metrics"] = [{k: v for k, v in r.items() if k not in TIMES} for r in records]
+        result[f"{stage}metrics"] = without_times(read_metrics(run_dir / f"{stage}metrics.jsonl"))
+        result[f"{stage}steps"] = without_times(read_steps(run_dir / f"{stage}steps.jsonl"))
     return result
 
 

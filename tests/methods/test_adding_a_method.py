@@ -10,7 +10,7 @@ import pytest
 
 from helpers import three_steps, train_runs
 from ltat_fast.methods import METHODS, Method
-from ltat_fast.runs import log
+from ltat_fast.runs.records import read_metrics
 
 PAGE = (Path(__file__).parents[2] / "docs" / "adding-a-method.md").read_text()
 METHOD_FILE, TEST_FILE = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
@@ -33,7 +33,7 @@ def test_the_example_trains_with_its_own_flag(alp, tmp_path):
     run = tmp_path / "run"
     short = ("--max-steps", "2", "--epochs", "1", "--eval-attacks", "clean", "--limit-eval", "50")
     assert train_runs.train("--method", "alp", "--pairing", "0.3", "--out", str(run), *short) == 0
-    (record,) = log.read_metrics(run / "metrics.jsonl")
+    (record,) = read_metrics(run / "metrics.jsonl")
     assert record["loss"] == pytest.approx(record["ce"] + 0.3 * record["distance"], rel=1e-5)
     assert record["distance"] > 0
     assert json.loads((run / "config.json").read_text())["method_options"] == {"pairing": 0.3}

@@ -12,7 +12,7 @@ from helpers.three_steps import batch, toy_classifier, train_step
 from ltat_fast.errors import UserError
 from ltat_fast.methods import METHODS
 from ltat_fast.methods.distillation import Distillation, kl
-from ltat_fast.runs import log
+from ltat_fast.runs.records import read_metrics
 
 DISTILLATION = sorted(name for name, method in METHODS.items() if issubclass(method, Distillation))
 HALF = torch.tensor(0.5)
@@ -182,7 +182,7 @@ def test_two_steps_from_the_command_line(name, tmp_path):
     flags = ("--method", name, *FLAGS, "--out", str(tmp_path / "run"))
     flags += ("--igdm-alpha", "5") if name in DISTILLATION else ("--form", "finite-difference")
     assert train_runs.train(*flags) == 0
-    (record,) = log.read_metrics(tmp_path / "run" / "metrics.jsonl")
+    (record,) = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert all(math.isfinite(value) for value in record.values())
     assert ("igdm" in record) == (name in DISTILLATION)
     assert (tmp_path / "run" / "teacher" / "checkpoints" / "last.safetensors").exists()

@@ -11,7 +11,7 @@ from ltat_fast.attacks import AttackConfig
 from ltat_fast.methods import METHODS, MethodContext, modifiers
 from ltat_fast.models import build_model
 from ltat_fast.models.joint_batch import allow_joint_calls
-from ltat_fast.runs import log
+from ltat_fast.runs.records import read_metrics
 from ltat_fast.training.backend import disagreement
 from ltat_fast.training.device import Hardware
 from ltat_fast.training.step import TrainStep, frozen_twin, make_optimizer
@@ -31,7 +31,7 @@ VARIANTS = [
 def test_a_short_run_has_finite_metrics_and_scores(flags, tmp_path):
     run = tmp_path / "run"
     assert train_runs.train("--method", *flags, "--out", str(run), *SHORT) == 0
-    (record,) = log.read_metrics(run / "metrics.jsonl")
+    (record,) = read_metrics(run / "metrics.jsonl")
     assert record["steps"] == 2
     assert all(math.isfinite(value) for value in record.values())
     scores = json.loads((run / "eval.json").read_text())

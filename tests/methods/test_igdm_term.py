@@ -11,7 +11,7 @@ from ltat_fast.errors import UserError
 from ltat_fast.flags import parse_args
 from ltat_fast.methods.pgd_at import PgdAt
 from ltat_fast.methods.trades import Trades
-from ltat_fast.runs import log
+from ltat_fast.runs.records import read_metrics
 
 
 class Float64PgdAt(Float64Distillation):
@@ -65,9 +65,9 @@ def test_a_run_of_trades_with_igdm_trains_a_robust_teacher_first(tmp_path):
     flags = ("--epochs", "1", "--teacher-epochs", "1", "--max-steps", "2", "--attack-steps", "2")
     flags += ("--eval-attacks", "clean,pgd20", "--limit-eval", "50")
     assert train_runs.train("--method", "trades", "--igdm-alpha", "5", "--out", str(run), *flags) == 0
-    (record,) = log.read_metrics(run / "metrics.jsonl")
+    (record,) = read_metrics(run / "metrics.jsonl")
     assert record["loss"] == pytest.approx(record["ce"] + 6 * record["kl"] + 5 * record["igdm"], rel=1e-4)
     assert record["igdm"] > 0
-    (of_teacher,) = log.read_metrics(run / "teacher" / "metrics.jsonl")
+    (of_teacher,) = read_metrics(run / "teacher" / "metrics.jsonl")
     assert "igdm" not in of_teacher
     assert config.load(run)[1] == Trades(igdm_alpha=5.0)

@@ -20,7 +20,7 @@ from helpers.three_steps import (
 from ltat_fast.errors import UserError
 from ltat_fast.methods import MethodContext
 from ltat_fast.methods.taet import Taet, class_losses
-from ltat_fast.runs import log
+from ltat_fast.runs.records import read_metrics
 
 
 def hierarchical(of_class: list[torch.Tensor], a: float, b: float, g: float) -> torch.Tensor:
@@ -135,7 +135,7 @@ def test_a_run_trains_both_stages(tmp_path):
     run = tmp_path / "run"
     flags = ("--epochs", "4", "--attack-steps", "2", "--attack-begin", "0.5", "--limit-eval", "50")
     assert train_runs.train("--method", "taet", *flags, "--eval-attacks", "clean", "--out", str(run)) == 0
-    records = log.read_metrics(run / "metrics.jsonl")
+    records = read_metrics(run / "metrics.jsonl")
     assert [record["loss"] == record["ce"] for record in records] == [True, True, False, False]
     assert all(math.isfinite(value) for record in records for value in record.values())
     # The operations per image were counted for a step with the attack.

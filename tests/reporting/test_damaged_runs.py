@@ -96,6 +96,16 @@ def test_one_sentence_or_a_report(data):
         try_damaged(data)
 
 
+def test_a_report_skips_and_names_damaged_records(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(charts, "to_svg", lambda ax, description: Markup(f"<p>{description}</p>"))
+    write_run(tmp_path / "run")
+    log = tmp_path / "run" / "metrics.jsonl"
+    log.write_bytes(log.read_bytes() + b"\xff\n")
+    assert train_runs.status_of("report", str(tmp_path / "run"), "--html", str(tmp_path / "page.html")) == 0
+    assert f"WARNING: {log}: damaged and skipped: line 5" in " ".join(capsys.readouterr().out.split("\n"))
+    assert "loss over epochs" in (tmp_path / "page.html").read_text().lower()
+
+
 @pytest.mark.slow
 @given(st.data())
 @examples(500)

@@ -1,4 +1,4 @@
-"""The paper's table: the right numbers in the right columns, and every digit is shown."""
+"""The paper's table: the right numbers in the right columns, and every digit is shown in 80 columns."""
 
 import json
 
@@ -8,7 +8,13 @@ from ltat_fast.runs.experiments import experiments
 
 
 def rows(runs):
-    return tables.rows(experiments(runs))
+    (table,) = tables.build(experiments(runs))
+    return table.rows
+
+
+def words(runs) -> str:
+    """What the terminal shows, in one line."""
+    return " ".join(tables.render(runs).split())
 
 
 def values(row):
@@ -53,6 +59,7 @@ def test_no_number_is_cut_off(tmp_path):
     )
     text = tables.render([*runs, long])
     assert "…" not in text
+    assert max(map(len, text.splitlines())) <= 80
     for expected in (
         "tinyimagenet-lt",
         "preactresnet18",
@@ -62,23 +69,80 @@ def test_no_number_is_cut_off(tmp_path):
         "33.49 ± 0.61",
     ):
         assert expected in text
-    assert "Percent of 600 test images" in text
+    assert "percent of 600 test images" in text
     assert "on the test set" in text
 
 
 def test_the_note_says_how_best_was_selected(tmp_path):
     held = write_known_run(tmp_path / "a", select_on="heldout")
-    assert "held-out" in tables.render([held])
+    assert "held-out" in words([held])
     val = write_known_run(tmp_path / "v", select_on="val")
-    assert tables.render([val]).endswith("Best epoch by PGD-20 on the validation split.")
-    assert tables.render([val, held]).endswith("on held-out training images or the validation split.")
-    assert "optimistic" in tables.render([held, write_known_run(tmp_path / "b")])
+    assert words([val]).endswith("Best epoch by PGD-20 on the validation split.")
+    assert words([val, held]).endswith("on held-out training images or the validation split.")
+    assert "optimistic" in words([held, write_known_run(tmp_path / "b")])
 
 
-def test_an_attack_that_was_not_run_is_a_dash(tmp_path):
-    text = tables.render([write_known_run(tmp_path / "a", attacks=("clean",))])
-    assert "50.00" in text
-    assert " - " in text
+def test_only_attacks_that_were_run_have_columns(tmp_path):
+    clean = write_known_run(tmp_path / "a", attacks=("clean",))
+    assert tables.render([clean]).splitlines()[2:4] == ["        Clean  T-Clean", "ltat"]
+    both = [clean, write_known_run(tmp_path / "b", attacks=("clean", "pgd20"), method="trades")]
+    ours, _, theirs, _ = rows(both)
+    assert (ours.cells, theirs.cells) == (["50.00", "-", "45.00", "-"], ["50.00", "30.00", "45.00", "25.00"])
+
+
+def add_result(run, attack, entry, which=("best", "last")):
+    results = json.loads((run / "eval.json").read_text())
+    for name in which:
+        results[name][attack] = entry
+    (run / "eval.json").write_text(json.dumps(results))
+
+
+def test_every_attack_that_was_asked_for_has_columns(tmp_path):
+    run = write_known_run(tmp_path / "a")
+    for attack, percent in (("cw20", 31.25), ("pgd20x5", 32.5), ("apgd-ce", 33.75), ("square", 34.0)):
+        add_result(run, attack, {"all": percent, "tail": percent - 20, "images": 600})
+    (table,) = tables.build(experiments([run]))
+    all_classes = ["Clean", "PGD", "AA", "cw20", "pgd20x5", "apgd-ce", "square"]
+    assert table.headings == [*all_classes, "T-Clean", "T-PGD", "T-cw20", "T-pgd20x5", "T-apgd-ce", "T-square"]
+    assert table.rows[0].cells[3:7] == ["31.25", "32.50", "33.75", "34.00"]
+    text = tables.render([run])
+    assert max(map(len, text.splitlines())) <= 80
+    first, second = (text.splitlines()[i].split() for i in (2, 7))
+    assert first + second == table.headings, "the columns of the tail do not fit beside the others"
+    assert text.splitlines()[9].split() == ["best", "45.00", "25.00", "11.25", "12.50", "13.75", "14.00"]
+
+
+def test_numbers_of_different_images_are_marked(tmp_path):
+    """Also a mean over runs that used different numbers of images."""
+    runs = [write_known_run(tmp_path / str(seed), seed=seed) for seed in (0, 1)]
+    for run in runs:
+        add_result(run, "autoattack", {"all": 20.0, "tail": 10.0, "images": 100})
+    add_result(runs[0], "pgd20", {"all": 30.0, "tail": 25.0, "images": 600}, which=["last"])
+    add_result(runs[1], "pgd20", {"all": 32.0, "tail": 25.0, "images": 100}, which=["last"])
+    (table,) = tables.build(experiments(runs))
+    assert table.title == "digits-lt, imbalance ratio 10, smallresnet: percent of 600 test images"
+    best, last = table.rows
+    assert best.cells[1:3] == ["30.00 ± 0.00", "20.00 ± 0.00 [1]"]
+    assert last.cells[1:3] == ["31.00 ± 1.41 [2]", "20.00 ± 0.00 [1]"]
+    assert last.cells[4] == "25.00 ± 0.00 [2]", "the tail of the same images"
+    assert table.notes[:2] == ["[1] 100 test images.", "[2] 100 or 600 test images."]
+    assert all(note in words(runs) for note in table.notes)
+
+
+def test_there_is_one_table_per_dataset_and_network(tmp_path):
+    runs = [
+        write_known_run(tmp_path / "a"),
+        write_known_run(tmp_path / "b", arch="resnet18"),
+        write_known_run(tmp_path / "c", method="trades"),
+        write_known_run(tmp_path / "d", dataset="cifar10-lt", imbalance_ratio=50.0),
+    ]
+    found = tables.build(experiments(runs))
+    assert [table.title.split(":")[0] for table in found] == [
+        "digits-lt, imbalance ratio 10, smallresnet",
+        "digits-lt, imbalance ratio 10, resnet18",
+        "cifar10-lt, imbalance ratio 50, smallresnet",
+    ]
+    assert [len(table.rows) for table in found] == [4, 2, 2]
 
 
 def test_the_worst_case_has_columns_only_if_it_covers_all_images(tmp_path):
@@ -92,7 +156,7 @@ def test_the_worst_case_has_columns_only_if_it_covers_all_images(tmp_path):
             "tail": 3.5,
             "images": number,
             "attacks": ["clean", "pgd20", "autoattack"],
-        }
+        }  # of "best" only
         (runs[1] / "eval.json").write_text(json.dumps(results))
         assert ("Worst" in tables.render(runs)) is shown
     table = rows(runs)
@@ -103,6 +167,7 @@ def test_the_worst_case_has_columns_only_if_it_covers_all_images(tmp_path):
         ([], []),
     ]
     assert "12.25" in tables.render(runs)
+    assert "Worst: correct under each of clean, pgd20, autoattack, over 600 test images." in words(runs)
 
 
 def test_the_balanced_accuracy_has_columns_only_if_a_run_has_it(tmp_path):
@@ -114,9 +179,9 @@ def test_the_balanced_accuracy_has_columns_only_if_a_run_has_it(tmp_path):
     (runs[1] / "eval.json").write_text(json.dumps(results))
     *_, last = rows(runs)
     assert (last.values["B-Clean"], last.values["B-PGD"]) == ([61.25], [33.5])
-    headings, lines = tables.cells(experiments(runs))
-    assert headings[-2:] == ["B-Clean", "B-PGD"]
-    assert [line[-2:] for line in lines] == [["-", "-"]] * 3 + [["61.25", "33.50"]]
+    (table,) = tables.build(experiments(runs))
+    assert table.headings[-2:] == ["B-Clean", "B-PGD"]
+    assert [row.cells[-2:] for row in table.rows] == [["-", "-"]] * 3 + [["61.25", "33.50"]]
     assert "B-: mean of the accuracies of the classes." in tables.render(runs)
     assert "B-:" not in tables.render(runs[:1])
 

@@ -8,7 +8,7 @@ import gc
 import os
 
 from ltat_fast import train
-from ltat_fast.runs import log
+from ltat_fast.runs.records import StageLog
 
 
 class Mallinfo(ctypes.Structure):
@@ -18,10 +18,10 @@ class Mallinfo(ctypes.Structure):
 
 libc = ctypes.CDLL("libc.so.6")
 libc.mallinfo2.restype = Mallinfo
-record = log.StageLog.epoch
+record = StageLog.epoch
 
 
-def record_and_count(stage: log.StageLog, entry: dict) -> None:
+def record_and_count(stage: StageLog, entry: dict) -> None:
     record(stage, entry)
     if entry["epoch"] % 10 == 0:
         gc.collect()
@@ -31,7 +31,7 @@ def record_and_count(stage: log.StageLog, entry: dict) -> None:
             print(os.getpid(), entry["epoch"], in_use, len(gc.get_objects()), file=file)
 
 
-log.StageLog.epoch = record_and_count
+StageLog.epoch = record_and_count
 
 if __name__ == "__main__":
     raise SystemExit(train.main())

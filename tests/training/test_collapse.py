@@ -12,7 +12,7 @@ from ltat_fast.attacks import AttackConfig, n_fgsm
 from ltat_fast.methods.modifiers import Modifiers
 from ltat_fast.methods.modifiers.eps_balance import ClassBudget
 from ltat_fast.models.frozen import FrozenTwin
-from ltat_fast.runs import log
+from ltat_fast.runs.records import read_metrics
 from ltat_fast.training import fit as fit_module
 from ltat_fast.training.collapse import ONE_STEP, PGD10, Collapsed, collapse, one_step_health
 from ltat_fast.training.fit import fit
@@ -79,7 +79,7 @@ def collapses_in_epoch_2(monkeypatch):
 @pytest.mark.usefixtures("unmeasured", "collapses_in_epoch_2")
 def test_a_collapse_is_a_warning(tmp_path, capsys):
     fit(stage(tmp_path, attack_steps=1, step_size="0.1"), HARDWARE)
-    assert [r[PGD10] for r in log.read_metrics(tmp_path / "metrics.jsonl")] == [35, 1, 35]
+    assert [r[PGD10] for r in read_metrics(tmp_path / "metrics.jsonl")] == [35, 1, 35]
     said = capsys.readouterr().out
     assert said.count("catastrophic overfitting") == 1
     assert "WARNING: student: after epoch 2 the one-step attack has collapsed" in said
@@ -94,7 +94,7 @@ def test_a_collapse_ends_the_run_and_resume_continues_it(tmp_path):
 
 
 def examined(folder) -> list[bool]:
-    return [PGD10 in record for record in log.read_metrics(folder / "metrics.jsonl")]
+    return [PGD10 in record for record in read_metrics(folder / "metrics.jsonl")]
 
 
 @pytest.mark.usefixtures("unmeasured")

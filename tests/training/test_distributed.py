@@ -11,7 +11,7 @@ from distributed_worker import main as train_and_evaluate
 
 from helpers import train_runs
 from helpers.launching import in_two_processes
-from ltat_fast.runs import log
+from ltat_fast.runs.records import StageLog
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
 TRAIN = ("--epochs", "1", "--teacher-epochs", "1", "--max-steps", "4", "--batch-size", "32")
@@ -56,14 +56,14 @@ def test_two_processes_resume_a_run_train_and_evaluate_it(tmp_path, monkeypatch)
     """A single process trained the teacher before."""
     run = tmp_path / "run"
 
-    record = log.StageLog.epoch
+    record = StageLog.epoch
 
     def record_and_signal(*args):
         record(*args)
         os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patched:
-        patched.setattr(log.StageLog, "epoch", record_and_signal)
+        patched.setattr(StageLog, "epoch", record_and_signal)
         assert train_runs.train("--out", str(run), *TRAIN) == 75
     done = in_two_processes("-m", "ltat_fast.train", "--out", str(run), "--resume")
     assert done.returncode == 0, done.stderr

@@ -1,5 +1,6 @@
 """A stage of training ends with the same numbers after a signal stopped it at any place."""
 
+import contextlib
 import json
 import os
 import signal
@@ -23,22 +24,91 @@ from helpers.toy_stage import (
     stage,
 )
 from ltat_fast.runs import log
+from ltat_fast.runs.records import read_metrics, read_steps
 from ltat_fast.runs.weights import read_weights
 from ltat_fast.schedule import learning_rate
 from ltat_fast.training.fit import fit
 from ltat_fast.training.signals import SIGNALS, Interrupted
 from ltat_fast.training.stage import Selection
+from ltat_fast.training.step import TrainStep
 
 pytestmark = pytest.mark.usefixtures("unmeasured")
 
 
 def test_each_epoch_is_recorded(uninterrupted):
-    metrics, _ = uninterrupted
+    metrics, *_ = uninterrupted
     assert [(r["epoch"], r["steps"]) for r in metrics] == [(1, 5), (2, 5), (3, 5)]
     assert [r["test_pgd20"] for r in metrics] == SCORES
     last_rates = [learning_rate("onecycle", 0.1, e, PER_EPOCH - 1, EPOCHS, PER_EPOCH) for e in range(EPOCHS)]
     assert [r["lr"] for r in metrics] == pytest.approx(last_rates)
     assert all(0.3 < r["loss"] == r["ce"] < 3 for r in metrics)
+
+
+def test_steps_are_recorded(uninterrupted):
+    """Every second step, and what is left at the end of an epoch."""
+    metrics, _, steps = uninterrupted
+    assert [(r["epoch"], r["step"], r["steps"]) for r in steps] == [
+        (epoch + 1, PER_EPOCH * epoch + done, count)
+        for epoch in range(EPOCHS)
+        for done, count in ((2, 2), (4, 2), (5, 1))
+    ]
+    rates = [learning_rate("onecycle", 0.1, (r["step"] - 1) // 5, (r["step"] - 1) % 5, EPOCHS, 5) for r in steps]
+    assert [r["lr"] for r in steps] == pytest.approx(rates)
+    for epoch in metrics:
+        of_epoch = [r for r in steps if r["epoch"] == epoch["epoch"]]
+        assert sum(r["loss"] * r["steps"] for r in of_epoch) / PER_EPOCH == pytest.approx(epoch["loss"])
+        assert len({r["loss"] for r in of_epoch}) == 3
+
+
+def test_records_of_steps_have_speed_and_memory(tmp_path):
+    fit(stage(tmp_path), HARDWARE)
+    of_steps, of_epochs = read_steps(tmp_path / "steps.jsonl"), read_metrics(tmp_path / "metrics.jsonl")
+    for record in of_steps:
+        images, seconds = 8 * record["steps"], record["seconds"]  # rounded to milliseconds
+        assert images / (seconds + 6e-4) < record["images_per_second"] + 0.1
+        assert seconds < 6e-4 or record["images_per_second"] - 0.1 < images / (seconds - 6e-4)
+        assert 50 < record["memory_mib"] < 50_000
+    for epoch in of_epochs:
+        own = [record["seconds"] for record in of_steps if record["epoch"] == epoch["epoch"]]
+        assert sum(own) == pytest.approx(epoch["seconds"], abs=0.003)
+
+
+@pytest.mark.parametrize(("log_every", "per_epoch"), [(2, 3), (5, 2), (1000, 1)])
+def test_the_host_reads_the_sums_only_every_n_steps(tmp_path, monkeypatch, log_every, per_epoch):
+    """Reading them waits for the device. An epoch ends with one more read."""
+    training, totals, reads = stage(tmp_path, log_every=log_every), TrainStep.totals, []
+    monkeypatch.setattr(TrainStep, "totals", lambda step: reads.append(step) or totals(step))
+    fit(training, HARDWARE)
+    assert len(reads) == EPOCHS * per_epoch
+
+
+@pytest.mark.parametrize(
+    ("max_steps", "expected"),
+    [(None, [("student", 15), ("epoch 1/3", 5), ("epoch 2/3", 5), ("epoch 3/3", 5)]),
+     (7, [("student", 7), ("epoch 1/3", 5), ("epoch 2/3", 2)])],
+)  # fmt: skip
+def test_bars_know_how_many_steps_there_are(tmp_path, monkeypatch, max_steps, expected):
+    bars, progress = [], log.progress
+
+    @contextlib.contextmanager
+    def seen(*args, **kwargs):
+        with progress(*args, **kwargs) as bar:
+            bars.append(bar)
+            yield bar
+
+    monkeypatch.setattr(log, "progress", seen)
+    fit(stage(tmp_path, max_steps=max_steps), HARDWARE)
+    assert [(bar.description, bar.total) for bar in bars] == expected
+    assert [bar.done for bar in bars] == [bar.total for bar in bars]
+
+
+def test_log_every_can_change_when_a_run_resumes(tmp_path, uninterrupted):
+    with pytest.raises(Interrupted):
+        fit(stage(tmp_path, Method(send(signal.SIGTERM, 8))), HARDWARE)
+    fit(stage(tmp_path, log_every=4), HARDWARE)
+    steps = [(record["step"], record["steps"]) for record in read_steps(tmp_path / "steps.jsonl")]
+    assert steps == [(2, 2), (4, 2), (5, 1), (7, 2), (9, 2), (10, 1), (14, 4), (15, 1)]
+    assert outcome(tmp_path)[0] == uninterrupted[0]
 
 
 def test_progress_counts_epochs_from_one(tmp_path):
@@ -49,7 +119,7 @@ def test_progress_counts_epochs_from_one(tmp_path):
 
 
 def test_best_is_the_first_epoch_with_the_highest_score(uninterrupted):
-    _, files = uninterrupted
+    _, files, _ = uninterrupted
     assert files["best"][1]["epoch"] == 2
     assert files["last"][1]["epoch"] == 3
     assert not torch.equal(files["best"][0]["0.weight"], files["last"][0]["0.weight"])
@@ -66,7 +136,7 @@ def test_best_is_selected_by_the_given_score(tmp_path):
 def test_the_last_epoch_is_evaluated_even_if_no_other_is(tmp_path):
     never = stage(tmp_path, selection=Selection(lambda: {"pgd20": 0.0}, lambda epoch: False, "pgd20"))
     fit(never, HARDWARE)
-    assert ["pgd20" in r for r in log.read_metrics(tmp_path / "metrics.jsonl")] == [False, False, True]
+    assert ["pgd20" in r for r in read_metrics(tmp_path / "metrics.jsonl")] == [False, False, True]
     assert read_weights(tmp_path / "checkpoints" / "best.safetensors")[1]["epoch"] == 3
 
 
@@ -75,7 +145,7 @@ def test_max_steps_ends_a_stage(tmp_path, steps, epochs):
     method = Method()
     fit(stage(tmp_path, method, max_steps=steps), HARDWARE)
     assert method.calls == min(steps, EPOCHS * PER_EPOCH)
-    metrics, files = outcome(tmp_path)
+    metrics, files, _ = outcome(tmp_path)
     assert sum(r["steps"] for r in metrics) == method.calls
     assert len(metrics) == files["last"][1]["epoch"] == epochs
     again = Method()
@@ -97,7 +167,7 @@ def test_a_finished_stage_loads_its_weights_and_does_not_train(tmp_path, uninter
 
 def test_images_per_second_and_the_share_of_the_ceiling_are_recorded(tmp_path):
     fit(stage(tmp_path), HARDWARE)
-    for record in log.read_metrics(tmp_path / "metrics.jsonl"):
+    for record in read_metrics(tmp_path / "metrics.jsonl"):
         assert record["images_per_second"] == pytest.approx(40 / record["seconds"], rel=0.1)
         assert record["share_of_ceiling"] == pytest.approx(record["images_per_second"] * 1e9 / 1e12, abs=1e-3)
 
@@ -128,7 +198,7 @@ def test_a_signal_during_an_evaluation_is_not_lost(tmp_path, uninterrupted, epoc
     evaluate = first.selection.evaluate
 
     def evaluate_and_signal():
-        if len(log.read_metrics(tmp_path / "metrics.jsonl")) == epoch - 1:
+        if len(read_metrics(tmp_path / "metrics.jsonl")) == epoch - 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return evaluate()
 

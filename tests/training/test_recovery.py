@@ -24,7 +24,8 @@ from helpers.toy_stage import (
 )
 from ltat_fast import files
 from ltat_fast.errors import UserError
-from ltat_fast.runs import checkpoint, log
+from ltat_fast.runs import checkpoint
+from ltat_fast.runs.records import StageLog, read_metrics
 from ltat_fast.runs.weights import read_weights, write_weights
 from ltat_fast.training.fit import fit
 from ltat_fast.training.recovery import Diverged
@@ -61,10 +62,10 @@ def kill_at_call(monkeypatch, module, name, number, *, before: bool):
         (checkpoint, "save_state", 1),
         (checkpoint, "save_state", 2),
         (checkpoint, "save_state", 3),
-        *((files.os, "replace", number) for number in range(1, 12)),  # all renames of the stage
-        (log.StageLog, "epoch", 1),
-        (log.StageLog, "epoch", 2),
-        (log.StageLog, "epoch", 3),
+        *((files.os, "replace", number) for number in range(1, 13)),  # all renames of the stage
+        (StageLog, "epoch", 1),
+        (StageLog, "epoch", 2),
+        (StageLog, "epoch", 3),
     ],
 )
 def test_a_stage_killed_around_any_write_resumes_to_the_same_numbers(
@@ -74,7 +75,19 @@ def test_a_stage_killed_around_any_write_resumes_to_the_same_numbers(
         kill_at_call(patched, module, name, number, before=before)
         with pytest.raises(Killed):
             fit(stage(tmp_path), HARDWARE)
-    assert checkpoint.has_state(tmp_path / "checkpoints" / "resume.safetensors") or number <= 2
+    assert checkpoint.has_state(tmp_path / "checkpoints" / "resume.safetensors") or number <= 3
+    assert fit(stage(tmp_path), HARDWARE).finished
+    assert_same_outcome(outcome(tmp_path), uninterrupted)
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize("number", [1, 3, 6])
+def test_a_stage_killed_around_a_record_of_steps_has_each_once(tmp_path, uninterrupted, monkeypatch, number, before):
+    """The third and the sixth record are of the last step of an epoch, after whose save the epoch is not over yet."""
+    with monkeypatch.context() as patched:
+        kill_at_call(patched, StageLog, "step", number, before=before)
+        with pytest.raises(Killed):
+            fit(stage(tmp_path, save_minutes=1e-9), HARDWARE)
     assert fit(stage(tmp_path), HARDWARE).finished
     assert_same_outcome(outcome(tmp_path), uninterrupted)
 
@@ -132,7 +145,7 @@ def test_a_repeated_epoch_is_recorded_once(tmp_path, uninterrupted, monkeypatch)
         kill_at_call(patched, checkpoint, "save_state", 3, before=False)
         with pytest.raises(Killed):
             fit(stage(tmp_path), HARDWARE)
-    assert [record["epoch"] for record in log.read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
+    assert [record["epoch"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
     flip_a_bit(tmp_path / "checkpoints" / "resume.safetensors")
     rest = Method()
     fit(stage(tmp_path, rest), HARDWARE)
@@ -198,6 +211,22 @@ def test_lost_best_weights_are_selected_from_the_remaining_epochs(tmp_path, caps
     assert read_weights(tmp_path / "checkpoints" / "best.safetensors")[1]["epoch"] == 3
 
 
+@pytest.mark.parametrize("line", [b"\xff", b"1", b'{"epoch": 1, "note": "\x1e"}', b"[" * 100_000])
+def test_a_damaged_log_does_not_stop_a_resumption(tmp_path, uninterrupted, capsys, line):
+    """Only the damaged records are lost."""
+    with pytest.raises(Interrupted):
+        fit(stage(tmp_path, Method(send(signal.SIGTERM, 12))), HARDWARE)
+    for name in ("metrics.jsonl", "steps.jsonl"):
+        _, rest = (tmp_path / name).read_bytes().split(b"\n", 1)
+        (tmp_path / name).write_bytes(line + b"\n" + rest)
+    assert fit(stage(tmp_path), HARDWARE).finished
+    said = capsys.readouterr().out
+    assert said.count("WARNING") == 2
+    assert "steps.jsonl: damaged and skipped: line 1; the damaged file is kept as steps.jsonl.damaged" in said
+    metrics, files, steps = uninterrupted
+    assert_same_outcome(outcome(tmp_path), (metrics[1:], files, steps[1:]))
+
+
 def dumps(folder) -> list[str]:
     return sorted(path.name for path in (folder / "nan").glob("*"))
 
@@ -216,7 +245,7 @@ def test_divergence_names_its_step_and_keeps_the_last_good_state(tmp_path, repla
     for file in [*(tmp_path / "checkpoints").iterdir(), *(tmp_path / "nan").iterdir()]:
         tensors, _ = read_weights(file)
         assert all(t.isfinite().all() for t in tensors.values()), file
-    assert [r["epoch"] for r in log.read_metrics(tmp_path / "metrics.jsonl")] == [1]
+    assert [r["epoch"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [1]
 
 
 @pytest.mark.parametrize("at", [1, 4])
@@ -253,12 +282,11 @@ def test_divergence_that_cannot_be_repeated_is_reported(tmp_path):
     assert saved(tmp_path)["epoch"] == 1
 
 
-def test_divergence_is_seen_within_an_epoch(tmp_path, monkeypatch):
-    """The loss is checked every 50 steps, here every two. Later batches are not trained on."""
-    monkeypatch.setattr("ltat_fast.training.fit.CHECK_EVERY", 2)
+def test_divergence_is_seen_within_an_epoch(tmp_path):
+    """The loss is checked every --log-every steps, here every two. Later batches are not trained on."""
     method = Poisoned(not_a_number, (0, 0))
     with pytest.raises(Diverged):
-        fit(stage(tmp_path, method), HARDWARE)
+        fit(stage(tmp_path, method, log_every=2), HARDWARE)
     assert method.calls == 2 + 1  # two steps, and the bad one again to find it
 
 
@@ -278,7 +306,7 @@ def test_rollback_skips_the_bad_batch(tmp_path, replacement, save_minutes):
     fit(without, HARDWARE)
 
     assert_same_outcome(outcome(tmp_path / "rolled"), outcome(tmp_path / "without"))
-    records = log.read_metrics(tmp_path / "rolled" / "metrics.jsonl")
+    records = read_metrics(tmp_path / "rolled" / "metrics.jsonl")
     assert [(r["steps"], r.get("skipped_step")) for r in records] == [(5, None), (4, 3), (5, None)]
     assert saved(tmp_path / "rolled")["skipped"] == [1, 2]
 

@@ -137,6 +137,7 @@ def read_dataset(config: Config, download: bool = True) -> Dataset:
         bad_images=config.bad_images,
         download=download,
         report=log.say,
+        open_bar=log.progress,
     )
 
 

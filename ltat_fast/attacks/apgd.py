@@ -5,7 +5,7 @@ ICML 2020, algorithm 1 and section 4.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +47,10 @@ class APGD:
     ball: threat model. steps: number of gradient steps; one more gradient is taken at the start. rho: share of steps
     that must increase the loss between two checkpoints.
     """
+
+    state: ClassVar[type] = APGDState
+    passes: ClassVar[int] = 2
+    check_every: ClassVar[int] = 4
 
     ball: Ball
     loss: Literal["ce", "dlr-targeted"]
@@ -128,7 +132,9 @@ def checkpoints(steps: int) -> dict[int, int]:
 
     The periods are 22, 19, 16, ... percent of all steps, and never less than 6 percent.
     """
-    period, shorter, shortest = (max(int(share * steps), 1) for share in (FIRST_PERIOD, PERIOD_DECREASE, SHORTEST_PERIOD))
+    period, shorter, shortest = (
+        max(int(share * steps), 1) for share in (FIRST_PERIOD, PERIOD_DECREASE, SHORTEST_PERIOD)
+    )
     found, done = {}, period
     while done <= steps:
         found[done - 1] = period

@@ -5,6 +5,7 @@ algorithm 1; the targeted form is from section 5 of the AutoAttack paper. Withou
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from ltat_fast.attacks.search import Batch, Logits, State, margins, with_gradien
 
 @dataclass
 class FABState(State):
-    """point: x^(i). logits and gradient: the logits there, and the gradient of their difference z_t - z_y."""
+    """point: x^(i), at the boundary."""
 
     target: Tensor
     point: Tensor
@@ -29,6 +30,10 @@ class FAB:
     alpha_max: largest weight of the step that starts at the image. eta: overshooting of the boundary. beta: the share
     of the way from the image that is left when the walk goes back from an adversarial example.
     """
+
+    state: ClassVar[type] = FABState
+    passes: ClassVar[int] = 3
+    check_every: ClassVar[int] = 4
 
     ball: Ball
     steps: int = 100
@@ -50,8 +55,8 @@ class FAB:
 
         _, at_point, w = with_gradient(network, s.point, difference)
         at_image = at_point + (w * (s.x - s.point)).flatten(1).sum(1)
-        from_point = ball.step_to_plane(s.point, w, at_point)
-        from_image = ball.step_to_plane(s.x, w, at_image)
+        both = torch.cat([s.point, s.x]), torch.cat([w, w]), torch.cat([at_point, at_image])
+        from_point, from_image = ball.step_to_plane(*both).chunk(2)
         near, far = (ball.length(d).clamp_min(1e-8) for d in (from_point, from_image))
         alpha = (near / (near + far)).clamp_max(self.alpha_max)
         mixed = (1 - alpha) * (s.point + self.eta * from_point) + alpha * (s.x + self.eta * from_image)

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from ltat_fast.attacks.noise import Stream
 
 Logits = Callable[[Tensor], Tensor]
 R = TypeVar("R", bound="Rows")
+S = TypeVar("S", bound="State")
 
 
 @dataclass
@@ -66,18 +67,25 @@ class State(Rows):
         self.margin = self.margin.masked_fill(rows, torch.inf)
 
 
-class Search(Protocol):
+class Search(Protocol[S]):
     """An attack that takes ``steps`` steps on a batch. No image of the batch influences another one.
 
     stream: begins the names of all random streams of the attack.
     """
 
+    state: ClassVar[type]
+    """class of its state, derived from :class:`State`"""
+    passes: ClassVar[int]
+    """cost of a step: forward and backward passes"""
+    check_every: ClassVar[int]
+    """number of steps after which successes are confirmed"""
+
     @property
     def steps(self) -> int: ...
 
-    def start(self, network: Logits, batch: Batch, stream: Stream) -> State: ...
+    def start(self, network: Logits, batch: Batch, stream: Stream) -> S: ...
 
-    def step(self, network: Logits, state: State, i: int, stream: Stream) -> None:
+    def step(self, network: Logits, state: S, i: int, stream: Stream) -> None:
         """Take step ``i``, from 0, and change ``state``. ``state`` may have lost rows since step ``i - 1``."""
         ...
 

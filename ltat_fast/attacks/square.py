@@ -7,12 +7,13 @@ random search", ECCV 2020, algorithms 1 to 3; the margin is the loss.
 import functools
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ltat_fast import seeding
-from ltat_fast.attacks.balls import TINY, Ball, per_image
+from ltat_fast.attacks.balls import TINY, Ball
 from ltat_fast.attacks.noise import Stream, image_noise, uniform
 from ltat_fast.attacks.search import Batch, Logits, State, margins
 
@@ -43,6 +44,10 @@ class Square:
     A query is skipped if its answer is known: the proposal does not change the image, or it was rejected before at the
     same best point. With small windows on small images this holds for most queries.
     """
+
+    state: ClassVar[type] = SquareState
+    passes: ClassVar[int] = 1
+    check_every: ClassVar[int] = 20
 
     ball: Ball
     steps: int = 5000

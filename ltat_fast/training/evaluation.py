@@ -12,19 +12,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ltat_fast.attacks.by_name import AUTOATTACK, correct_under, parse_attacks
+from ltat_fast.attacks.autoattack import PARTS, Progress
+from ltat_fast.attacks.by_name import AUTOATTACK, OWN_PARTS, correct_under, parse_attacks
 from ltat_fast.attacks.checks import Check, run_checks
 from ltat_fast.config import Config
 from ltat_fast.models.frozen import FrozenTwin
+from ltat_fast.models.precision import without_tf32
 from ltat_fast.pixels import to_unit
 from ltat_fast.runs import log
 from ltat_fast.runs.metrics import spread
 from ltat_fast.runs.results import Identity, Result
 from ltat_fast.runs.scores import Scores, fingerprint
 from ltat_fast.runs.splits import DeviceImages, Splits
+from ltat_fast.runs.unfinished import Unfinished
 from ltat_fast.runs.weights import load_model, weights_digest, weights_file
 from ltat_fast.training import distributed
-from ltat_fast.training.device import Hardware, without_cudnn_search, without_tf32
+from ltat_fast.training.device import Hardware, without_cudnn_search
 from ltat_fast.training.step import frozen_twin
 
 
@@ -41,13 +44,16 @@ def evaluate(
     limits: dict[str, int | None] | None = None,
     say: Callable[[str], None] = lambda text: None,
     strict: bool = True,
+    unfinished: Unfinished | None = None,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> dict[str, Result]:
     """Return the result of each attack on ``model`` in eval mode.
 
     model: a network, which is evaluated in float32, or a frozen twin, which is evaluated as it is. strict: forbid TF32.
     images: uint8 ``(N, C, H, W)`` and labels: int64 ``(N,)``, on the model's device. limits: the largest number of
     images to use, by attack; the limit "default" holds for all attacks. Several processes share the batches; each of
-    them returns the whole result.
+    them returns the whole result. unfinished, on_progress: for AutoAttack and its parts: where an interrupted
+    evaluation is kept, and what is called after every step.
     """
     frozen = model if isinstance(model, FrozenTwin) else FrozenTwin(model, fold_bn=True)
     limits = limits or {}
@@ -60,8 +66,12 @@ def evaluate(
         places = torch.from_numpy(chosen)
         x, y = images[places.to(images.device)], labels[places.to(images.device)]
         part = (world.rank, world.size)
+        options = {"batch_size": batch_size, "indices": places, "part": part}
+        if name in OWN_PARTS:
+            store = unfinished and unfinished.of(name, places, part, batch_size)
+            options |= {"store": store, "on_progress": on_progress}
         with without_cudnn_search(), without_tf32() if strict else contextlib.nullcontext():
-            own_part = correct_under(name, frozen, x, y, eps, batch_size=batch_size, indices=places, part=part)
+            own_part = correct_under(name, frozen, x, y, eps, **options)
         correct = torch.cat(distributed.gather_in_turn(list(own_part.split(batch_size))))
         used = np.isin(np.arange(len(images)), chosen) if len(chosen) < len(images) else None
         results[name] = Result.from_correct(correct, y, groups, num_classes, used)
@@ -125,6 +135,7 @@ def _evaluate_weights(
         return distributed.any_process(again or known is None, hardware.device)
 
     is_main = distributed.current().is_main
+    unfinished = Unfinished(scores.file.parent, scores.identity)
     first = next((attack for attack in attacks if attack in AUTOATTACK), None)
     for attack in attacks:
         if attack == first:
@@ -136,14 +147,17 @@ def _evaluate_weights(
         images = min(limit for limit in (len(splits.test), config.limit_eval, _limits(config).get(attack)) if limit)
         result = scores.known(attack, images)
         if missing(result):
-            result = evaluate_model(config, splits, splits.test, model(), [attack], log.say)[attack]
+            result = evaluate_model(config, splits, splits.test, model(), [attack], log.say, unfinished=unfinished)[
+                attack
+            ]
         if is_main:
             scores.add(attack, result)
+        unfinished.remove(attack)
     distributed.wait()  # the next call reads what this one wrote
 
 
 def _limits(config: Config) -> dict[str, int | None]:
-    return {"default": config.limit_eval} | dict.fromkeys(AUTOATTACK, config.limit_autoattack)
+    return {"default": config.limit_eval} | dict.fromkeys([*AUTOATTACK, *PARTS], config.limit_autoattack)
 
 
 def evaluate_model(
@@ -154,6 +168,7 @@ def evaluate_model(
     attacks: Sequence[str],
     say: Callable[[str], None] = lambda text: None,
     strict: bool = True,
+    unfinished: Unfinished | None = None,
 ) -> dict[str, Result]:
     """Run :func:`evaluate` on ``images`` of ``splits`` with the eps, batch size and limits of ``config``."""
     return evaluate(
@@ -168,6 +183,7 @@ def evaluate_model(
         limits=_limits(config),
         say=say,
         strict=strict,
+        unfinished=unfinished,
     )
 
 

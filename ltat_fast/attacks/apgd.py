@@ -4,6 +4,7 @@ Source: Croce, Hein, "Reliable Evaluation of Adversarial Robustness with an Ense
 ICML 2020, algorithm 1 and section 4.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -127,6 +128,7 @@ class APGD:
         s.halved, s.checkpoint_loss, s.rises = halve, s.best_loss, torch.zeros_like(s.rises)
 
 
+@functools.cache
 def checkpoints(steps: int) -> dict[int, int]:
     """Return the steps after which step sizes are checked, from 0, each with the number of steps since the last check.
 

@@ -27,8 +27,10 @@ from ltat_fast.attacks.apgd import APGD
 from ltat_fast.attacks.balls import Ball, Norm
 from ltat_fast.attacks.fab import FAB
 from ltat_fast.attacks.network import Network, Precision
+from ltat_fast.attacks.noise import Stream
 from ltat_fast.attacks.search import Batch, Search, State
 from ltat_fast.attacks.square import Square
+from ltat_fast.models.frozen import FrozenTwin
 from ltat_fast.pixels import to_unit
 
 PARTS = ("apgd-ce", "apgd-t", "fab-t", "square")
@@ -36,6 +38,7 @@ TARGETS = 9
 SAVE_SECONDS = 20.0
 ROUNDING = 1e-6  # a distance may exceed eps by this
 KEPT = ("robust", "lowest", "scale", "ranking", "queue")
+COUNTED = ("stage", "step", "passes")
 
 # Shares of the range of the logits of an image. The margins of a bfloat16 search differ from those in float32 by less
 # than 0.02 for 99 % of the images, measured on ResNet-18 and on the network for digits.
@@ -137,33 +140,34 @@ def autoattack(
     return Verdict(evaluation.robust, evaluation.adversarial)
 
 
+def searches(ball: Ball) -> dict[str, Search[Any]]:
+    """Return the four parts with the budgets of the standard version."""
+    return {
+        "apgd-ce": APGD(ball, "ce"),
+        "apgd-t": APGD(ball, "dlr-targeted"),
+        "fab-t": FAB(ball),
+        "square": Square(ball),
+    }
+
+
 class _Stage(NamedTuple):
-    """One attack on all images that are left. rank: the target is the class with the rank-th largest logit, from 1 for
-    the largest wrong one; 0 for an untargeted attack. precise: in float32.
-    """
+    """One part, on all images that are left. precise: the search is in float32."""
 
     part: str
-    rank: int
     precise: bool
-
-
-class _Position(NamedTuple):
-    """Number of the stage, of the batch of its queue, and of the next step."""
-
-    stage: int = 0
-    batch: int = 0
-    step: int = 0
 
 
 class _Evaluation:
     """The state of an evaluation: which images are broken, which attack is at which step on which batch.
 
-    All tensors are on the CPU, except those of ``state``.
+    All tensors are on the CPU, except those of ``state``. A row of a batch is an image and a target, given by its rank
+    among the logits: 1 for the largest wrong one; 0 if the attack has no target.
 
     robust: bool ``(N,)``. lowest: ``(N,)``, the lowest margin that an attack has reached, as a share of ``scale``,
     ``(N,)``, the range of the logits of the image. ranking: int64 ``(N, 1 + targets)``, the classes in the order of
-    their logits. queue: the images of the current stage. place and state: those of the current batch that are left,
-    and the state of the attack on them; None between two batches. passes: forward and backward passes so far.
+    their logits. queue: int64 ``(rows, 2)``, the places of the images and the ranks that wait in this stage. place and
+    state: the images of the rows that are under attack, and the state of the attack on them; None between two batches.
+    stage, step: number of the stage, and of the next step of this batch. passes: forward and backward passes so far.
     """
 
     robust: Tensor
@@ -172,10 +176,10 @@ class _Evaluation:
     ranking: Tensor
     queue: Tensor
     place: Tensor
+    stages: list[_Stage]
     state: State | None = None
     adversarial: Tensor | None = None
-    position = _Position()
-    passes = 0
+    stage = step = passes = 0
 
     def __init__(
         self,
@@ -190,12 +194,7 @@ class _Evaluation:
     ):
         self.network, self.images, self.labels, self.indices = network, images, labels, indices
         self.ball, self.parts, self.seed, self.batch_size = ball, parts, seed, batch_size
-        self.attacks: dict[str, Search[Any]] = {
-            "apgd-ce": APGD(ball, "ce"),
-            "apgd-t": APGD(ball, "dlr-targeted"),
-            "fab-t": FAB(ball),
-            "square": Square(ball),
-        }
+        self.attacks = searches(ball)
 
     def classify(self, keep_adversarial: bool = False) -> None:
         """Classify the images; only those that are classified correctly are attacked."""
@@ -212,59 +211,69 @@ class _Evaluation:
         self.lowest = torch.full((len(self.images),), torch.inf)
         self.adversarial = torch.cat(pixels) if keep_adversarial else None
         self.stages = self._stages()
-        self.queue = self._queue(0)
+        self.queue = self._rows(0)
 
     def _stages(self) -> list[_Stage]:
-        targets = self.ranking.shape[1] - 1
-        ranks = {"apgd-t": range(1, 1 + targets) if targets >= 3 else (), "fab-t": range(1, 1 + targets)}
         searches = (True,) if self.network.is_exact else (False, True)
-        return [
-            _Stage(part, rank, precise) for precise in searches for part in self.parts for rank in ranks.get(part, (0,))
-        ]
+        return [_Stage(part, precise) for precise in searches for part in self.parts if self._ranks(part)]
 
-    def _queue(self, number: int) -> Tensor:
-        """Return the places of the images that stage ``number`` attacks."""
+    def _ranks(self, part: str) -> range:
+        """Return the ranks of the targets of ``part``; none if there are too few classes for it."""
+        targets = self.ranking.shape[1] - 1
+        if part == "apgd-t" and targets < 3:
+            return range(0)
+        return range(1, 1 + targets) if part in ("apgd-t", "fab-t") else range(1)
+
+    def _rows(self, number: int) -> Tensor:
+        """Return the rows of stage ``number``: all images with the first target, then with the second one, and so on.
+
+        A batch seldom has two rows of an image while there are many images; while there are few, it has many such rows.
+        """
+        if number == len(self.stages):
+            return torch.empty(0, 2, dtype=torch.int64)
         left = self.robust
-        if number < len(self.stages) and self.stages[number].precise and not self.network.is_exact:
+        if self.stages[number].precise and not self.network.is_exact:
             left = left & (self.lowest < BORDERLINE)
-        return left.nonzero().squeeze(1)
-
-    def steps(self) -> Iterator[None]:
-        """Run the attacks from :attr:`position` on; yield after every step, when the state can be saved."""
-        while self.position.stage < len(self.stages):
-            stage = self.stages[self.position.stage]
-            batches = self.queue.split(self.batch_size) if len(self.queue) else ()
-            while self.position.batch < len(batches):
-                yield from self._attack(stage, batches[self.position.batch])
-                self.state = None
-                self.position = _Position(self.position.stage, self.position.batch + 1)
-            self.position = _Position(self.position.stage + 1)
-            self.queue = self._queue(self.position.stage)
+        ranks, places = torch.tensor(self._ranks(self.stages[number].part)), left.nonzero().squeeze(1)
+        return torch.stack([places.repeat(len(ranks)), ranks.repeat_interleave(len(places))], dim=1)
 
     @torch.no_grad()
-    def _attack(self, stage: _Stage, places: Tensor) -> Iterator[None]:
-        """Take the steps of a stage on a batch, from :attr:`position` on."""
-        attack, stream = self.attacks[stage.part], (self.seed, stage.part, stage.rank)
-        network = self.network.precise if stage.precise else self.network.search
-        if self.state is None:
-            target = self.ranking[places, stage.rank].to(self.labels.device)
-            batch = Batch(self._pixels(places), self._labels(places), target, self.indices[places])
-            self.place, self.state = places, attack.start(network, batch, stream)
-        for i in range(self.position.step, attack.steps):
-            if len(self.place) == 0:
-                break
-            state = cast(State, self.state)  # without the images that were broken before
-            attack.step(network, state, i, stream)
-            self.passes += attack.passes * len(self.place)
-            if (i + 1) % attack.check_every == 0 or i + 1 == attack.steps:
-                self._retire(state, TOLERANCE[stage.precise])
-            self.position = self.position._replace(step=i + 1)
-            yield
+    def steps(self) -> Iterator[None]:
+        """Run the attacks from where they stand; yield after every step, when the state can be saved."""
+        while self.stage < len(self.stages):
+            stage = self.stages[self.stage]
+            attack, stream = self.attacks[stage.part], (self.seed, stage.part)
+            network = self.network.precise if stage.precise else self.network.search
+            while self.state is not None or self._next_batch(network, attack, stream):
+                while self.step < attack.steps and len(self.place):
+                    state = cast(State, self.state)  # without the images that were broken before
+                    attack.step(network, state, self.step, stream)
+                    self.step += 1
+                    self.passes += attack.passes * len(self.place)
+                    if self.step % attack.check_every == 0 or self.step == attack.steps:
+                        self._retire(state, TOLERANCE[stage.precise])
+                    yield
+                self.state, self.step = None, 0
+            self.stage += 1
+            self.queue = self._rows(self.stage)
+
+    def _next_batch(self, network: FrozenTwin, attack: Search[Any], stream: Stream) -> bool:
+        """Start the attack on the next rows of the queue. Return whether there are any."""
+        waiting = self.queue[self.robust[self.queue[:, 0]]]
+        (self.place, rank), self.queue = waiting[: self.batch_size].unbind(1), waiting[self.batch_size :]
+        if len(self.place) == 0:
+            return False
+        target = self.ranking[self.place, rank].to(self.labels.device)
+        number = self.indices[self.place] + (rank << 32)  # another start for every target of an image
+        self.state = attack.start(
+            network, Batch(self._pixels(self.place), self._labels(self.place), target, number), stream
+        )
+        return True
 
     def _retire(self, s: State, tolerance: float) -> None:
         """Remove the images from the batch that the network itself misclassifies at their closest point."""
         relative = s.margin.cpu() / self.scale[self.place]
-        self.lowest[self.place] = self.lowest[self.place].minimum(relative)
+        self.lowest.scatter_reduce_(0, self.place, relative, "amin")
         suspects = (relative <= tolerance).nonzero().squeeze(1)
         if len(suspects) == 0:
             return
@@ -273,13 +282,13 @@ class _Evaluation:
         wrong = self.network.logits(points).argmax(1) != s.y[rows]
         broken = wrong & (self.ball.length(points - s.x[rows]).flatten() <= self.ball.eps + ROUNDING)
         s.forget(torch.zeros_like(s.y, dtype=torch.bool).index_fill_(0, rows, True))
-        gone = suspects[broken.cpu()]
+        gone = self.place[suspects[broken.cpu()]]
         if len(gone) == 0:
             return
-        self.robust[self.place[gone]] = False
+        self.robust[gone] = False
         if self.adversarial is not None:
-            self.adversarial[self.place[gone].to(points.device)] = points[broken]
-        left = torch.ones(len(self.place), dtype=torch.bool).index_fill_(0, gone, False)
+            self.adversarial[gone.to(points.device)] = points[broken]
+        left = self.robust[self.place]  # without the other targets of the broken images
         self.place, self.state = self.place[left], s.select(left.to(s.x.device))
 
     def _pixels(self, places: Tensor) -> Tensor:
@@ -291,20 +300,20 @@ class _Evaluation:
 
     def progress(self) -> Progress:
         robust = int(self.robust.sum())
-        stage = self.stages[self.position.stage]
-        part = stage.part + f", target {stage.rank}" * (stage.rank > 0)
-        if stage.precise and not self.network.is_exact:
-            part += ", again in float32"
-        costs = [self.attacks[later.part].passes * self.attacks[later.part].steps for later in self.stages]
+        stage = self.stages[self.stage]
+        again = stage.precise and not self.network.is_exact
+
+        def cost(part: str) -> int:
+            return self.attacks[part].passes * self.attacks[part].steps
+
         attack = self.attacks[stage.part]
-        waiting = max(0, len(self.queue) - (self.position.batch + 1) * self.batch_size)
-        ahead = len(self.place) * attack.passes * (attack.steps - self.position.step)
-        ahead += waiting * costs[self.position.stage]
-        first = not stage.precise or self.network.is_exact
-        images = robust if first else len(self.queue)
-        later = range(self.position.stage + 1, len(costs))
-        ahead += images * sum(costs[i] for i in later if self.stages[i].precise == stage.precise)
-        return Progress(part, self.passes / (self.passes + ahead), len(self.images), robust)
+        ahead = len(self.place) * attack.passes * (attack.steps - self.step) + len(self.queue) * cost(stage.part)
+        borderline = int((self.robust & (self.lowest < BORDERLINE)).sum())
+        for part, precise in self.stages[self.stage + 1 :]:
+            images = borderline if precise and not self.network.is_exact else robust
+            ahead += images * len(self._ranks(part)) * cost(part)
+        name = stage.part + ", again in float32" * again
+        return Progress(name, self.passes / (self.passes + ahead), len(self.images), robust)
 
     def saved(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return tensors and numbers from which :meth:`restore` continues."""
@@ -313,18 +322,19 @@ class _Evaluation:
             tensors["adversarial"] = self.adversarial
         if self.state is not None:
             tensors |= {"place": self.place}
-            tensors |= {f"state.{name}": tensor for name, tensor in self.state.tensors().items()}
-        return tensors, {"position": list(self.position), "passes": self.passes}
+            tensors |= {f"state.{name}": tensor.clone() for name, tensor in self.state.tensors().items()}
+        return tensors, {name: getattr(self, name) for name in COUNTED}
 
     def restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
         device = self.labels.device
         for name in KEPT:
             setattr(self, name, tensors[name])
+        for name in COUNTED:
+            setattr(self, name, numbers[name])
         self.stages = self._stages()
-        self.position, self.passes = _Position(*numbers["position"]), numbers["passes"]
         self.adversarial = tensors["adversarial"].to(device) if "adversarial" in tensors else None
         if "place" in tensors:
             self.place = tensors["place"]
-            kind = self.attacks[self.stages[self.position.stage].part].state
+            kind = self.attacks[self.stages[self.stage].part].state
             state = {name.removeprefix("state."): t.to(device) for name, t in tensors.items() if "." in name}
             self.state = kind(**state)

@@ -14,9 +14,6 @@ TENSORS = {
     "robust": torch.tensor([True, False]),
     "state.x": torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last),
 }
-    "robust": torch.tensor([True, False]),
-    "state.x": torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last),
-}
 
 
 def store(folder, identity=IDENTITY, attack="autoattack", places=PLACES, part=(0, 1), batch_size=256):

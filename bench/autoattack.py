@@ -80,7 +80,7 @@ def main() -> None:
 
 
 def package(model: nn.Module, eps: float, device: torch.device) -> Attack:
-    """The standard version of the package pyautoattack, which calls ``model`` as it is. One call per part, to time it."""
+    """The standard version of the package pyautoattack, which calls ``model`` as it is; one call per part."""
     from pyautoattack import AutoAttack
 
     def attack(x: Tensor, y: Tensor) -> tuple[Tensor, dict[str, float]]:

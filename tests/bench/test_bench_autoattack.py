@@ -13,7 +13,7 @@ EPS = 0.02
 
 
 def case():
-    net, x = Linear(torch.randn(5, 108, generator=torch.Generator().manual_seed(1))), images(40)
+    net, x = Linear(torch.randn(10, 108, generator=torch.Generator().manual_seed(1))), images(40)
     return net, x, net(x).argmax(1)
 
 

@@ -204,7 +204,7 @@ class _Evaluation:
             logits = self.network.logits(x).cpu()
             robust.append(logits.argmax(1) == self._labels(places).cpu())
             ranking.append(logits.argsort(1, descending=True)[:, : 1 + TARGETS])
-            scale.append(logits.amax(1) - logits.amin(1))
+            scale.append((logits.amax(1) - logits.amin(1)).clamp_min(torch.finfo(logits.dtype).tiny))
             if keep_adversarial:
                 pixels.append(x)
         self.robust, self.ranking, self.scale = (torch.cat(parts) for parts in (robust, ranking, scale))

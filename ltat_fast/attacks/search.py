@@ -91,9 +91,13 @@ class Search(Protocol[S]):
 
 
 def margins(logits: Tensor, y: Tensor) -> Tensor:
-    """Return the true logit minus the largest wrong logit, ``(N,)``. logits: ``(N, K)``. y: int64 ``(N,)``."""
+    """Return the true logit minus the largest wrong logit, ``(N,)``. logits: ``(N, K)``. y: int64 ``(N,)``.
+
+    It is -inf where the logits are not finite, so that the network itself is asked about such a point.
+    """
     true = logits.gather(1, y[:, None])
-    return (true - logits.scatter(1, y[:, None], -torch.inf).amax(1, keepdim=True)).squeeze(1)
+    margin = true - logits.scatter(1, y[:, None], -torch.inf).amax(1, keepdim=True)
+    return torch.where(margin.isfinite(), margin, -torch.inf).squeeze(1)
 
 
 def with_gradient(network: Logits, x: Tensor, value: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:

@@ -175,6 +175,25 @@ def test_the_network_decides_where_the_search_is_wrong(monkeypatch):
     assert truth.sum() < verdict.robust.sum() < 58
 
 
+def test_logits_that_are_not_numbers_are_a_failure_of_the_network():
+    """As in the original: every changed image gets NaN, and argmax then returns class 0."""
+
+    class Fragile(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Linear(torch.randn(5, 108, generator=torch.Generator().manual_seed(1)))
+
+        def forward(self, x):
+            changed = ((255 * x - (255 * x).round()).abs() > 1e-3).flatten(1).any(1)
+            return self.inner(x).masked_fill(changed[:, None], torch.nan)
+
+    net, (_, x, _) = Fragile(), case()
+    y = net(x / 255).argmax(1)
+    robust = autoattack(net, x, y, 0.001, precision="fp32").robust
+    assert torch.equal(robust, y == 0)
+    assert 0 < robust.sum() < 60
+
+
 def test_it_refuses_an_unknown_part():
     net, x, y = case()
     with pytest.raises(ValueError, match=r"'fab' is not a part of AutoAttack: choose from apgd-ce"):

@@ -16,10 +16,10 @@ from ltat_fast.analysis.inequality import default_block, global_gini, regional_g
 from ltat_fast.analysis.linearity import output_distance, remainder
 from ltat_fast.attacks import AttackConfig, pgd
 from ltat_fast.attacks.objectives import cross_entropy
+from ltat_fast.attacks.results import Result
 from ltat_fast.models.frozen import FrozenTwin
 from ltat_fast.pixels import to_unit
 from ltat_fast.runs.metrics import spread
-from ltat_fast.runs.results import Result
 
 Values = dict[str, "Values"] | Tensor  # the tensors hold one value per image
 Stream = Callable[[str], torch.Generator]

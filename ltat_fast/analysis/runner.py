@@ -13,6 +13,7 @@ from ltat_fast.analysis import parts as measures
 from ltat_fast.analysis import table
 from ltat_fast.analysis.parts import Subject
 from ltat_fast.analysis.results import AnalysisFile, Part
+from ltat_fast.attacks.results import Result
 from ltat_fast.config import Config
 from ltat_fast.errors import UserError
 from ltat_fast.files import refuse_read_only
@@ -20,7 +21,7 @@ from ltat_fast.models.libraries import is_foreign
 from ltat_fast.models.precision import without_tf32
 from ltat_fast.runs import log
 from ltat_fast.runs.metrics import spread
-from ltat_fast.runs.results import EvalFile, Identity, Result
+from ltat_fast.runs.results import EvalFile
 from ltat_fast.runs.scores import fingerprint
 from ltat_fast.runs.splits import DeviceImages, load_splits
 from ltat_fast.runs.weights import load_model, weights_digest, weights_file
@@ -134,8 +135,8 @@ def load(folder: Path, parts: list[str], options: Options, hardware: Hardware) -
         options.batch_size,
         teacher,
     )
-    identity = Identity(weights_digest(weights), config.eps, fingerprint(data.test))
-    asked = {part: dataclasses.asdict(identity) for part in PARTS}
+    about = {"weights": weights_digest(weights), "eps": config.eps, "test_set": fingerprint(data.test)}
+    asked = {part: dict(about) for part in PARTS}
     for part in WITH_TEACHER:
         asked[part]["teacher"] = name and (weights_digest(weights_file(Path(name))) if is_ours(name) else name)
     return Analysed(folder, options.checkpoint, subject, asked, data.test)

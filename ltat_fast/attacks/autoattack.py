@@ -202,7 +202,7 @@ class _Evaluation:
         for places in torch.arange(len(self.images)).split(self.batch_size):
             x = self._pixels(places)
             logits = self.network.logits(x).cpu()
-            robust.append(logits.argmax(1) == self._labels(places).cpu())
+            robust.append((logits.argmax(1) == self._labels(places).cpu()) & logits.isfinite().all(1))
             ranking.append(logits.argsort(1, descending=True)[:, : 1 + TARGETS])
             scale.append((logits.amax(1) - logits.amin(1)).clamp_min(torch.finfo(logits.dtype).tiny))
             if keep_adversarial:
@@ -279,7 +279,8 @@ class _Evaluation:
             return
         rows = suspects.to(s.x.device)
         points = s.closest[rows]
-        wrong = self.network.logits(points).argmax(1) != s.y[rows]
+        logits = self.network.logits(points)
+        wrong = (logits.argmax(1) != s.y[rows]) | ~logits.isfinite().all(1)
         broken = wrong & (self.ball.length(points - s.x[rows]).flatten() <= self.ball.eps + ROUNDING)
         s.forget(torch.zeros_like(s.y, dtype=torch.bool).index_fill_(0, rows, True))
         gone = self.place[suspects[broken.cpu()]]

@@ -8,9 +8,12 @@ Athalye, Carlini, Wagner, "Obfuscated Gradients Give a False Sense of Security",
 The checks take any ``nn.Module`` from images ``(N, C, H, W)``, float32 in [0, 1], to logits ``(N, K)``. They evaluate
 it in eval mode; only :func:`check_invariance` uses the mode that the model is in. No check changes the model.
 
-All seven together cost about 130 gradients per image. On 64 images that is the cost of AutoAttack on four images.
+All eight together cost about 130 gradients per image. On 64 images that is the cost of AutoAttack on four images.
+:func:`check_gap` compares the results of the attacks afterwards.
 """
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +26,8 @@ from ltat_fast.attacks.pgd import AttackConfig, pgd
 from ltat_fast.models.frozen import FrozenTwin
 
 STEPS = (1, 10, 50)
+FAMILIES = {"pgd": r"(scaled-)?pgd\d.*", "cw": r"cw\d.*", "autoattack": r"autoattack.*"}
+"""attacks that :func:`check_gap` compares: names by kind"""
 
 
 @dataclass(frozen=True)
@@ -39,18 +44,22 @@ class Check:
     detail: str
 
 
-def run_checks(model: nn.Module, x: Tensor, labels: Tensor, eps: float, *, seed: int = 0) -> list[Check]:
+def run_checks(
+    model: nn.Module, x: Tensor, labels: Tensor, eps: float, *, seed: int = 0, batch_size: int | None = None
+) -> list[Check]:
     """Run all checks and return their results, in the order in which they should be read.
 
     x: float32 images ``(N, C, H, W)``; 64 to 128 images, of all classes. labels: int64 ``(N,)``. eps: radius of the
-    L_inf ball of the evaluation. seed: seed of the noise and of the planted examples.
+    L_inf ball of the evaluation. seed: seed of the noise and of the planted examples. batch_size: that of the
+    evaluation; logits and gradients must be the same in a batch of this size.
     """
     twin = _frozen(model)
     return [
         check_range(x),
-        check_invariance(model, x),
+        check_invariance(model, x, batch_size=batch_size),
         check_logits(twin, x),
-        check_gradients(twin, x, labels),
+        check_bounded(twin, x),
+        check_gradients(twin, x, labels, batch_size=batch_size),
         check_steps(twin, x, labels, eps, seed=seed),
         check_unbounded(twin, x, labels, seed=seed),
         check_planted(twin, x, eps, seed=seed),
@@ -69,17 +78,20 @@ def check_range(x: Tensor) -> Check:
 
 
 @torch.no_grad()
-def check_invariance(model: nn.Module, x: Tensor, *, tolerance: float = 1e-3) -> Check:
+def check_invariance(model: nn.Module, x: Tensor, *, batch_size: int | None = None, tolerance: float = 1e-3) -> Check:
     """Check that the logits of an image depend only on that image.
 
-    No module may be in train mode, and the logits must be the same in a second call, in another order and in smaller
-    batches. Batch statistics and random layers violate this. Use autoattack-rand for a model that is random on purpose.
+    No module may be in train mode, and the logits must be the same in a second call, in another order, in smaller
+    batches, and in a batch of ``batch_size`` images. Batch statistics and random layers violate this. Use
+    autoattack-rand for a model that is random on purpose.
     value: largest difference, as a share of the largest logit.
     """
     training = 0 if isinstance(model, FrozenTwin) else sum(module.training for module in model.modules())
     before = [buffer.clone() for buffer in model.buffers()]
     logits = model(x)
     others = [model(x), model(x.flip(0)).flip(0), torch.cat([model(part) for part in x.split(len(x) // 3 + 1)])]
+    if batch_size and batch_size > len(x):
+        others.append(model(_repeated(x, batch_size))[: len(x)])
     for buffer, value in zip(model.buffers(), before, strict=True):
         buffer.copy_(value)
     scale = logits.abs().amax().clamp_min(torch.finfo(logits.dtype).tiny)
@@ -93,33 +105,68 @@ def check_invariance(model: nn.Module, x: Tensor, *, tolerance: float = 1e-3) ->
 
 @torch.no_grad()
 def check_logits(model: nn.Module, x: Tensor, *, tolerance: float = 1e-4) -> Check:
-    """Check that the outputs are logits, not probabilities or log-probabilities.
+    """Check that the outputs are logits: finite, and not probabilities or log-probabilities.
 
     A softmax inside the model removes the gradient of confident images and makes margins and the DLR loss meaningless.
     value: the smaller of two distances, each the largest over images: of the outputs' sum from 1 (infinite if an output
-    is negative), and of the outputs' log-sum-exp from 0.
+    is negative), and of the outputs' log-sum-exp from 0. 0 if outputs are not finite.
     """
     z = _frozen(model)(x)
+    if broken := int((~z.isfinite().all(1)).sum()):
+        detail = f"{broken} of {len(x)} images have outputs that are not finite, and count as wrong; expected: none"
+        return Check("logits", False, 0.0, detail)
     as_probabilities = (z.sum(1) - 1).abs().amax().item() if z.amin() >= 0 else torch.inf
     distance = min(as_probabilities, z.logsumexp(1).abs().amax().item())
     detail = f"distance of the outputs from (log-)probabilities: {distance:.2g}; expected: more than {tolerance:g}"
     return Check("logits", distance > tolerance, distance, detail)
 
 
-def check_gradients(model: nn.Module, x: Tensor, labels: Tensor) -> Check:
-    """Check that cross-entropy has a usable gradient at every image: finite, and not zero everywhere.
+@torch.no_grad()
+def check_bounded(model: nn.Module, x: Tensor, *, share: float = 25.0, near: float = 1e-3) -> Check:
+    """Check that the outputs do not pile up at a bound.
+
+    A function such as tanh, sigmoid or clamp after the logits has almost no derivative at its bounds: gradients of
+    confident images vanish, and margins and the loss of PGD are of the same size for all of them. The largest outputs
+    of the images, or the smallest ones, are then nearly the same number. An output is at the bound if it is within
+    ``near`` of the most extreme output of all, as a share of the range of the outputs.
+    value: percent of images whose largest output, or whose smallest output, is at the bound; the larger of both.
+    """
+    z = _frozen(model)(x)
+    low, high = z.amin(), z.amax()
+    room = near * (high - low)
+    piled = max(_percent(z.amax(1) >= high - room), _percent(z.amin(1) <= low + room))
+    detail = f"images whose largest or smallest output is at a bound: {piled:.1f} %; expected: at most {share:g} %"
+    return Check("bounded", piled <= share, piled, detail)
+
+
+def check_gradients(model: nn.Module, x: Tensor, labels: Tensor, *, batch_size: int | None = None) -> Check:
+    """Check that cross-entropy has a usable gradient at every image: finite, not zero everywhere, and always the same.
 
     Sign attacks do not move without one. One cause is a saturated softmax; then scaled-pgd and autoattack (its DLR
-    loss) still work. Another cause is rounding or any other operation without a derivative.
+    loss) still work. Another cause is rounding or any other operation without a derivative. A gradient that changes in
+    a second call, or in a batch of ``batch_size`` images, is noise or depends on the batch: its cosine with the first
+    one must be 0.9 or more. Rounding can change it a little.
     value: percent of images without a usable gradient.
     """
-    point = x.detach().clone().requires_grad_()
-    with torch.enable_grad():
-        loss = F.cross_entropy(_frozen(model)(point), labels, reduction="sum")
-    (gradient,) = torch.autograd.grad(loss, point)
-    largest = gradient.flatten(1).abs().amax(1)
-    dead = _percent(~((largest > 0) & largest.isfinite()))
-    return Check("gradients", dead == 0, dead, f"{dead:.1f} % of images have no usable input gradient; expected: none")
+    twin = _frozen(model)
+
+    def gradient(images: Tensor, y: Tensor) -> Tensor:
+        point = images.detach().clone().requires_grad_()
+        with torch.enable_grad():
+            loss = F.cross_entropy(twin(point), y, reduction="sum")
+        return torch.autograd.grad(loss, point)[0].flatten(1)[: len(x)]
+
+    first, others = gradient(x, labels), [gradient(x, labels)]
+    if batch_size and batch_size > len(x):
+        others.append(gradient(_repeated(x, batch_size), _repeated(labels, batch_size)))
+    largest = first.abs().amax(1)
+    usable = (largest > 0) & largest.isfinite()
+    dead = _percent(~usable)
+    for other in others:
+        usable &= ~(_cosine(first, other) < 0.9)
+    bad = _percent(~usable & (largest > 0) & largest.isfinite())
+    detail = f"{dead:.1f} % of images have no usable input gradient, {bad:.1f} % one that changes; expected: none"
+    return Check("gradients", dead == 0 and bad <= 5, dead + bad, detail)
 
 
 def check_steps(
@@ -196,6 +243,34 @@ def check_planted(model: nn.Module, x: Tensor, eps: float, *, corners: int = 16,
     return Check("planted", share >= 95, share, detail)
 
 
+def check_gap(correct: Mapping[str, Tensor], *, own: float = 15.0, autoattack: float = 10.0) -> Check | None:
+    """Check that the attacks agree about how robust the network is; None if there are no two attacks to compare.
+
+    correct: by the name of the attack, which of the same images are classified correctly, bool ``(N,)``. Attacks with
+    the gradient of the cross-entropy (pgd) and of the margin (cw) should leave about the same accuracy, and AutoAttack
+    should not leave much less than the better of them. Large differences mean that gradients are masked for some loss,
+    and that the attacks with higher accuracy failed. own, autoattack: allowed differences in percentage points.
+    value: by how much the largest difference exceeds its limit, in percentage points.
+    """
+    left = {name: _percent(hits) for name, hits in correct.items()}
+    lowest = {
+        family: min((name for name in left if re.fullmatch(pattern, name)), key=lambda name: left[name], default=None)
+        for family, pattern in FAMILIES.items()
+    }
+    excess = []
+    if lowest["pgd"] and lowest["cw"]:
+        excess.append((abs(left[lowest["pgd"]] - left[lowest["cw"]]) - own, lowest["pgd"], lowest["cw"], own))
+    gradient = min((name for name in (lowest["pgd"], lowest["cw"]) if name), key=lambda name: left[name], default=None)
+    if gradient and lowest["autoattack"]:
+        gap = left[gradient] - left[lowest["autoattack"]]
+        excess.append((gap - autoattack, gradient, lowest["autoattack"], autoattack))
+    if not excess:
+        return None
+    value, one, other, limit = max(excess)
+    found = f"{one} {left[one]:.1f} %, {other} {left[other]:.1f} %"
+    return Check("gap", value <= 0, value, f"accuracy: {found}; expected: at most {limit:g} points between them")
+
+
 def _frozen(model: nn.Module) -> FrozenTwin:
     return model if isinstance(model, FrozenTwin) else FrozenTwin(model, fold_bn=False)
 
@@ -208,3 +283,14 @@ def _attacked(twin: FrozenTwin, x: Tensor, objective: Objective, config: AttackC
 
 def _percent(hits: Tensor) -> float:
     return 100 * hits.double().mean().item()
+
+
+def _repeated(t: Tensor, number: int) -> Tensor:
+    """Return ``number`` rows, those of ``t`` again and again."""
+    return t[torch.arange(number, device=t.device) % len(t)]
+
+
+def _cosine(a: Tensor, b: Tensor) -> Tensor:
+    """Return the cosine between the rows of ``a`` and ``b``, ``(N, D)``, of any size: ``(N,)``; NaN where one is zero."""
+    a, b = (v / v.abs().amax(1, keepdim=True) for v in (a.double(), b.double()))
+    return F.cosine_similarity(a, b)

@@ -21,6 +21,14 @@ def cross_entropy(labels: Tensor) -> Objective:
     return lambda x_adv, logits: F.cross_entropy(logits, labels, reduction="sum")
 
 
+def targeted_cross_entropy(targets: Tensor) -> Objective:
+    """Return the objective of targeted PGD: the negative cross-entropy with the wrong classes ``targets``.
+
+    targets: int64 ``(B,)``. Source: Kurakin et al., "Adversarial Machine Learning at Scale", ICLR 2017.
+    """
+    return lambda x_adv, logits: -F.cross_entropy(logits, targets, reduction="sum")
+
+
 def cw_margin(labels: Tensor) -> Objective:
     """Return the objective of CW-k: largest wrong logit minus true logit (Carlini and Wagner, S&P 2017).
 

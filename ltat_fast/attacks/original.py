@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ltat_fast.attacks.balls import Norm
 from ltat_fast.errors import UserError
 
 Version = Literal["standard", "plus", "rand"]
@@ -21,11 +22,12 @@ def original_autoattack(
     labels: Tensor,
     eps: float,
     *,
+    norm: Norm = "linf",
     seed: int = 0,
     batch_size: int = 250,
     version: Version = "standard",
 ) -> Tensor:
-    """Return adversarial examples of the L_inf version of AutoAttack, float32 ``(N, C, H, W)``.
+    """Return adversarial examples of AutoAttack in the L_inf or the L2 ball, float32 ``(N, C, H, W)``.
 
     The standard version is the worst case of APGD-CE, targeted APGD-DLR, targeted FAB and Square.
 
@@ -42,7 +44,9 @@ def original_autoattack(
         raise UserError(f"AutoAttack needs the package pyautoattack ({error}): run pip install pyautoattack") from None
 
     logging.getLogger("auto-attack").setLevel(logging.WARNING)
-    attack = AutoAttack(model, device=x.device, eps=eps, norm="Linf", seed=seed, version=version)
+    attack = AutoAttack(
+        model, device=x.device, eps=eps, norm={"linf": "Linf", "l2": "L2"}[norm], seed=seed, version=version
+    )
     with torch.no_grad():
         num_classes = model(x[:1]).shape[1]
     targets = min(9, num_classes - 1)

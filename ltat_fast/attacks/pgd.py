@@ -1,8 +1,9 @@
-"""The L_inf PGD loop of all attacks: FGSM, PGD-k, CW-k and the inner maximisation of every training method.
+"""The PGD loop of all attacks: FGSM, PGD-k, CW-k and the inner maximisation of every training method.
 
-    x_0 = clip(x + noise);   x_{t+1} = clip( project_eps( x_t + step * sign(grad J(x_t)) ) )
+    x_0 = clip(x + noise);   x_{t+1} = clip( project_eps( x_t + step * steepest(grad J(x_t)) ) )
 
-Madry et al. 2018, eq. (1). The gradient is taken with respect to the image alone.
+Madry et al. 2018, eq. (1). The gradient is taken with respect to the image alone. The steepest direction is its sign in
+the L_inf ball, and the gradient divided by its length in the L2 ball.
 """
 
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ltat_fast.attacks.balls import Ball, Norm
 from ltat_fast.attacks.objectives import Objective
 from ltat_fast.models.frozen import FrozenTwin
 from ltat_fast.ops import pgd_init, pgd_step
@@ -24,11 +26,13 @@ Ascend = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class AttackConfig:
-    """An L_inf threat model and the effort of the attack.
+    """A threat model and the effort of the attack.
 
     eps: radius of the ball. step_size: step of the attack. Both in units of pixels in [0, 1].
     steps: number of steps. noise: start point, "uniform" in the ball, "gaussian" (0.001 N(0, 1)) or "none".
     start_eps: radius of the start noise; ``eps`` if None. A budget per image scales it, but not the ``eps`` of a start.
+    norm: "linf" or "l2". The L2 ball is for evaluation: its steps are not compiled, have no budget per image, and start
+        from a point that is given or from the image (noise "none").
     """
 
     eps: float = 8 / 255
@@ -36,6 +40,7 @@ class AttackConfig:
     steps: int = 10
     noise: Literal["uniform", "gaussian", "none"] = "uniform"
     start_eps: float | None = None
+    norm: Norm = "linf"
 
     @property
     def start_radius(self) -> float:
@@ -79,6 +84,8 @@ def random_start(
     """Return the start point of :func:`attack_loop`, a new tensor shaped like ``x``. The arguments are the same."""
     if config.noise == "none":
         return x.clone()
+    if config.norm == "l2":
+        raise ValueError("an attack in the L2 ball has no start noise of its own: give its start, or noise='none'")
     radius = config.start_radius
     if scale is not None and config.start_eps is not None:
         radius = radius * scale
@@ -131,6 +138,10 @@ def make_ascend(
     place of those of ``config``.
     """
     step = traceable_ascent_step if compile_ else ascent_step
+    if config.norm == "l2":
+        if compile_:
+            raise ValueError("steps in the L2 ball are not compiled")
+        step = l2_ascent_step
 
     def ascend(x: Tensor, x_adv: Tensor, *context, ball: tuple[Tensor, Tensor] | None = None) -> Tensor:
         step_size, eps = (config.step_size, config.eps) if ball is None else ball
@@ -159,3 +170,14 @@ def traceable_ascent_step(
     """
     grad = torch.func.grad(lambda point: objective(point, model(point)))(x_adv)
     return pgd_step(x_adv, grad, x, step_size, eps)
+
+
+def l2_ascent_step(model: Logits, x: Tensor, x_adv: Tensor, objective: Objective, step_size: Size, eps: Size) -> Tensor:
+    """:func:`ascent_step` in the L2 ball: along the gradient by ``step_size``. The result is a new tensor."""
+    if isinstance(eps, Tensor):
+        raise TypeError("the L2 ball has one radius for all images")
+    point = x_adv.detach().requires_grad_()
+    with torch.enable_grad():
+        (grad,) = torch.autograd.grad(objective(point, model(point)), point)
+    ball = Ball("l2", eps)
+    return ball.project(x, x_adv + step_size * ball.steepest(grad.nan_to_num(0, 0, 0)))

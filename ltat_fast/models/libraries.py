@@ -265,12 +265,22 @@ def find_head(net: nn.Module, images: Tensor, num_classes: int, name: str) -> st
     return None
 
 
-def require_logits(name: str, logits: object, number: int, num_classes: int) -> None:
-    """Raise UserError, which begins with ``name``, unless ``logits`` is a tensor of shape ``(number, num_classes)``."""
-    if not isinstance(logits, Tensor) or logits.shape != (number, num_classes):
-        returned = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
-        number_of = {2: "two"}.get(number, number)
-        raise UserError(f"{name} returns {returned} for {number_of} images, not logits of {num_classes} classes each")
+def require_logits(name: str, logits: object, number: int, num_classes: int | None) -> int:
+    """Return the number of classes of ``logits``, the outputs for ``number`` images.
+
+    Raises UserError, which begins with ``name``, unless they are a float32 tensor ``(number, num_classes)``.
+    num_classes: None allows any number.
+    """
+    shape = tuple(logits.shape) if isinstance(logits, Tensor) else ()
+    if not isinstance(logits, Tensor) or len(shape) != 2 or shape != (number, num_classes or shape[1]):
+        returned = f"shape {shape}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+        number_of = {1: "one image", 2: "two images"}.get(number, f"{number} images")
+        wanted = f"logits of {num_classes} classes each" if num_classes else "logits (images, classes)"
+        raise UserError(f"{name} returns {returned} for {number_of}, not {wanted}")
+    if logits.dtype != torch.float32:
+        dtype = str(logits.dtype).removeprefix("torch.")
+        raise UserError(f"{name} returns logits in {dtype}, not in float32: let it end with logits.float()")
+    return shape[1]
 
 
 def user_error_on_failure(name: str, action: Callable[[], T]) -> T:

@@ -7,9 +7,10 @@ from fractions import Fraction
 from importlib import metadata
 
 from ltat_fast.attacks.by_name import AUTOATTACK, OWN_PARTS
+from ltat_fast.attacks.results import BALANCED
 from ltat_fast.reporting.study import Study, attack_name
 from ltat_fast.runs.finished import FinishedRun, RunConfig, exact_fraction
-from ltat_fast.runs.results import BALANCED, CHECKPOINTS
+from ltat_fast.runs.results import CHECKPOINTS
 
 OBJECTIVES = {
     "pgd": "cross-entropy",

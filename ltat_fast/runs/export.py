@@ -29,13 +29,14 @@ from torch import Tensor, nn
 
 from ltat_fast import __version__, files
 from ltat_fast import config as configuration
+from ltat_fast.attacks.results import Result
 from ltat_fast.errors import UserError
 from ltat_fast.files import write_json
 from ltat_fast.models import ARCHS, classifier, cosine, foreign, standalone
 from ltat_fast.models.libraries import Shape, find, is_foreign
 from ltat_fast.runs import log
 from ltat_fast.runs.model_card import model_card
-from ltat_fast.runs.results import EvalFile, Result
+from ltat_fast.runs.results import EvalFile
 from ltat_fast.runs.weights import build_from_card, read_weights, weights_file
 
 FILES = (standalone.WEIGHTS, standalone.CONFIG, "model.py", "model.pt2", "model.onnx", "README.md")

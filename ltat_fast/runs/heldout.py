@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
+from ltat_fast.attacks.results import BALANCED, Result
 from ltat_fast.runs.json_object import is_number
 from ltat_fast.runs.records import read_metrics
-from ltat_fast.runs.results import BALANCED, CheckpointResults, EvalFile, Result
+from ltat_fast.runs.results import CheckpointResults, EvalFile
 
 ATTACKS = ("clean", "pgd20")
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ltat_fast.runs.results import Result, unpack
+from ltat_fast.attacks.results import Result, unpack
 
 
 def spread(labels: np.ndarray, limit: int | None) -> np.ndarray:

@@ -4,156 +4,45 @@ import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-import numpy as np
-from torch import Tensor
-
+from ltat_fast.attacks.balls import Norm
 from ltat_fast.attacks.checks import Check
+from ltat_fast.attacks.results import Result, unpack
 from ltat_fast.files import write_json
 from ltat_fast.runs.json_object import JsonObject, is_bool, is_count, is_number, is_percent, is_text, list_of, optional
 
 CHECKPOINTS = ("best", "last")
 CHECKS = "checks"  # the only key that is not the name of an attack
-BALANCED = "balanced"  # the "group" of the balanced accuracy
 ALWAYS_GROUPS = ("head", "medium", "tail")  # groups of classes in every dataset; another numeric field is a group too
-FIELDS = ("all", "per_class", "images", "correct", "chosen", "weights", "eps", "test_set", "attacks")
+FIELDS = ("all", "per_class", "images", "correct", "chosen", "weights", "eps", "test_set")
+FIELDS += ("norm", "not_finite", "attacks")
 
 
-def pack(bits: np.ndarray) -> str:
-    """Write bools ``(N,)`` as hexadecimal digits, 4 bools per digit, the first one in the highest bit."""
-    return np.packbits(bits).tobytes().hex()
-
-
-def unpack(text: str, count: int) -> np.ndarray:
-    """Return the ``count`` bools that :func:`pack` wrote as ``text``. Raises ValueError if the length does not fit."""
-    packed = np.frombuffer(bytes.fromhex(text), np.uint8)
-    if len(packed) != (count + 7) // 8:
-        raise ValueError(f"{len(packed)} bytes do not hold {count} bits")
-    return np.unpackbits(packed, count=count).astype(bool)
-
-
-def is_balanced(labels: np.ndarray) -> bool:
-    """Whether every class of ``labels`` has the same number of images.
-
-    A difference of one does not count: ``--limit-eval`` cannot take the same number of images from every class.
-    """
-    counts = np.unique(labels, return_counts=True)[1]
-    return len(counts) == 0 or counts.max() - counts.min() <= 1
-
-
-@dataclass(frozen=True)
-class Identity:
-    """What a result depends on besides the attack: checksum of the weights, eps, fingerprint of the test set."""
-
-    weights: str
-    eps: str
-    test_set: str
-
-
-@dataclass(frozen=True)
-class Result:
-    """Accuracy of one set of weights under one attack.
-
-    all, groups and per_class are the percentages of images still classified correctly: of all images, of each group of
-    classes and of each class; None where there is no image. If the classes have different numbers of images, the group
-    :data:`BALANCED` is the mean of per_class. Results of earlier versions lack some of the other fields.
-    """
-
-    all: float | None
-    groups: dict[str, float | None] = field(default_factory=dict)
-    per_class: tuple[float | None, ...] = ()
-    images: int | None = None
-    """number of attacked images"""
-    correct: str | None = None
-    """which attacked images were classified correctly, written by :func:`pack`"""
-    chosen: str | None = None
-    """which images of the test set were attacked, written by :func:`pack`; None for all of them"""
-    weights: str | None = None
-    eps: str | None = None
-    test_set: str | None = None
-    attacks: tuple[str, ...] = ()
-    """the attacks that a worst case combines"""
-    other: dict[str, Any] = field(default_factory=dict)
-    """fields that this version does not know, kept when the file is written again"""
-
-    @classmethod
-    def from_correct(
-        cls,
-        correct: Tensor,
-        labels: Tensor,
-        groups: dict[str, list[int]],
-        num_classes: int,
-        chosen: np.ndarray | None = None,
-    ) -> "Result":
-        """Compute the result of an attack.
-
-        correct: bool ``(N,)`` and labels: int64 ``(N,)``, of the attacked images. chosen: which images of the test set
-        were attacked, bool; None for all of them.
-        """
-        correct, labels = correct.cpu().numpy(), labels.cpu().numpy()
-
-        def percent(among: np.ndarray) -> float | None:
-            return float(100 * correct[among].mean()) if among.any() else None
-
-        per_class = tuple(percent(labels == c) for c in range(num_classes))
-        by_group = {name: percent(np.isin(labels, classes)) for name, classes in groups.items()}
-        if not is_balanced(labels):
-            by_group[BALANCED] = float(np.mean([accuracy for accuracy in per_class if accuracy is not None]))
-        return cls(
-            all=percent(np.ones_like(correct)),
-            groups=by_group,
-            per_class=per_class,
-            images=len(correct),
-            correct=pack(correct),
-            chosen=None if chosen is None else pack(chosen),
-        )
-
-    @classmethod
-    def from_json(cls, entry: JsonObject) -> "Result":
-        """Read what :meth:`to_json` wrote. Raises UserError if a field has a wrong type or is out of range."""
-        images = entry.take("images", is_count, None)
-        groups, other = {}, {}
-        for name, value in entry.content.items():
-            if name in ALWAYS_GROUPS or (name not in FIELDS and (value is None or is_number(value))):
-                groups[name] = entry.take(name, optional(is_percent))
-            elif name not in FIELDS:
-                other[name] = value
-        return cls(
-            groups=groups,
-            per_class=tuple(entry.take("per_class", list_of(optional(is_percent)), ())),
-            images=images,
-            correct=entry.take("correct", lambda bits: _holds(bits, images), None),
-            chosen=entry.take("chosen", lambda bits: _selects(bits, images), None),
-            weights=entry.take("weights", is_text, None),
-            eps=entry.take("eps", is_text, None),
-            test_set=entry.take("test_set", is_text, None),
-            attacks=tuple(entry.take("attacks", list_of(is_text), ())),
-            other=other,
-            all=entry.take("all", optional(is_percent)),
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        content = {"attacks": list(self.attacks)} if self.attacks else {}
-        content |= {"all": self.all, **self.groups}
-        content |= {"per_class": list(self.per_class)} if self.per_class else {}
-        rest = {name: getattr(self, name) for name in ("images", "correct", "chosen", "weights", "eps", "test_set")}
-        return content | {name: value for name, value in rest.items() if value is not None} | self.other
-
-    def percent(self, group: str) -> float | None:
-        """Accuracy of "all" or of a group of classes; None if it was not measured."""
-        return self.all if group == "all" else self.groups.get(group)
-
-    def of(self, identity: Identity) -> "Result":
-        """Return this result with the weights, eps and test set of ``identity``."""
-        return dataclasses.replace(self, **dataclasses.asdict(identity))
-
-    def is_of(self, identity: Identity) -> bool:
-        return (self.weights, self.eps, self.test_set) == (identity.weights, identity.eps, identity.test_set)
-
-    def attacked(self, count: int) -> np.ndarray:
-        """Which of the ``count`` images of the test set were attacked: bool ``(count,)``."""
-        return np.ones(count, bool) if self.chosen is None else unpack(self.chosen, count)
+def read_result(entry: JsonObject) -> Result:
+    """Read what :meth:`Result.to_json` wrote. Raises UserError if a field has a wrong type or is out of range."""
+    images = entry.take("images", is_count, None)
+    groups, other = {}, {}
+    for name, value in entry.content.items():
+        if name in ALWAYS_GROUPS or (name not in FIELDS and (value is None or is_number(value))):
+            groups[name] = entry.take(name, optional(is_percent))
+        elif name not in FIELDS:
+            other[name] = value
+    return Result(
+        groups=groups,
+        per_class=tuple(entry.take("per_class", list_of(optional(is_percent)), ())),
+        images=images,
+        correct=entry.take("correct", lambda bits: _holds(bits, images), None),
+        chosen=entry.take("chosen", lambda bits: _selects(bits, images), None),
+        weights=entry.take("weights", is_text, None),
+        eps=entry.take("eps", is_text, None),
+        test_set=entry.take("test_set", is_text, None),
+        norm=entry.take("norm", lambda norm: norm in get_args(Norm), "linf"),
+        not_finite=entry.take("not_finite", is_count, None),
+        attacks=tuple(entry.take("attacks", list_of(is_text), ())),
+        other=other,
+        all=entry.take("all", optional(is_percent)),
+    )
 
 
 @dataclass(frozen=True)
@@ -200,7 +89,7 @@ class CheckpointResults:
             if name == CHECKS:
                 entries[name] = tuple(map(RecordedCheck.from_json, content.list_of_objects(name)))
             elif name.isprintable():
-                entries[name] = Result.from_json(content.object(name))
+                entries[name] = read_result(content.object(name))
             else:
                 raise content.damaged(f"{name!a:.40} is not the name of an attack")
         return cls(entries)

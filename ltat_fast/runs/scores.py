@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 
 from ltat_fast.attacks.checks import Check
+from ltat_fast.attacks.results import Identity, Result
 from ltat_fast.errors import UserError
 from ltat_fast.files import exclusive, refuse_read_only
 from ltat_fast.runs import log
 from ltat_fast.runs.metrics import on_most_images, worst_case
-from ltat_fast.runs.results import CHECKS, CheckpointResults, EvalFile, Identity, RecordedCheck, Result
+from ltat_fast.runs.results import CHECKS, CheckpointResults, EvalFile, RecordedCheck
 from ltat_fast.runs.splits import DeviceImages
 
 

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
+from ltat_fast.attacks.results import BALANCED
 from ltat_fast.runs.experiments import Experiment, comparable_worst, experiments
-from ltat_fast.runs.results import BALANCED, CHECKPOINTS, CheckpointResults, EvalFile
+from ltat_fast.runs.results import CHECKPOINTS, CheckpointResults, EvalFile
 
 # heading, attack, group of classes
 Column = tuple[str, str, str]

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ltat_fast import __version__
+from ltat_fast.attacks.results import Identity
 from ltat_fast.errors import UserError
 from ltat_fast.runs import log
-from ltat_fast.runs.results import Identity
 from ltat_fast.runs.weights import read_weights, write_weights
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ltat_fast.attacks.autoattack import PARTS
 from ltat_fast.attacks.by_name import AUTOATTACK, OWN_PARTS, correct_under, parse_attacks
 from ltat_fast.attacks.checks import Check, run_checks
+from ltat_fast.attacks.results import Identity, Result
 from ltat_fast.config import Config
 from ltat_fast.data import HostImages
 from ltat_fast.errors import UserError
@@ -24,7 +25,7 @@ from ltat_fast.out_of_memory import explained
 from ltat_fast.pixels import to_unit
 from ltat_fast.runs import log
 from ltat_fast.runs.metrics import spread
-from ltat_fast.runs.results import EvalFile, Identity, Result
+from ltat_fast.runs.results import EvalFile
 from ltat_fast.runs.scores import Scores, fingerprint
 from ltat_fast.runs.splits import DeviceImages, Splits
 from ltat_fast.runs.unfinished import Unfinished

@@ -11,6 +11,7 @@ from torch import nn
 
 from ltat_fast import config as configuration
 from ltat_fast import seeding
+from ltat_fast.attacks.results import BALANCED
 from ltat_fast.config import Config
 from ltat_fast.data import DeviceLoader
 from ltat_fast.errors import UserError
@@ -23,7 +24,7 @@ from ltat_fast.models.libraries import is_foreign
 from ltat_fast.models.sync_batch_norm import unknown_batch_norm
 from ltat_fast.runs import checkpoint, log, tables
 from ltat_fast.runs.environment import describe_environment, record_environment, refuse_other_data
-from ltat_fast.runs.results import BALANCED, CheckpointResults, EvalFile
+from ltat_fast.runs.results import CheckpointResults, EvalFile
 from ltat_fast.runs.splits import Splits, balanced_indices, counts_tensor, load_splits
 from ltat_fast.runs.weights import new_model, read_weights, weights_card
 from ltat_fast.schedule import first_drop

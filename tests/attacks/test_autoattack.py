@@ -176,7 +176,7 @@ def test_the_network_decides_where_the_search_is_wrong(monkeypatch):
 
 
 def test_logits_that_are_not_numbers_are_a_failure_of_the_network():
-    """As in the original: every changed image gets NaN, and argmax then returns class 0."""
+    """Every changed image gets NaN. The original counts it as correct for class 0, which argmax then returns."""
 
     class Fragile(torch.nn.Module):
         def __init__(self):
@@ -189,9 +189,8 @@ def test_logits_that_are_not_numbers_are_a_failure_of_the_network():
 
     net, (_, x, _) = Fragile(), case()
     y = net(x / 255).argmax(1)
-    robust = autoattack(net, x, y, 0.001, precision="fp32").robust
-    assert torch.equal(robust, y == 0)
-    assert 0 < robust.sum() < 60
+    assert (y == 0).any()
+    assert not autoattack(net, x, y, 0.001, precision="fp32").robust.any()
 
 
 def test_it_refuses_an_unknown_part():

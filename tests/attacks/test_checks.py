@@ -11,7 +11,7 @@ from ltat_fast.attacks import checks
 from ltat_fast.attacks.checks import run_checks
 
 EPS = 0.1
-CHECKS = ["range", "invariance", "logits", "gradients", "steps", "unbounded", "planted"]
+CHECKS = ["range", "invariance", "logits", "bounded", "gradients", "steps", "unbounded", "planted"]
 
 
 def failed(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> list[str]:
@@ -69,10 +69,10 @@ class Liar(nn.Module):
 
 
 def liar(distance: float, claim) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
-    """Return a Liar, images of both classes with every pixel at ``distance`` from 0.5, and their labels."""
+    """Return a Liar, images of both classes with every pixel at about ``distance`` from 0.5, and their labels."""
     signs = torch.randint(0, 2, (768,), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
     y = torch.arange(64) % 2
-    x = 0.5 + distance * (2.0 * y[:, None] - 1) * signs
+    x = 0.5 + distance * torch.linspace(0.98, 1.02, 64)[:, None] * (2.0 * y[:, None] - 1) * signs
     return Liar(signs, claim).eval(), x.view(64, 3, 16, 16), y
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from ltat_fast.attacks.results import Result
 from ltat_fast.runs.metrics import spread, worst_case
-from ltat_fast.runs.results import Result
 
 GROUPS = {"head": [0, 1], "medium": [2], "tail": [3], "nobody": [4]}
 

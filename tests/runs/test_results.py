@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from helpers.made_runs import write
+from ltat_fast.attacks.results import Result, pack, unpack
 from ltat_fast.errors import UserError
 from ltat_fast.runs.json_object import JsonObject
-from ltat_fast.runs.results import CheckpointResults, EvalFile, Result, pack, percentages, unpack
+from ltat_fast.runs.results import CheckpointResults, EvalFile, percentages
 
 GROUPS = {"head": [0, 1], "medium": [2], "tail": [3], "nobody": [4]}
 

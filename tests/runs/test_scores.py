@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from ltat_fast.attacks.checks import Check
+from ltat_fast.attacks.results import Identity, Result, pack
 from ltat_fast.errors import UserError
-from ltat_fast.runs.results import Identity, Result, pack
 from ltat_fast.runs.scores import Scores, fingerprint
 from ltat_fast.runs.splits import DeviceImages
 

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from ltat_fast.runs.results import Identity
+from ltat_fast.attacks.results import Identity
 from ltat_fast.runs.unfinished import Unfinished
 
 IDENTITY = Identity("0123456789abcdef", "8/255", "fedcba")

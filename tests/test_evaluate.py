@@ -120,7 +120,7 @@ def test_autoattack_runs_after_the_checks(run, quick_autoattack, capfd):
     results = evaluate(run, *flags)
     assert results["last"]["autoattack"]["images"] == 20
     assert results["last"]["autoattack"]["all"] < results["last"]["clean"]["all"]
-    assert "checks: 7 of 7 passed" in capfd.readouterr().out
+    assert "checks: 8 of 8 passed" in capfd.readouterr().out
     checks = results["last"]["checks"]
     assert [check["name"] for check in checks][:3] == ["range", "invariance", "logits"]
     assert all(check["passed"] for check in checks)

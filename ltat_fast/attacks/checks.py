@@ -243,6 +243,11 @@ def check_planted(model: nn.Module, x: Tensor, eps: float, *, corners: int = 16,
     return Check("planted", share >= 95, share, detail)
 
 
+def compared_family(attack: str) -> str | None:
+    """Return the kind of ``attack`` that :func:`check_gap` compares: "pgd", "cw", "autoattack" or None."""
+    return next((family for family, pattern in FAMILIES.items() if re.fullmatch(pattern, attack)), None)
+
+
 def check_gap(correct: Mapping[str, Tensor], *, own: float = 15.0, autoattack: float = 10.0) -> Check | None:
     """Check that the attacks agree about how robust the network is; None if there are no two attacks to compare.
 
@@ -252,23 +257,22 @@ def check_gap(correct: Mapping[str, Tensor], *, own: float = 15.0, autoattack: f
     and that the attacks with higher accuracy failed. own, autoattack: allowed differences in percentage points.
     value: by how much the largest difference exceeds its limit, in percentage points.
     """
-    left = {name: _percent(hits) for name, hits in correct.items()}
-    lowest = {
-        family: min((name for name in left if re.fullmatch(pattern, name)), key=lambda name: left[name], default=None)
-        for family, pattern in FAMILIES.items()
-    }
-    excess = []
-    if lowest["pgd"] and lowest["cw"]:
-        excess.append((abs(left[lowest["pgd"]] - left[lowest["cw"]]) - own, lowest["pgd"], lowest["cw"], own))
-    gradient = min((name for name in (lowest["pgd"], lowest["cw"]) if name), key=lambda name: left[name], default=None)
-    if gradient and lowest["autoattack"]:
-        gap = left[gradient] - left[lowest["autoattack"]]
-        excess.append((gap - autoattack, gradient, lowest["autoattack"], autoattack))
-    if not excess:
+    best: dict[str, tuple[float, str]] = {}  # of each kind: the lowest accuracy, and the attack
+    for name, hits in correct.items():
+        if family := compared_family(name):
+            best[family] = min(best.get(family, (torch.inf, "")), (_percent(hits), name))
+    pairs = []
+    if "pgd" in best and "cw" in best:
+        pairs.append((*sorted((best["pgd"], best["cw"]), reverse=True), own))
+    gradient = min((best[family] for family in ("pgd", "cw") if family in best), default=None)
+    if gradient and "autoattack" in best:
+        pairs.append((gradient, best["autoattack"], autoattack))
+    if not pairs:
         return None
-    value, one, other, limit = max(excess)
-    found = f"{one} {left[one]:.1f} %, {other} {left[other]:.1f} %"
-    return Check("gap", value <= 0, value, f"accuracy: {found}; expected: at most {limit:g} points between them")
+    higher, lower, limit = max(pairs, key=lambda pair: pair[0][0] - pair[1][0] - pair[2])
+    value = higher[0] - lower[0] - limit
+    found = f"{higher[1]} {higher[0]:.1f} %, {lower[1]} {lower[0]:.1f} %"
+    return Check("gap", value <= 0, value, f"accuracy: {found}; expected: at most {limit:g} points apart")
 
 
 def _frozen(model: nn.Module) -> FrozenTwin:
@@ -291,6 +295,6 @@ def _repeated(t: Tensor, number: int) -> Tensor:
 
 
 def _cosine(a: Tensor, b: Tensor) -> Tensor:
-    """Return the cosine between the rows of ``a`` and ``b``, ``(N, D)``, of any size: ``(N,)``; NaN where one is zero."""
+    """Return the cosine between the rows of ``a`` and ``b``, ``(N, D)``, ``(N,)``; NaN where one is zero."""
     a, b = (v / v.abs().amax(1, keepdim=True) for v in (a.double(), b.double()))
     return F.cosine_similarity(a, b)

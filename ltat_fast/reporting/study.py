@@ -12,6 +12,7 @@ from ltat_fast.errors import UserError
 from ltat_fast.runs.experiments import Experiment, comparable_worst, modifiers
 from ltat_fast.runs.finished import FinishedRun, RunConfig
 from ltat_fast.runs.json_object import JsonObject, is_text, list_of
+from ltat_fast.runs.threats import suffix_of
 
 # Method names that are not written in capitals.
 NAMES = {"natural": "Natural", "robal": "RoBal", "adaad": "AdaAD", "adaiad": "AdaIAD"}
@@ -98,9 +99,10 @@ class Study:
         return [str(c) for c in range(self.num_classes)]
 
     def attacks(self) -> list[str]:
-        """Every attack that a run was evaluated under, weak ones first ("clean" is the weakest)."""
+        """Every attack of a run, in the ball of the runs, weak ones first ("clean" is the weakest)."""
         evaluated = [part for run in self.runs for part in run.evaluation.checkpoints.values()]
-        return sorted(dict.fromkeys(name for part in evaluated for name in part.results), key=_strength)
+        attacks = dict.fromkeys(name for part in evaluated for name in part.results if not suffix_of(name))
+        return sorted(attacks, key=_strength)
 
 
 def studies(found: list[Experiment]) -> list[Study]:
@@ -124,7 +126,7 @@ def _study(group: tuple[Experiment, ...]) -> Study:
     have_last = all("last" in e.checkpoints() for e in group)
     checkpoint = "best" if held_out or not have_last else "last"
     tried = [set(run.evaluation.of(checkpoint).results) for e in group for run in e.runs]
-    common = set.intersection(*tried) - {"clean"}
+    common = {name for name in set.intersection(*tried) if not suffix_of(name)} - {"clean"}
     if not comparable_worst((run for e in group for run in e.runs), checkpoint):
         common -= {"worst"}
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +10,9 @@ from ltat_fast.data.digest import digest
 from ltat_fast.errors import UserError
 from ltat_fast.runs.json_object import JsonObject, is_count, is_integer, is_number, is_text, list_of, optional
 from ltat_fast.runs.results import EvalFile
+from ltat_fast.runs.threats import exact_fraction
 
 NEEDED = {"dataset", "method", "arch", "imbalance_ratio", "select_on", "seed", "eps"}
-
-
-def exact_fraction(text: str) -> Fraction:
-    """The exact value of "8/255" or "0.1". Raises ValueError or ZeroDivisionError for anything else."""
-    numerator, _, denominator = text.partition("/")
-    return Fraction(numerator) / Fraction(denominator or 1)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Add results to RUN/eval.json while other processes may be writing to the same file."""
 
 import contextlib
+import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from ltat_fast.runs import log
 from ltat_fast.runs.metrics import on_most_images, worst_case
 from ltat_fast.runs.results import CHECKS, CheckpointResults, EvalFile, RecordedCheck
 from ltat_fast.runs.splits import DeviceImages
+from ltat_fast.runs.threats import attack_of
 
 
 def fingerprint(images: DeviceImages) -> str:
@@ -31,6 +33,9 @@ def fingerprint(images: DeviceImages) -> str:
 class Scores:
     """The results in ``file`` of one ``identity``, stored under each of ``checkpoints``.
 
+    suffix: ends the names of the results, "@2/255" for example, if the ball is not that of the run. Accuracy without
+    attack does not depend on the ball, so its name never has a suffix.
+
     A result is known if it has this identity and says which images were correct. Results of earlier versions do not
     say so; they stay in the file and are measured again when they are asked for.
     """
@@ -41,6 +46,11 @@ class Scores:
     test: DeviceImages
     groups: dict[str, list[int]]
     num_classes: int
+    suffix: str = ""
+
+    def name(self, attack: str) -> str:
+        """Return the name of the result of ``attack``."""
+        return attack if attack == "clean" else attack + self.suffix
 
     def known(self, attack: str, images: int) -> Result | None:
         """The known result of ``attack`` on the most images, or None if these are fewer than ``images``.
@@ -48,7 +58,11 @@ class Scores:
         Raises UserError instead of returning None if the run folder is read-only, so that no measurement is lost.
         """
         evaluated = EvalFile.load_or_empty(self.file).checkpoints.values()
-        ours = [found for part in evaluated if (found := part.results.get(attack)) and self._is_known(found)]
+        ours = [
+            found
+            for part in evaluated
+            if (found := part.results.get(self.name(attack))) and self._is_known(attack, found)
+        ]
         most = max(ours, key=lambda result: result.images, default=None)
         if most and most.images >= images:
             return most
@@ -67,14 +81,14 @@ class Scores:
         """Add the result of an attack, and update the worst case over the known results that share the most images."""
 
         def change(part: CheckpointResults) -> None:
-            part.entries[attack] = result.of(self.identity)
+            part.entries[self.name(attack)] = result if self._is_known(attack, result) else result.of(self.identity)
             if not self._are_of_these_weights(part.checks):
                 del part.entries[CHECKS]
-            part.entries.pop("worst", None)
-            known = {name: found for name, found in part.results.items() if self._is_known(found)}
-            if comparable := on_most_images(known, len(self.test)):
-                worst = worst_case(comparable, self.test.labels, self.groups, self.num_classes)
-                part.entries["worst"] = worst.of(self.identity)
+            worst = self.name("worst")
+            part.entries.pop(worst, None)
+            if comparable := on_most_images(self.known_among(part), len(self.test)):
+                combined = worst_case(comparable, self.test.labels, self.groups, self.num_classes)
+                part.entries[worst] = combined.of(self.identity)
 
         self._merge(change)
 
@@ -84,7 +98,22 @@ class Scores:
         recorded = tuple(RecordedCheck(*values, self.identity.weights) for values in found)
         self._merge(lambda part: part.entries.update({CHECKS: recorded}))
 
-    def _is_known(self, result: Result) -> bool:
+    def known_among(self, part: CheckpointResults) -> dict[str, Result]:
+        """Return the known results of ``part`` in this ball, by attack."""
+        found = {attack_of(name): result for name, result in part.results.items() if self._is_named(name)}
+        return {attack: result for attack, result in found.items() if self._is_known(attack, result)}
+
+    def all_known(self) -> dict[str, Result]:
+        """Return the known results in the file, by attack."""
+        content = EvalFile.load_or_empty(self.file)
+        return self.known_among(content.of(self.checkpoints[0]))
+
+    def _is_named(self, name: str) -> bool:
+        return name == self.name(attack_of(name))
+
+    def _is_known(self, attack: str, result: Result) -> bool:
+        if attack == "clean":  # in every ball
+            result = dataclasses.replace(result, eps=self.identity.eps, norm=self.identity.norm)
         return result.is_of(self.identity) and result.correct is not None
 
     def _are_of_these_weights(self, checks: Sequence[RecordedCheck]) -> bool:

@@ -6,14 +6,15 @@ the terminal none is wider than 80 characters: columns that do not fit beside th
 
 import textwrap
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
-from ltat_fast.attacks.results import BALANCED
+from ltat_fast.attacks.results import BALANCED, Result
 from ltat_fast.runs.experiments import Experiment, comparable_worst, experiments
 from ltat_fast.runs.results import CHECKPOINTS, CheckpointResults, EvalFile
+from ltat_fast.runs.threats import attack_of, suffix_of
 
 # heading, attack, group of classes
 Column = tuple[str, str, str]
@@ -97,7 +98,8 @@ def with_balanced(files: Iterable[EvalFile], columns: list[Column]) -> list[Colu
 
 def _has_worst_of_all(evaluated: CheckpointResults) -> bool:
     """Whether the worst case is on as many images as any attack; on fewer it could not be compared with the others."""
-    images = {name: r.images for name, r in evaluated.results.items() if r.images is not None}
+    own_ball = {name: result for name, result in evaluated.results.items() if not suffix_of(name)}
+    images = {name: result.images for name, result in own_ball.items() if result.images is not None}
     return "worst" in images and images["worst"] == max(images.values())
 
 
@@ -180,6 +182,31 @@ def _worst(found: Sequence[Experiment]) -> str:
 def render(run_dirs: Sequence[Path]) -> str:
     """The tables as text for a terminal."""
     return "\n\n".join("\n".join(_lines(table)) for table in build(experiments(run_dirs)))
+
+
+def of_network(title: str, eps: str, results: Mapping[str, Result]) -> str:
+    """The results of one network as text: a line per attack and ball, a column per group of classes.
+
+    results: by their names in the file. eps: radius of the L_inf ball of the names without a ball.
+    """
+    groups = ["all", *dict.fromkeys(group for result in results.values() for group in result.groups)]
+    texts = [["", "eps", *groups, "images"]]
+    for name, result in results.items():
+        ball = suffix_of(name)[1:] or eps
+        numbers = [result.percent(group) for group in groups]
+        cells = ["-" if number is None else f"{number:.2f}" for number in numbers]
+        attack = attack_of(name)
+        images = "-" if result.images is None else str(result.images)
+        texts.append([attack, "-" if attack == "clean" else ball, *cells, images])
+    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
+    rows = [f"  {line[0]:<{widths[0]}}" + _right(line[1:], widths[1:]) for line in texts]
+    worst = next((result for name, result in results.items() if name == "worst"), None)
+    notes = _wrapped(f"worst: correct under each of {', '.join(worst.attacks)}.") if worst else []
+    return "\n".join([*_wrapped(f"{title}: percent of test images"), "", *rows, *([""] if notes else []), *notes])
+
+
+def _right(cells: Sequence[str], widths: Sequence[int]) -> str:
+    return "".join(cell.rjust(width + 2) for cell, width in zip(cells, widths, strict=True))
 
 
 def _lines(table: Table) -> Iterator[str]:

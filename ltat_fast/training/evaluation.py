@@ -5,17 +5,21 @@ The attacks themselves are in :mod:`ltat_fast.attacks.by_name`, the content of t
 """
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ltat_fast.attacks.autoattack import PARTS
-from ltat_fast.attacks.by_name import AUTOATTACK, OWN_PARTS, correct_under, parse_attacks
-from ltat_fast.attacks.checks import Check, run_checks
-from ltat_fast.attacks.results import Identity, Result
+from ltat_fast.attacks.balls import Norm
+from ltat_fast.attacks.by_name import AUTOATTACK, OWN_PARTS, correct_under, finite_logits, parse_attacks
+from ltat_fast.attacks.checks import Check, check_gap, compared_family, run_checks
+from ltat_fast.attacks.results import Identity, Result, unpack
 from ltat_fast.config import Config
 from ltat_fast.data import HostImages
 from ltat_fast.errors import UserError
@@ -28,11 +32,15 @@ from ltat_fast.runs.metrics import spread
 from ltat_fast.runs.results import EvalFile
 from ltat_fast.runs.scores import Scores, fingerprint
 from ltat_fast.runs.splits import DeviceImages, Splits
+from ltat_fast.runs.threats import Threat
 from ltat_fast.runs.unfinished import Unfinished
 from ltat_fast.runs.weights import load_model, weights_digest, weights_file
 from ltat_fast.training import distributed
 from ltat_fast.training.device import Hardware, without_cudnn_search
 from ltat_fast.training.step import frozen_twin
+
+ENOUGH_TO_COMPARE = 50
+"""images that attacks must share before the gap between them is checked"""
 
 
 def evaluate(
@@ -44,6 +52,7 @@ def evaluate(
     num_classes: int,
     eps: float,
     *,
+    norm: Norm = "linf",
     batch_size: int,
     limits: dict[str, int | None] | None = None,
     say: Callable[[str], None] = lambda text: None,
@@ -69,22 +78,36 @@ def evaluate(
         y = labels[places.to(labels.device)]
         x = images.select(chosen) if isinstance(images, HostImages) else images[places.to(images.device)]
         part = (world.rank, world.size)
-        options = {"batch_size": batch_size, "indices": places, "part": part}
+        options = {"norm": norm, "batch_size": batch_size, "indices": places, "part": part}
         if name in OWN_PARTS:
             options["store"] = unfinished and unfinished.of(name, places, part, batch_size)
         own_images = sum(len(batch) for batch in places.split(batch_size)[world.rank :: world.size])
         exact = without_tf32() if strict else contextlib.nullcontext()
         with log.progress(name, own_images, "images", images_per_unit=1) as bar, without_cudnn_search(), exact:
             own_part = correct_under(name, frozen, x, y, eps, **options, advance=bar.advance)
-        correct = torch.cat(distributed.gather_in_turn(list(own_part.split(batch_size))))
+            finite = finite_logits(frozen, x, batch_size, part) if strict and name == "clean" else None
+        correct = _gathered(own_part, batch_size)
+        not_finite = 0 if finite is None else int((~_gathered(finite, batch_size)).sum())
         used = np.isin(np.arange(len(images)), chosen) if len(chosen) < len(images) else None
-        results[name] = Result.from_correct(correct, y, groups, num_classes, used)
+        results[name] = Result.from_correct(correct, y, groups, num_classes, used, not_finite)
         say(f"  {name}: {results[name].all:.2f} % of {len(y)} images")
+        if not_finite:
+            say(f"  FAIL: {not_finite} of {len(y)} images have logits that are not finite, and count as wrong")
     return results
 
 
+def _gathered(own_part: Tensor, batch_size: int) -> Tensor:
+    """Return the numbers of all images, ``(N,)``, from the batches of each process."""
+    return torch.cat(distributed.gather_in_turn(list(own_part.split(batch_size))))
+
+
 def check(
-    model: nn.Module, images: Tensor | HostImages, labels: Tensor, eps: float, say: Callable[[str], None]
+    model: nn.Module,
+    images: Tensor | HostImages,
+    labels: Tensor,
+    eps: float,
+    say: Callable[[str], None],
+    batch_size: int = 256,
 ) -> list[Check]:
     """Run the checks of :mod:`ltat_fast.attacks.checks` on 64 of the images and print the failures.
 
@@ -92,13 +115,18 @@ def check(
     """
     index = torch.from_numpy(spread(labels.cpu().numpy(), 64)).to(labels.device)
     with without_cudnn_search(), without_tf32():
-        checks = run_checks(FrozenTwin(model, fold_bn=True), to_unit(images[index]), labels[index], eps)
+        twin, x = FrozenTwin(model, fold_bn=True), to_unit(images[index])
+        checks = run_checks(twin, x, labels[index], eps, batch_size=min(batch_size, len(images)))
     failed = [check for check in checks if not check.passed]
     warning = ": the accuracy under attack may be too high" if failed else ""
     say(f"  checks: {len(checks) - len(failed)} of {len(checks)} passed{warning}")
     for check in failed:
-        say(f"  FLAG {check.name}: {check.detail}")
+        _flag(check, say)
     return checks
+
+
+def _flag(check: Check, say: Callable[[str], None]) -> None:
+    say(f"  FLAG {check.name}: {check.detail}")
 
 
 def evaluate_run(config: Config, splits: Splits, hardware: Hardware) -> None:
@@ -107,37 +135,95 @@ def evaluate_run(config: Config, splits: Splits, hardware: Hardware) -> None:
 
 
 def evaluate_checkpoints(
-    config: Config, splits: Splits, hardware: Hardware, checkpoints: list[str], attacks: list[str], again: bool = False
+    config: Config,
+    splits: Splits,
+    hardware: Hardware,
+    checkpoints: list[str],
+    attacks: list[str],
+    again: bool = False,
+    threats: Sequence[Threat] = (),
 ) -> None:
     """Evaluate ``checkpoints`` ("best", "last" or both) and add the result of each attack to RUN/eval.json.
 
-    An attack is skipped if the file has its result for the same weights, eps and test set on at least as many images;
+    An attack is skipped if the file has its result for the same weights, ball and test set on at least as many images;
     ``again`` runs it anyway. If "best" and "last" are the same weights, they are attacked once. The checks of
-    :mod:`ltat_fast.attacks.checks` run before AutoAttack.
+    :mod:`ltat_fast.attacks.checks` run before AutoAttack. threats: the balls; that of the run if there are none.
     """
     by_weights: dict[str, list[str]] = {}
     for which in checkpoints:  # each file is read here, so a damaged one is refused even if another has its results
         by_weights.setdefault(weights_digest(weights_file(config.run_dir, which)), []).append(which)
-    file, test_set = config.run_dir / "eval.json", fingerprint(splits.test)
+    for weights, names in by_weights.items():
+        path = weights_file(config.run_dir, names[0])
+        subject = Subject(
+            weights,
+            f"{' and '.join(names)}, on the test set:",
+            lambda path=path: load_model(path, hardware.device, config.arch, splits),
+        )
+        evaluate_subject(
+            config, splits, hardware, subject, config.run_dir / "eval.json", names, attacks, again, threats
+        )
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network to evaluate. weights: their checksum. title: printed before it is attacked. load: returns it."""
+
+    weights: str
+    title: str
+    load: Callable[[], nn.Module]
+
+
+def evaluate_subject(
+    config: Config,
+    splits: Splits,
+    hardware: Hardware,
+    subject: Subject,
+    file: Path,
+    checkpoints: list[str],
+    attacks: list[str],
+    again: bool = False,
+    threats: Sequence[Threat] = (),
+) -> None:
+    """Evaluate one set of weights, and add the result of each attack to ``file`` under each of ``checkpoints``.
+
+    ``file`` has the format of RUN/eval.json. The other arguments are those of :func:`evaluate_checkpoints`.
+    """
+    test_set, own = fingerprint(splits.test), Threat(config.eps)
     if EvalFile.load_or_empty(file).test_sets - {test_set}:
         raise UserError(f"{file} has results on other test images: restore these, or move the file away to keep both")
-    for weights, names in by_weights.items():
-        identity = Identity(weights, config.eps, test_set)
-        scores = Scores(file, identity, names, splits.test, splits.groups, splits.num_classes)
-        with _explained(config):
-            _evaluate_weights(config, splits, hardware, scores, attacks, again)
+
+    def scores(threat: Threat) -> Scores:
+        identity = Identity(subject.weights, threat.eps, test_set, threat.norm)
+        suffix = threat.suffix
+        if threat.is_like(own):
+            identity, suffix = dataclasses.replace(identity, eps=own.eps), ""
+        return Scores(file, identity, checkpoints, splits.test, splits.groups, splits.num_classes, suffix)
+
+    model = functools.cache(lambda: _announced(subject))
+    with _explained(config):
+        if "clean" in attacks:  # in the ball of the run, because it does not depend on the ball
+            _evaluate_weights(config, splits, hardware, scores(own), model, own, ["clean"], again)
+        for threat in threats or [own]:
+            attacked = [attack for attack in attacks if attack != "clean"]
+            _evaluate_weights(config, splits, hardware, scores(threat), model, threat, attacked, again)
+
+
+def _announced(subject: Subject) -> nn.Module:
+    log.say(subject.title)
+    return subject.load()
 
 
 def _evaluate_weights(
-    config: Config, splits: Splits, hardware: Hardware, scores: Scores, attacks: list[str], again: bool
+    config: Config,
+    splits: Splits,
+    hardware: Hardware,
+    scores: Scores,
+    model: Callable[[], nn.Module],
+    threat: Threat,
+    attacks: list[str],
+    again: bool,
 ) -> None:
-    """Do the work of :func:`evaluate_checkpoints` for one set of weights."""
-
-    @functools.cache
-    def model() -> nn.Module:
-        log.say(f"{' and '.join(scores.checkpoints)}, on the test set:")
-        file = weights_file(config.run_dir, scores.checkpoints[0])
-        return load_model(file, hardware.device, config.arch, splits)
+    """Do the work of :func:`evaluate_subject` for one ball."""
 
     def missing(known: Result | tuple | None) -> bool:
         """Return whether to measure. All processes must agree, but the file may change while they read it."""
@@ -146,23 +232,53 @@ def _evaluate_weights(
     is_main = distributed.current().is_main
     unfinished = Unfinished(scores.file.parent, scores.identity)
     first = next((attack for attack in attacks if attack in AUTOATTACK), None)
+    measured = False
     for attack in attacks:
         if attack == first:
             checks = scores.known_checks()
             if missing(checks):
-                checks = check(model(), splits.test.images, splits.test.labels, config.attack_config.eps, log.say)
+                test, batch_size = splits.test, config.eval_batch_size
+                checks = check(model(), test.images, test.labels, config.attack_config.eps, log.say, batch_size)
             if is_main:
                 scores.add_checks(checks)
         images = min(limit for limit in (len(splits.test), config.limit_eval, _limits(config).get(attack)) if limit)
         result = scores.known(attack, images)
         if missing(result):
-            result = evaluate_model(config, splits, splits.test, model(), [attack], log.say, unfinished=unfinished)[
-                attack
-            ]
+            options = {"unfinished": unfinished, "threat": threat}
+            found = evaluate_model(config, splits, splits.test, model(), [attack], _named(scores, log.say), **options)
+            result, measured = found[attack], True
         if is_main:
             scores.add(attack, result)
         unfinished.remove(attack)
+    if is_main and measured and not scores.suffix:
+        _compare_attacks(scores, len(splits.test))
     distributed.wait()  # the next call reads what this one wrote
+
+
+def _named(scores: Scores, say: Callable[[str], None]) -> Callable[[str], None]:
+    """Return ``say`` that tells the ball of a result where it is not that of the run."""
+    return lambda text: say(text.replace(":", f", {scores.suffix[1:]}:", 1) if scores.suffix else text)
+
+
+def _compare_attacks(scores: Scores, count: int) -> None:
+    """Add :func:`check_gap` of the known results to the checks in the file, and print it if it fails.
+
+    It compares the images that all these attacks share, if there are at least :data:`ENOUGH_TO_COMPARE`.
+    """
+    known = {name: result for name, result in scores.all_known().items() if compared_family(name)}
+    common = np.logical_and.reduce([np.ones(count, bool), *(result.attacked(count) for result in known.values())])
+    if common.sum() < ENOUGH_TO_COMPARE:
+        return
+    correct = {}
+    for name, result in known.items():
+        hits = unpack(result.correct or "", result.images or 0)
+        correct[name] = torch.from_numpy(hits[common[result.attacked(count)]])
+    if (gap := check_gap(correct)) is None:
+        return
+    others = [found for found in scores.known_checks() or () if found.name != gap.name]
+    scores.add_checks([*others, gap])
+    if not gap.passed:
+        _flag(gap, log.say)
 
 
 def _explained(config: Config) -> contextlib.AbstractContextManager[None]:
@@ -185,8 +301,12 @@ def evaluate_model(
     say: Callable[[str], None] = lambda text: None,
     strict: bool = True,
     unfinished: Unfinished | None = None,
+    threat: Threat | None = None,
 ) -> dict[str, Result]:
-    """Run :func:`evaluate` on ``images`` of ``splits`` with the eps, batch size and limits of ``config``."""
+    """Run :func:`evaluate` on ``images`` of ``splits`` with the batch size and limits of ``config``.
+
+    threat: the ball; that of ``config`` if None.
+    """
     with _explained(config):
         return evaluate(
             model,
@@ -195,7 +315,8 @@ def evaluate_model(
             attacks,
             splits.groups,
             splits.num_classes,
-            config.attack_config.eps,
+            threat.radius if threat else config.attack_config.eps,
+            norm=threat.norm if threat else "linf",
             batch_size=config.eval_batch_size,
             limits=_limits(config),
             say=say,

@@ -27,18 +27,18 @@ from ltat_fast.training.step import frozen_twin
 Build = Callable[[Splits], nn.Module]
 
 
-def find(name: str, arch: str, activation: str = "relu") -> Build:
+def find(name: str, arch: str, activation: str = "relu", flag: str = "--teacher") -> Build:
     """Return the function that builds the teacher ``name``.
 
-    arch, activation: network of a weights file that does not name its own. Raises UserError for a teacher that does not
-    exist, if this can be detected without the data.
+    arch, activation: network of a weights file that does not name its own. flag: begins the errors. Raises UserError
+    for a teacher that does not exist, if this can be detected without the data.
     """
     if is_foreign(name):
         if name.startswith("module:"):
-            network = libraries.find(name, "--teacher")
+            network = libraries.find(name, flag)
             return lambda splits: network.create(_shape(splits))
         spec, file = libraries.split_file(name)
-        return _with_file_or_published(libraries.find(spec, "--teacher"), file)
+        return _with_file_or_published(libraries.find(spec, flag), file)
     # A run folder has its own files; a single file may have been written by another program.
     path, foreign = weights_file(Path(name)), Path(name).is_file()
     read_weights(path, foreign)
@@ -81,7 +81,7 @@ def _with_file_or_published(network: Network, file: Path | None) -> Build:
         classes = network.published_classes()
         if classes != splits.num_classes:
             raise UserError(
-                f"--teacher {network.spec}: its published weights have {classes} classes, the data has "
+                f"{network.flag} {network.spec}: its published weights have {classes} classes, the data has "
                 f"{splits.num_classes}; use your own weights with {network.spec}@FILE"
             )
         mean, std = network.normalisation() or ((0.0,), (1.0,))

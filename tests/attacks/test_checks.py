@@ -199,6 +199,7 @@ def test_checks_take_any_module_in_any_mode():
     net.train()
     found = [
         checks.check_logits(net, x),
+        checks.check_bounded(net, x),
         checks.check_gradients(net, x, y),
         checks.check_steps(net, x, y, EPS),
         checks.check_unbounded(net, x, y),

@@ -478,3 +478,76 @@ def test_report_refuses(tmp_path, capfd):
     assert "name at least one run folder" in capfd.readouterr().err
     assert train_runs.status_of("report", str(tmp_path)) == 2
     assert "has no results: config.json does not exist" in capfd.readouterr().err
+
+
+# -- other balls, other networks --------------------------------------------------------------------------------------
+
+
+def test_results_in_other_balls_stand_beside_those_of_the_run(run, attacked, digits_run, capfd):
+    before = json.loads((digits_run / "eval.json").read_text())["last"]
+    flags = ("--attacks", "clean,pgd20", "--checkpoint", "last", "--limit-eval", "100")
+    curve = evaluate(run, *flags, "--eps", "0.05,0.1,0.2")["last"]
+    assert attacked == ["pgd20", "pgd20"]  # that of the run and the clean accuracy are known
+    assert {name: curve[name] for name in before} == before
+    assert set(curve) - set(before) == {"pgd20@0.05", "worst@0.05", "pgd20@0.2", "worst@0.2"}
+    assert curve["pgd20@0.05"]["all"] > curve["pgd20"]["all"] > curve["pgd20@0.2"]["all"]
+    assert curve["worst@0.2"]["attacks"] == ["clean", "pgd20"]
+    assert (curve["pgd20@0.2"]["eps"], curve["worst@0.2"]["eps"]) == ("0.2", "0.2")
+    in_l2 = evaluate(run, *flags, "--eps", "0.5", "--norm", "l2")["last"]
+    assert (in_l2["pgd20@l2:0.5"]["norm"], in_l2["pgd20@l2:0.5"]["eps"]) == ("l2", "0.5")
+    assert {name: in_l2[name] for name in curve} == curve
+    evaluate(run, *flags, "--eps", "10/200,1/2", "--norm", "l2")
+    assert attacked == ["pgd20"] * 4  # 1/2 is written otherwise than 0.5
+    table = capfd.readouterr().out
+    assert "pgd20@0.2" in table
+
+
+def test_a_network_is_evaluated_as_in_its_run(run, tmp_path, capfd):
+    stored = json.loads((run / "eval.json").read_text())["last"]
+    out, weights = tmp_path / "scores.json", run / "checkpoints" / "last.safetensors"
+    flags = ("--dataset", "digits-lt", "--attacks", "clean,pgd20", "--limit-eval", "100", "--out", str(out))
+    assert train_runs.status_of("evaluate", str(weights), *flags) == 0
+    found = json.loads(out.read_text())["model"]
+    for attack in ("clean", "pgd20", "worst"):
+        for field in ("all", "tail", "per_class", "eps", "test_set"):
+            assert found[attack][field] == stored[attack][field]
+    shown = capfd.readouterr().out
+    assert f"pgd20   0.1  {stored['pgd20']['all']:.2f}" in shown
+
+
+ZOO = """
+import torch
+from torch import nn
+
+def net(num_classes):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes))
+
+def eleven():
+    return net(11)
+
+def double(num_classes):
+    return nn.Sequential(net(num_classes), Double())
+
+class Double(nn.Module):
+    def forward(self, z):
+        return z.double()
+"""
+
+
+def test_networks_of_a_module_and_refusals(tmp_path, monkeypatch, capfd):
+    (tmp_path / "target_zoo.py").write_text(ZOO)
+    monkeypatch.syspath_prepend(tmp_path)
+    flags = ("--dataset", "digits-lt", "--attacks", "clean,fgsm", "--limit-eval", "50")
+    assert train_runs.status_of("evaluate", "module:target_zoo:net", *flags, "--eps", "0.01,0.1") == 0
+    assert "module:target_zoo:net, digits-lt: percent of test images" in capfd.readouterr().out
+    assert "give --dataset" in refused(capfd, "module:target_zoo:net")
+    eleven = refused(capfd, "module:target_zoo:eleven", *flags)
+    assert "returns shape (2, 11) for two images, not logits of 10 classes each" in eleven
+    assert "returns logits in float64, not in float32" in refused(capfd, "module:target_zoo:double", *flags)
+    assert "needs a radius in this norm" in refused(capfd, "module:target_zoo:net", *flags, "--norm", "l2")
+    assert "--eps must be above 0" in refused(capfd, "module:target_zoo:net", *flags, "--eps", "0")
+
+
+def test_flags_of_networks_are_refused_for_a_run(run, capfd):
+    assert "--dataset is for a network" in refused(capfd, str(run), "--dataset", "digits-lt")

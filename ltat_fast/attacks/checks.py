@@ -163,7 +163,7 @@ def check_gradients(model: nn.Module, x: Tensor, labels: Tensor, *, batch_size: 
     usable = (largest > 0) & largest.isfinite()
     dead = _percent(~usable)
     for other in others:
-        usable &= ~(_cosine(first, other) < 0.9)
+        usable &= _cosine(first, other) >= 0.9
     bad = _percent(~usable & (largest > 0) & largest.isfinite())
     detail = f"{dead:.1f} % of images have no usable input gradient, {bad:.1f} % one that changes; expected: none"
     return Check("gradients", dead == 0 and bad <= 5, dead + bad, detail)
@@ -248,7 +248,7 @@ def compared_family(attack: str) -> str | None:
     return next((family for family, pattern in FAMILIES.items() if re.fullmatch(pattern, attack)), None)
 
 
-def check_gap(correct: Mapping[str, Tensor], *, own: float = 15.0, autoattack: float = 10.0) -> Check | None:
+def check_gap(correct: Mapping[str, Tensor], *, own: float = 8.0, autoattack: float = 8.0) -> Check | None:
     """Check that the attacks agree about how robust the network is; None if there are no two attacks to compare.
 
     correct: by the name of the attack, which of the same images are classified correctly, bool ``(N,)``. Attacks with

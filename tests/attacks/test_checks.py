@@ -207,3 +207,44 @@ def test_checks_take_any_module_in_any_mode():
     ]
     assert found == expected[2:]
     assert net.training
+
+
+@pytest.mark.parametrize("bounded", [torch.tanh, torch.sigmoid, lambda z: z.clamp(-8, 8)])
+def test_outputs_that_pile_up_at_a_bound_fail_bounded(bounded):
+    net, x, _ = sound()
+    confident = Then(net, lambda z: bounded(5000 * z)).eval()
+    assert not checks.check_bounded(confident, x).passed
+
+
+class _Noise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient + 10 * gradient.abs().amax() * torch.randn_like(gradient)
+
+
+class _Masked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient if len(gradient) <= 66 else 0 * gradient
+
+
+@pytest.mark.parametrize("function", [_Noise.apply, _Masked.apply], ids=["noise", "large batches"])
+def test_gradients_that_change_fail_gradients(function):
+    net, x, y = sound()
+    assert not checks.check_gradients(Before(net, function).eval(), x, y, batch_size=200).passed
+    assert checks.check_gradients(net, x, y, batch_size=200).passed
+
+
+def test_logits_that_change_in_a_large_batch_fail_invariance():
+    net, x, _ = sound()
+    large = Then(net, lambda z: z if len(z) <= 66 else -z).eval()
+    assert checks.check_invariance(large, x).passed
+    assert not checks.check_invariance(large, x, batch_size=200).passed

@@ -6,10 +6,8 @@ from bench import loader
 
 
 def test_every_part_and_placement(tmp_path, capsys):
-    flags = (
-        "--device cpu --arch smallresnet --image-size 8 --images 512 --batch-size 8 --attack-steps 1 --precision fp32"
-    )
-    flags += f" --steps 2 --rounds 2 --folder {tmp_path} --out {tmp_path / 'loader.csv'}"
+    flags = "--device cpu --arch smallresnet --image-size 8 --images 512 --batch-size 8 --attack-steps 1"
+    flags += f" --precision fp32 --steps 2 --rounds 2 --folder {tmp_path} --out {tmp_path / 'loader.csv'}"
     loader.main(flags.split())
     with (tmp_path / "loader.csv").open() as file:
         rows = list(csv.DictReader(file))

@@ -183,7 +183,7 @@ class EvaluationSettings:
     limit_eval: int | None = None
     """evaluate on this many test images only, spread evenly over the classes"""
     limit_autoattack: int | None = None
-    """run AutoAttack on this many test images only; it takes far longer than the other attacks"""
+    """run AutoAttack, and its parts, on this many test images only; it takes far longer than the other attacks"""
 
 
 @dataclass(frozen=True)
@@ -287,7 +287,7 @@ METHOD_PRESETS: dict[tuple[str, str], dict] = {
     ("cifar100-lt", "robal"): {"robal_dataset": "cifar100"},
 }
 # Settings that --resume may change: they say where and how a run computes, not what it trains. Another device, backend
-# or evaluation batch size changes rounding errors. The batch size also changes the random parts of AutoAttack.
+# or evaluation batch size changes rounding errors.
 FREE_ON_RESUME = {"resume", "out", "data_dir", "data_placement", "device", "compile", "save_minutes", "eval_batch_size"}
 FREE_ON_RESUME |= {"on_nan", "on_collapse", "log_every"}
 

@@ -84,7 +84,8 @@ def _machine() -> Iterator[tuple[str, str, bool]]:
     import torch
 
     from ltat_fast import _ext
-    from ltat_fast.training.device import choose, cpu_has_bf16
+    from ltat_fast.models.precision import cpu_has_bf16
+    from ltat_fast.training.device import choose
 
     yield "CPU", f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}", True
     yield "bf16 on the CPU", "in hardware" if cpu_has_bf16() else "emulated: --precision auto stays fp32", True

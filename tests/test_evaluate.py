@@ -2,22 +2,24 @@
 
 import json
 import os
+import random
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
-import pyautoattack
 import pytest
 import torch
 from sklearn.datasets import load_digits
 
 from helpers import small_disks, train_runs
-from helpers.quick_autoattack import QuickAutoAttack
+from helpers.quick_autoattack import quick_searches
 from ltat_fast import evaluate as command
+from ltat_fast.attacks import autoattack
 from ltat_fast.data import load_dataset
 from ltat_fast.models import build_model
 from ltat_fast.runs.weights import read_weights, write_weights
@@ -110,7 +112,7 @@ def test_new_attacks_are_added_to_the_file(run, digits_run):
 
 @pytest.fixture
 def quick_autoattack(monkeypatch):
-    monkeypatch.setattr(pyautoattack, "AutoAttack", QuickAutoAttack)
+    monkeypatch.setattr(autoattack, "searches", quick_searches)
 
 
 def test_autoattack_runs_after_the_checks(run, quick_autoattack, capfd):
@@ -152,6 +154,42 @@ def test_autoattack_takes_as_many_images_as_in_the_run(run, quick_autoattack, mo
     assert images("--limit-autoattack", "8") == 8
     assert images("--limit-autoattack", "none", "--limit-eval", "10") == 10
     assert images("--limit-eval", "4", "--again") == 4
+
+
+KILLED = """
+import functools, sys
+from helpers.quick_autoattack import quick_searches
+from ltat_fast import evaluate
+from ltat_fast.attacks import autoattack
+autoattack.SAVE_SECONDS = 0
+autoattack.searches = functools.partial(quick_searches, steps=30, queries=300)
+sys.exit(evaluate.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_autoattack_that_was_killed_ends_with_the_same_verdicts(run):
+    """SIGKILL five times, at random moments after the state was saved."""
+    flags = ("--attacks", "autoattack", "--checkpoint", "last", "--limit-eval", "60", "--again")
+    command = [sys.executable, "-c", KILLED, str(run), *flags]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
+    whole = json.loads((run / "eval.json").read_text())["last"]["autoattack"]
+    assert 0 < whole["all"] < 100
+    (run / "eval.json").unlink()
+    for saves in random.Random(0).choices(range(1, 60), k=5):
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+        seen = set()
+        while len(seen) < saves:
+            assert process.poll() is None, "it ended before it was killed"
+            seen |= {(file.name, file.stat().st_mtime_ns) for file in run.glob(".unfinished-*.safetensors")}
+        process.kill()
+        process.wait()
+        assert not (run / "eval.json").exists() or "autoattack" not in (run / "eval.json").read_text()
+    result = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+    assert "autoattack: continues where it was interrupted" in result.stdout
+    assert json.loads((run / "eval.json").read_text())["last"]["autoattack"] == whole
+    assert not list(run.glob(".unfinished-*"))
 
 
 # -- keeping results ------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from ltat_fast.config import Config
 from ltat_fast.errors import UserError
 from ltat_fast.files import refuse_read_only
 from ltat_fast.models.libraries import is_foreign
+from ltat_fast.models.precision import without_tf32
 from ltat_fast.runs import log
 from ltat_fast.runs.metrics import spread
 from ltat_fast.runs.results import EvalFile, Identity, Result
@@ -24,7 +25,7 @@ from ltat_fast.runs.scores import fingerprint
 from ltat_fast.runs.splits import DeviceImages, load_splits
 from ltat_fast.runs.weights import load_model, weights_digest, weights_file
 from ltat_fast.training import teachers
-from ltat_fast.training.device import Hardware, without_tf32
+from ltat_fast.training.device import Hardware
 from ltat_fast.training.evaluation import evaluate
 
 PARTS = ("alignment", "linearity", "inequality", "corruptions", "classwise")

@@ -4,34 +4,55 @@
 - ``fgsm``: one step of eps from the image.
 - ``pgd<k>``, ``cw<k>``, ``scaled-pgd<k>``: k steps of eps / 4 that ascend the cross-entropy, the CW margin, or the
   cross-entropy of rescaled logits. The suffix ``x<r>`` takes the worst of r random starts: ``pgd20x5``.
-- ``autoattack``, ``autoattack-plus``, ``autoattack-rand``: the versions of AutoAttack.
+- ``autoattack``: the standard version of AutoAttack. Its parts ``apgd-ce``, ``apgd-t``, ``fab-t``, ``square`` alone.
+- ``autoattack-original``, ``autoattack-plus``, ``autoattack-rand``: the package of AutoAttack's authors.
 
 docs/evaluation.md describes the protocol.
 """
 
 import re
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from ltat_fast import seeding
-from ltat_fast.attacks.autoattack import Version, autoattack
+from ltat_fast.attacks.autoattack import PARTS, Images, Progress, Store, autoattack
+from ltat_fast.attacks.noise import image_noise, uniform
 from ltat_fast.attacks.objectives import cross_entropy, cw_margin, scaled_cross_entropy
+from ltat_fast.attacks.original import Version, original_autoattack
 from ltat_fast.attacks.pgd import AttackConfig, pgd
 from ltat_fast.errors import UserError
 from ltat_fast.models.frozen import FrozenTwin
 from ltat_fast.pixels import to_unit
 
-if TYPE_CHECKING:  # the attacks do not need the datasets
-    from ltat_fast.data import HostImages
-
-AUTOATTACK: dict[str, Version] = {"autoattack": "standard", "autoattack-plus": "plus", "autoattack-rand": "rand"}
+AUTOATTACK: dict[str, Version] = {
+    "autoattack": "standard",
+    "autoattack-original": "standard",
+    "autoattack-plus": "plus",
+    "autoattack-rand": "rand",
+}
+"""the versions of AutoAttack; all but the first are run by the package of its authors"""
+OWN_PARTS: dict[str, Sequence[str]] = {"autoattack": PARTS, **{part: (part,) for part in PARTS}}
 OBJECTIVES = {"pgd": cross_entropy, "cw": cw_margin, "scaled-pgd": scaled_cross_entropy}
-CHOICES = f"clean, fgsm, pgd<k>, cw<k>, scaled-pgd<k> (k steps; suffix x<r>: r starts), {', '.join(AUTOATTACK)}"
+CHOICES = (
+    "clean, fgsm, pgd<k>, cw<k>, scaled-pgd<k> (k steps; suffix x<r>: r starts), "
+    f"{', '.join(dict.fromkeys([*PARTS, *AUTOATTACK]))}"
+)
 _ITERATED = re.compile(rf"({'|'.join(OBJECTIVES)})([1-9]\d*)(?:x([1-9]\d*))?")
-_BLOCK = 64
+
+
+class _Selected:
+    """Some of the images, loaded when they are asked for. index: int64 ``(N,)`` on the CPU."""
+
+    def __init__(self, images: Images, index: Tensor):
+        self._images, self._index = images, index
+        self.device, self.shape = images.device, (len(index), *images.shape[1:])
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __getitem__(self, places: Tensor) -> Tensor:
+        return self._images[self._index[places.cpu()].to(self.device)]
 
 
 def parse_attacks(names: str) -> list[str]:
@@ -41,7 +62,7 @@ def parse_attacks(names: str) -> list[str]:
     """
     attacks = dict.fromkeys(name.strip().removesuffix("x1") for name in names.split(",") if name.strip())
     for name in attacks:
-        if name not in ("clean", "fgsm", *AUTOATTACK) and not _ITERATED.fullmatch(name):
+        if name not in ("clean", "fgsm", *AUTOATTACK, *PARTS) and not _ITERATED.fullmatch(name):
             raise _unknown(name)
     if not attacks:
         raise UserError(f"no attack named: choose from {CHOICES}")
@@ -55,7 +76,7 @@ def _unknown(name: str) -> UserError:
 def correct_under(
     name: str,
     model: FrozenTwin,
-    images: "Tensor | HostImages",
+    images: Images,
     labels: Tensor,
     eps: float,
     *,
@@ -64,16 +85,19 @@ def correct_under(
     indices: Tensor | None = None,
     part: tuple[int, int] = (0, 1),
     advance: Callable[..., None] = lambda images, **shown: None,
+    store: Store | None = None,
 ) -> Tensor:
     """Return whether each image is classified correctly under the attack ``name``: bool ``(N,)`` on the CPU.
 
     images: uint8 ``(N, C, H, W)`` and labels: int64 ``(N,)``, for the model's device. eps: radius of the L_inf ball.
     indices: int64 ``(N,)`` on the CPU, the index of each image in its dataset; ``arange(N)`` if None. The start noise
         of an image depends on the seed, the attack, the number of the start and this index, not on the batch.
-        AutoAttack is the exception: it seeds every batch with the same seed.
+        AutoAttack's package is the exception: it seeds every batch with the same seed.
     part: (r, n) selects the batches r, r + n, r + 2 n, ...; the result then covers only their images.
-    advance: called after each batch with its number of images, and with what to show: the share of all images so far
-        that are classified correctly, as robust="47.1 %", or as correct="97.8 %" for "clean".
+    advance: called as the attack proceeds with the number of images since the last call (for AutoAttack, a share of
+        them, an estimate), and with what to show: the share of images that are classified correctly so far, as
+        robust="47.1 %", or as correct="97.8 %" for "clean".
+    store: keeps an unfinished ``autoattack`` or part of it, see :func:`~ltat_fast.attacks.autoattack.autoattack`.
 
     Raises UserError if the name is unknown.
     """
@@ -81,8 +105,14 @@ def correct_under(
     batches = torch.arange(len(images)).split(batch_size)[part[0] :: part[1]]
     if not batches:
         return torch.empty(0, dtype=torch.bool)
+    if name in OWN_PARTS:
+        index = torch.cat(batches)
+        own = _Selected(images, index)
+        y, place = labels[index.to(labels.device)], indices[index]
+        options = {"seed": seed, "batch_size": batch_size, "indices": place, "store": store}
+        return autoattack(model, own, y, eps, parts=OWN_PARTS[name], on_progress=_advancing(advance), **options).robust
     if name in AUTOATTACK:
-        return _under_autoattack(name, model, images, labels, eps, seed, batch_size, batches)
+        return _under_original(name, model, images, labels, eps, seed, batch_size, batches)
     correct = []
     for batch in batches:
         x, y = to_unit(images[batch]), labels[batch]
@@ -92,11 +122,24 @@ def correct_under(
     return torch.cat(correct)
 
 
-def _under_autoattack(name, model, images, labels, eps, seed, batch_size, batches: tuple[Tensor, ...]) -> Tensor:
+def _advancing(advance: Callable[..., None]) -> Callable[[Progress], None]:
+    """Return the function that tells ``advance`` of :func:`correct_under` about the progress of AutoAttack."""
+    done = 0.0
+
+    def tell(progress: Progress) -> None:
+        nonlocal done
+        now = max(done, progress.share * progress.images)  # an estimate, which can fall
+        advance(now - done, robust=f"{100 * progress.robust / progress.images:.1f} %", attack=progress.part)
+        done = now
+
+    return tell
+
+
+def _under_original(name, model, images, labels, eps, seed, batch_size, batches: tuple[Tensor, ...]) -> Tensor:
     """Attack all batches in one call, because pyautoattack forms new batches of the images that are left."""
     index = torch.cat(batches)
     x, y = to_unit(images[index]), labels[index]
-    x_adv = autoattack(model, x, y, eps, seed=seed, batch_size=batch_size, version=AUTOATTACK[name])
+    x_adv = original_autoattack(model, x, y, eps, seed=seed, batch_size=batch_size, version=AUTOATTACK[name])
     in_batches = zip(x_adv.split(batch_size), y.split(batch_size), strict=True)
     return torch.cat([_is_correct(model, *batch).cpu() for batch in in_batches])
 
@@ -128,17 +171,9 @@ def _under_restarts(
 def start_noise(indices: Tensor, shape: torch.Size, eps: float, device: torch.device, *stream: int | str) -> Tensor:
     """Return uniform noise in [-eps, eps], float32 ``(N, *shape)``.
 
-    The noise of an image depends only on ``stream`` and on its index in ``indices``, int64 ``(N,)`` on the CPU. It is
-    drawn for blocks of consecutive indices, because one generator per image would cost more than the noise.
+    The noise of an image depends only on ``stream`` and on its index in ``indices``, int64 ``(N,)`` on the CPU.
     """
-    noise = torch.empty(len(indices), *shape, device=device)
-    blocks = indices // _BLOCK
-    for block in blocks.unique().tolist():
-        generator = seeding.stream(device, *stream, block)
-        drawn = torch.empty(_BLOCK, *shape, device=device).uniform_(-eps, eps, generator=generator)
-        inside = (blocks == block).nonzero().squeeze(1)
-        noise[inside] = drawn[indices[inside] % _BLOCK]
-    return noise
+    return image_noise(indices, shape, device, uniform(-eps, eps), *stream)
 
 
 @torch.no_grad()

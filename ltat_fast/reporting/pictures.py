@@ -23,6 +23,7 @@ from ltat_fast.config import parse_fraction
 from ltat_fast.data import longtail
 from ltat_fast.errors import UserError
 from ltat_fast.models.frozen import FrozenTwin
+from ltat_fast.models.precision import without_tf32
 from ltat_fast.pixels import to_unit
 from ltat_fast.reporting.headline import names
 from ltat_fast.reporting.study import Study
@@ -30,7 +31,6 @@ from ltat_fast.runs.experiments import Experiment
 from ltat_fast.runs.metrics import spread
 from ltat_fast.runs.splits import DeviceImages, Splits, host_images, read_dataset
 from ltat_fast.runs.weights import load_model, weights_file
-from ltat_fast.training.device import without_tf32
 
 ROWS = 6
 GRADIENT_IMAGES = 100

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from fractions import Fraction
 from importlib import metadata
 
-from ltat_fast.attacks.by_name import AUTOATTACK
+from ltat_fast.attacks.by_name import AUTOATTACK, OWN_PARTS
 from ltat_fast.reporting.study import Study, attack_name
 from ltat_fast.runs.finished import FinishedRun, RunConfig, exact_fraction
 from ltat_fast.runs.results import BALANCED, CHECKPOINTS
@@ -44,7 +44,10 @@ def _attack(name: str, eps: Fraction) -> dict[str, str]:
     if name in AUTOATTACK:
         version = AUTOATTACK[name]
         parts = "APGD-CE, targeted APGD-DLR, targeted FAB, Square" if version == "standard" else "as in the package"
-        return {"objective": parts, "steps": f"{version} version", "step": "adaptive", "start": "as in the package"}
+        return {"objective": parts, "steps": f"{version} version", "step": "adaptive", "start": "as in the original"}
+    if name in OWN_PARTS:
+        steps = "5000 queries" if name == "square" else "100"
+        return {"objective": "a part of AutoAttack", "steps": steps, "step": "adaptive", "start": "as in the original"}
     if name == "worst":
         return {"objective": "an image must survive every attack", "steps": "-", "step": "-", "start": "-"}
     return {"objective": "see the code of this version", "steps": "-", "step": "-", "start": "-"}
@@ -81,7 +84,7 @@ def facts(study: Study, test_counts: dict[str, int]) -> list[tuple[str, str]]:
         ("Test images", _test_images(test_counts)),
         ("Random numbers", "the start noise is a function of seed 0, the attack and the index of the image"),
         ("Arithmetic", "float32 without TF32, eval mode, batch norm folded into the convolutions"),
-        ("AutoAttack", f"the package pyautoattack of its authors, {_autoattack_version(study.runs)}"),
+        ("AutoAttack", _autoattack(study.runs)),
         ("Best checkpoint", _selection(study)),
         ("Plots and headline", f"show the {study.checkpoint} checkpoint"),
         ("Attack in training", _training_attack(study)),
@@ -96,6 +99,14 @@ def _test_images(counts: dict[str, int]) -> str:
         return f"from the test set of the dataset, their numbers are in the table below; {subset}"
     of = ", ".join(f"{number} {name}" for name, number in counts.items() if name != "all")
     return f"the test set has {counts['all']} ({of}); {subset}"
+
+
+def _autoattack(runs: Iterable[FinishedRun]) -> str:
+    package = f"the package pyautoattack of its authors, {_autoattack_version(runs)}"
+    return (
+        "the standard version of ltat-fast, with the budgets of the original; every success is confirmed in float32. "
+        f"Results of earlier versions of ltat-fast, and its attacks of other names, are from {package}"
+    )
 
 
 def _autoattack_version(runs: Iterable[FinishedRun]) -> str:

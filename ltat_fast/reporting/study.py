@@ -18,8 +18,10 @@ NAMES = {"natural": "Natural", "robal": "RoBal", "adaad": "AdaAD", "adaiad": "Ad
 ATTACK_NAMES = {
     "clean": "no attack",
     "autoattack": "AutoAttack",
+    "autoattack-original": "AutoAttack (original package)",
     "autoattack-plus": "AutoAttack plus",
     "autoattack-rand": "AutoAttack rand",
+    "square": "Square Attack",
     "worst": "all attacks together",
 }
 STRENGTH = ("clean", "fgsm", "pgd", "scaled-pgd", "cw", "autoattack", "worst")

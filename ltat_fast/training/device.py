@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ltat_fast.errors import UserError
+from ltat_fast.models.precision import has_bf16
 
 
 @dataclass(frozen=True)
@@ -20,20 +21,6 @@ class Hardware:
     device: torch.device
     dtype: torch.dtype
     why: str
-
-
-@contextlib.contextmanager
-def tf32(allowed: bool) -> Iterator[None]:
-    """Allow or forbid TF32 for float32 convolutions and matrix products on a GPU, inside a ``with`` block."""
-    switches = [torch.backends.cudnn, torch.backends.cuda.matmul]
-    before = [switch.allow_tf32 for switch in switches]
-    try:
-        for switch in switches:
-            switch.allow_tf32 = allowed
-        yield
-    finally:
-        for switch, was_allowed in zip(switches, before, strict=True):
-            switch.allow_tf32 = was_allowed
 
 
 @contextlib.contextmanager
@@ -51,16 +38,6 @@ def without_cudnn_search() -> Iterator[None]:
         torch.backends.cudnn.benchmark = before
 
 
-def without_tf32() -> contextlib.AbstractContextManager[None]:
-    """Forbid TF32 inside a ``with`` block. By default, torch uses it, with its 10 bits of mantissa, in convolutions."""
-    return tf32(False)
-
-
-def cpu_has_bf16() -> bool:
-    """Return whether this CPU has bfloat16 in hardware (AVX512-bf16 or AMX). Emulation is slower than float32."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
 def choose(device: str = "auto", precision: str = "auto") -> Hardware:
     """Resolve ``--device`` and ``--precision``. Raise UserError if "cuda" is requested and no GPU is usable."""
     if device == "cuda" and not torch.cuda.is_available():
@@ -71,16 +48,14 @@ def choose(device: str = "auto", precision: str = "auto") -> Hardware:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
 
-    if device == "cuda":
-        has_bf16, name = torch.cuda.get_device_capability() >= (8, 0), torch.cuda.get_device_name()
-    else:
-        has_bf16, name = cpu_has_bf16(), f"{torch.get_num_threads()} threads"
+    in_hardware = has_bf16(torch.device(device))
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
     if precision == "auto":
-        dtype = torch.bfloat16 if has_bf16 else torch.float32
-        why = f"{name}, {'bf16 in hardware' if has_bf16 else 'no bf16 in hardware'}"
+        dtype = torch.bfloat16 if in_hardware else torch.float32
+        why = f"{name}, {'bf16 in hardware' if in_hardware else 'no bf16 in hardware'}"
     else:
         dtype, why = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision], f"{name}, as requested"
-        if dtype == torch.bfloat16 and not has_bf16:
+        if dtype == torch.bfloat16 and not in_hardware:
             why += ", slow: no bf16 in hardware"
     return Hardware(torch.device(device), dtype, why)
 

@@ -12,12 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ltat_fast.attacks.by_name import AUTOATTACK, correct_under, parse_attacks
+from ltat_fast.attacks.autoattack import PARTS
+from ltat_fast.attacks.by_name import AUTOATTACK, OWN_PARTS, correct_under, parse_attacks
 from ltat_fast.attacks.checks import Check, run_checks
 from ltat_fast.config import Config
 from ltat_fast.data import HostImages
 from ltat_fast.errors import UserError
 from ltat_fast.models.frozen import FrozenTwin
+from ltat_fast.models.precision import without_tf32
 from ltat_fast.out_of_memory import explained
 from ltat_fast.pixels import to_unit
 from ltat_fast.runs import log
@@ -25,9 +27,10 @@ from ltat_fast.runs.metrics import spread
 from ltat_fast.runs.results import EvalFile, Identity, Result
 from ltat_fast.runs.scores import Scores, fingerprint
 from ltat_fast.runs.splits import DeviceImages, Splits
+from ltat_fast.runs.unfinished import Unfinished
 from ltat_fast.runs.weights import load_model, weights_digest, weights_file
 from ltat_fast.training import distributed
-from ltat_fast.training.device import Hardware, without_cudnn_search, without_tf32
+from ltat_fast.training.device import Hardware, without_cudnn_search
 from ltat_fast.training.step import frozen_twin
 
 
@@ -44,13 +47,14 @@ def evaluate(
     limits: dict[str, int | None] | None = None,
     say: Callable[[str], None] = lambda text: None,
     strict: bool = True,
+    unfinished: Unfinished | None = None,
 ) -> dict[str, Result]:
     """Return the result of each attack on ``model`` in eval mode.
 
     model: a network, which is evaluated in float32, or a frozen twin, which is evaluated as it is. strict: forbid TF32.
     images: uint8 ``(N, C, H, W)`` and labels: int64 ``(N,)``, for the model's device. limits: the largest number of
     images to use, by attack; the limit "default" holds for all attacks. Several processes share the batches; each of
-    them returns the whole result.
+    them returns the whole result. unfinished: where an interrupted AutoAttack is kept.
     """
     frozen = model if isinstance(model, FrozenTwin) else FrozenTwin(model, fold_bn=True)
     limits = limits or {}
@@ -63,11 +67,14 @@ def evaluate(
         places = torch.from_numpy(chosen)
         y = labels[places.to(labels.device)]
         x = images.select(chosen) if isinstance(images, HostImages) else images[places.to(images.device)]
-        share = {"batch_size": batch_size, "indices": places, "part": (world.rank, world.size)}
+        part = (world.rank, world.size)
+        options = {"batch_size": batch_size, "indices": places, "part": part}
+        if name in OWN_PARTS:
+            options["store"] = unfinished and unfinished.of(name, places, part, batch_size)
         own_images = sum(len(batch) for batch in places.split(batch_size)[world.rank :: world.size])
         exact = without_tf32() if strict else contextlib.nullcontext()
         with log.progress(name, own_images, "images", images_per_unit=1) as bar, without_cudnn_search(), exact:
-            own_part = correct_under(name, frozen, x, y, eps, **share, advance=bar.advance)
+            own_part = correct_under(name, frozen, x, y, eps, **options, advance=bar.advance)
         correct = torch.cat(distributed.gather_in_turn(list(own_part.split(batch_size))))
         used = np.isin(np.arange(len(images)), chosen) if len(chosen) < len(images) else None
         results[name] = Result.from_correct(correct, y, groups, num_classes, used)
@@ -136,6 +143,7 @@ def _evaluate_weights(
         return distributed.any_process(again or known is None, hardware.device)
 
     is_main = distributed.current().is_main
+    unfinished = Unfinished(scores.file.parent, scores.identity)
     first = next((attack for attack in attacks if attack in AUTOATTACK), None)
     for attack in attacks:
         if attack == first:
@@ -147,9 +155,12 @@ def _evaluate_weights(
         images = min(limit for limit in (len(splits.test), config.limit_eval, _limits(config).get(attack)) if limit)
         result = scores.known(attack, images)
         if missing(result):
-            result = evaluate_model(config, splits, splits.test, model(), [attack], log.say)[attack]
+            result = evaluate_model(config, splits, splits.test, model(), [attack], log.say, unfinished=unfinished)[
+                attack
+            ]
         if is_main:
             scores.add(attack, result)
+        unfinished.remove(attack)
     distributed.wait()  # the next call reads what this one wrote
 
 
@@ -161,7 +172,7 @@ def _explained(config: Config) -> contextlib.AbstractContextManager[None]:
 
 
 def _limits(config: Config) -> dict[str, int | None]:
-    return {"default": config.limit_eval} | dict.fromkeys(AUTOATTACK, config.limit_autoattack)
+    return {"default": config.limit_eval} | dict.fromkeys([*AUTOATTACK, *PARTS], config.limit_autoattack)
 
 
 def evaluate_model(
@@ -172,6 +183,7 @@ def evaluate_model(
     attacks: Sequence[str],
     say: Callable[[str], None] = lambda text: None,
     strict: bool = True,
+    unfinished: Unfinished | None = None,
 ) -> dict[str, Result]:
     """Run :func:`evaluate` on ``images`` of ``splits`` with the eps, batch size and limits of ``config``."""
     with _explained(config):
@@ -187,6 +199,7 @@ def evaluate_model(
             limits=_limits(config),
             say=say,
             strict=strict,
+            unfinished=unfinished,
         )
 
 

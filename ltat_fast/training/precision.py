@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from ltat_fast.models.frozen import FrozenTwin
+from ltat_fast.models.precision import without_tf32
 from ltat_fast.ops import pgd_init
-from ltat_fast.training.device import without_tf32
 from ltat_fast.training.micro_batches import join
 from ltat_fast.training.step import TrainStep
 

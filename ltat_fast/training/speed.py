@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import conv_flop_count, flop_registry, register_flop_formula
 
-from ltat_fast.training.device import tf32, without_cudnn_search
+from ltat_fast.models.precision import tf32
+from ltat_fast.training.device import without_cudnn_search
 from ltat_fast.training.step import TrainStep
 
 # Large enough to reach the highest rate, small enough to measure at every start: milliseconds on a GPU, less than a

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from ltat_fast.attacks import AttackConfig, cross_entropy, pgd
 from ltat_fast.config import Config
+from ltat_fast.models.precision import cpu_has_bf16
 from ltat_fast.runs.environment import dtype_name
 from ltat_fast.runs.finished import Environment
 from ltat_fast.training import distributed
-from ltat_fast.training.device import Hardware, cpu_has_bf16
+from ltat_fast.training.device import Hardware
 from ltat_fast.training.stage import Stage
 from ltat_fast.training.step import frozen_twin
 

@@ -164,8 +164,9 @@ def test_correct_under_refuses_an_unknown_name():
 
 def test_parse_attacks_returns_each_name_once():
     names = " clean, pgd20,,cw7 ,fgsm,autoattack,pgd20x5,scaled-pgd10,pgd20x1,cw3x12,autoattack-plus,autoattack-rand"
+    names += ",apgd-ce,square"
     expected = ["clean", "pgd20", "cw7", "fgsm", "autoattack", "pgd20x5", "scaled-pgd10", "cw3x12"]
-    assert parse_attacks(names) == [*expected, "autoattack-plus", "autoattack-rand"]
+    assert parse_attacks(names) == [*expected, "autoattack-plus", "autoattack-rand", "apgd-ce", "square"]
 
 
 @pytest.mark.parametrize(

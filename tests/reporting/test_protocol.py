@@ -32,7 +32,7 @@ def test_eps_is_the_exact_fraction(text, value, told):
 
 
 def test_each_attack_is_described(tmp_path):
-    names = ("clean", "fgsm", "pgd20", "pgd50x10", "scaled-pgd20", "cw20", "autoattack", "worst")
+    names = ("clean", "fgsm", "pgd20", "pgd50x10", "scaled-pgd20", "cw20", "autoattack", "square", "worst")
     assert parse_attacks(",".join(names[:-1])) == list(names[:-1])  # they are attacks of this version
     run = made_runs.write_run(tmp_path / "a", attacks=names, eps="8/255")
     told = {a["name"]: a for a in protocol.attacks(study_of(run))}
@@ -49,6 +49,7 @@ def test_each_attack_is_described(tmp_path):
     assert "margin" in told["CW-20"]["objective"]
     assert "rescaled" in told["SCALED-PGD-20"]["objective"]
     assert told["AutoAttack"]["steps"] == "standard version"
+    assert told["Square Attack"]["steps"] == "5000 queries"
     assert list(told)[-1] == "all attacks together"
 
 

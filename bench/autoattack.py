@@ -38,6 +38,7 @@ from ltat_fast.runs.weights import load_model, weights_file
 
 Attack = Callable[[Tensor, Tensor], tuple[Tensor, dict[str, float]]]
 """Images and labels to adversarial examples and the seconds of each part."""
+BATCH_SIZE = 250  # the default of the package
 standard = ours.searches
 clock = time.process_time if cpu_clock() == "process" else time.perf_counter
 
@@ -48,7 +49,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", choices=["best", "last"], default="last")
     parser.add_argument("--images", type=int, help="number of test images; all if not given")
     parser.add_argument("--data-dir", type=Path)
-    parser.add_argument("--group", type=int, default=250, help="images per turn and batch; 250 as in the package")
+    parser.add_argument("--group", type=int, default=1000, help="images per turn")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--levers", action="store_true")
     parser.add_argument("--torchattacks", action="store_true")
@@ -91,7 +92,7 @@ def package(model: nn.Module, eps: float, device: torch.device) -> Attack:
             judge.attacks_to_run = [part]
             began = clock()
             if len(left):
-                x_adv[left] = judge.run_standard_evaluation(x[left], y[left], batch_size=len(x))[0]
+                x_adv[left] = judge.run_standard_evaluation(x[left], y[left], batch_size=BATCH_SIZE)[0]
                 left = left[predict(model, x_adv[left]) == y[left]]
             seconds[part] = clock() - began
         return x_adv, seconds
@@ -108,7 +109,7 @@ def own(model: nn.Module, eps: float, *, patch: contextlib.AbstractContextManage
             last[0] = clock()
 
         with patch or contextlib.nullcontext():
-            options_here = {"batch_size": len(x), "keep_adversarial": True, "on_progress": stop_watch, **options}
+            options_here = {"batch_size": BATCH_SIZE, "keep_adversarial": True, "on_progress": stop_watch, **options}
             x_adv = ours.autoattack(model, x, y, eps, **options_here).x_adv
         assert x_adv is not None
         again = sum(seconds.pop(part) for part in list(seconds) if part not in ours.PARTS)

@@ -2,7 +2,7 @@
 # All measurements and tests that need a GPU, in three commands of at most nine minutes each, without a network:
 #
 #   bench/gpu.sh prove OUTDIR [cuda|cpu]      does everything work: smoke test, convolutions, step, GPU tests, ops, memory
-#   bench/gpu.sh tune OUTDIR [cuda|cpu]       the captured step, at 32 and 64 pixels; each lever in a process of its own
+#   bench/gpu.sh tune OUTDIR [cuda|cpu]       the captured step, at 32 and 64 pixels; each lever alone; streamed images
 #   bench/gpu.sh accuracy OUTDIR [cuda|cpu]   a whole LTAT run with evaluation, then AutoAttack on 1,000 images
 #
 # cpu is a dry run of this script on small problems. It tests nothing but this script.
@@ -140,6 +140,9 @@ print(COMPILED, *(name for name, _, _ in LEVER_ROWS), sep="\n")')
         part "all levers, $lever" 75 "${step[@]}" "${problem[@]}" --rows "$all" "$lever"
     done
     part "all levers, PreActResNet-18 at 64" 90 "${step[@]}" "${large[@]}" --rows "$all"
+    local loader=(--images 65536) # 0.8 GB
+    [[ $device == cpu ]] && loader=("${problem[@]:0:6}" --images 256 --attack-steps 1 --rounds 1)
+    part "streamed images" 75 "$python" -m bench.loader --device "$device" "${loader[@]}" --out "$out/loader.csv"
     for row in "${rows[@]}"; do # each adds one lever to the row before it
         part "$row" 75 "${step[@]}" "${problem[@]}" --rows "$row"
     done
@@ -199,6 +202,7 @@ COLUMNS = {
     "step": "arch image_size variant median_ms images_per_s speedup tflop_per_s share_of_matmul peak_mb loss note",
     "tune": "arch image_size variant median_ms images_per_s speedup tflop_per_s share_of_matmul peak_mb loss note",
     "ops": "op shape direction launch provider median_ms speedup_over_eager share_of_copy launches",
+    "loader": "part placement batches_per_s gb_per_s relative growth_mb",
     "convs": "count batch in_channels out_channels kernel stride height pass median_us tflop_per_s note",
 }
 for path in sys.argv[1:]:

@@ -8,10 +8,11 @@ Rows:
 - loader: the same batches augmented (crop and flip) and converted to float32 on the device;
 - step: training steps of PGD-AT on these batches.
 
-"device" keeps the images on the device, "stream" reads them from a file. Samples of each are ``--steps`` consecutive
-batches, timed in interleaved rounds by wall clock. ``gb_per_s`` counts the bytes of the uint8 images. ``relative`` is
-the rate divided by that of the row with placement "device". ``growth_mb`` is how much the memory of the process that
-is no file (RssAnon) grew over all samples of the row after its first.
+"device" keeps the images on the device, "stream" reads them from a file. A sample is several consecutive batches or
+steps. Samples are timed in interleaved rounds: by processor time of all threads with one compute thread
+(OMP_NUM_THREADS=1), else by wall clock. ``gb_per_s`` counts the bytes of the uint8 images. ``relative`` is the rate
+divided by that of the row with placement "device". ``growth_mb`` is how much the memory of the process that is no file
+(RssAnon) grew from the first round of the part to its last.
 
 The file is read once before, so that the system can keep it in memory; rates of a disk are not measured here.
 
@@ -42,6 +43,8 @@ from ltat_fast.data.partial import npy_header
 from ltat_fast.training.device import Hardware
 
 CLASSES = 10
+BATCHES = 50
+"""consecutive batches of a sample of the parts without training"""
 COLUMNS = ["part", "placement", "batches_per_s", "gb_per_s", "relative", "growth_mb"]
 
 
@@ -65,19 +68,23 @@ def anonymous_megabytes() -> float:
     return float("nan")
 
 
-def samples(take: dict[str, Callable[[], None]], steps: int, rounds: int) -> dict[str, tuple[float, float]]:
-    """Return for each entry the median of its batches per second and the growth of the memory in MB."""
-    rates, growth = {name: [] for name in take}, dict.fromkeys(take, 0.0)
+def samples(
+    take: dict[str, Callable[[], None]], steps: int, rounds: int, device: torch.device
+) -> tuple[dict[str, float], float]:
+    """Return the median batches per second of each entry, and the growth of the memory in MB over all rounds."""
+    clock = time.process_time if common.cpu_clock() == "process" and device.type == "cpu" else time.perf_counter
+    rates = {name: [] for name in take}
+    memory = []
     for number in range(rounds + 1):
         for name, call in take.items():
-            before, begin = anonymous_megabytes(), time.perf_counter()
+            begin = clock()
             call()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
             if number:  # the first one is warm-up
-                rates[name].append(steps / (time.perf_counter() - begin))
-                growth[name] += anonymous_megabytes() - before
-    return {name: (statistics.median(rates[name]), growth[name]) for name in take}
+                rates[name].append(steps / (clock() - begin))
+        memory.append(anonymous_megabytes())
+    return {name: statistics.median(values) for name, values in rates.items()}, memory[-1] - memory[0]
 
 
 def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, str]]:
@@ -91,13 +98,13 @@ def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, str]]:
     indices = list(order[: len(order) // args.batch_size * args.batch_size].reshape(-1, args.batch_size))
     epochs = itertools.count()
 
-    def first(batches: Iterator, take: Callable = lambda batch: None) -> None:
+    def first(batches: Iterator, count: int = BATCHES, take: Callable = lambda batch: None) -> None:
         with contextlib.closing(batches):
-            for batch in itertools.islice(batches, args.steps):
+            for batch in itertools.islice(batches, count):
                 take(batch)
 
     parts: dict[str, dict[str, Callable[[], None]]] = {
-        "gather": {"stream": lambda: first(sources["stream"]._gathered(indices[: args.steps]))},
+        "gather": {"stream": lambda: first(sources["stream"]._gathered(indices[:BATCHES]))},
         "loader": {name: lambda one=one: first(one.batches(next(epochs))) for name, one in loaders.items()},
     }
     if args.arch != "none":
@@ -109,11 +116,13 @@ def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, str]]:
         def train(batch: tuple[Tensor, Tensor]) -> None:
             step(*batch, lr=LR, progress=1.0, seed=0)
 
-        parts["step"] = {name: lambda one=one: first(one.batches(next(epochs)), train) for name, one in loaders.items()}
+        parts["step"] = {
+            name: lambda one=one: first(one.batches(next(epochs)), args.steps, train) for name, one in loaders.items()
+        }
     rows, batch_bytes = [], args.batch_size * 3 * args.image_size**2
     for part, take in parts.items():
-        found = samples(take, args.steps, args.rounds)
-        for placement, (rate, growth) in found.items():
+        found, growth = samples(take, args.steps if part == "step" else BATCHES, args.rounds, device)
+        for placement, rate in found.items():
             known = found.get("device")
             rows.append(
                 {
@@ -125,7 +134,7 @@ def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, str]]:
                     "placement": placement,
                     "batches_per_s": f"{rate:.4g}",
                     "gb_per_s": f"{rate * batch_bytes / 1e9:.3g}",
-                    "relative": f"{rate / known[0]:.3f}" if known else "",
+                    "relative": f"{rate / known:.3f}" if known else "",
                     "growth_mb": f"{growth:.1f}",
                 }
             )
@@ -140,7 +149,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16")
     parser.add_argument("--attack-steps", type=int, default=10)
     parser.add_argument("--images", type=int, default=65536)
-    parser.add_argument("--steps", type=int, default=20, help="consecutive batches of a sample")
+    parser.add_argument("--steps", type=int, default=20, help="consecutive training steps of a sample")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="where the file is written for the time of the measurement")
     parser.add_argument("--out", type=Path, help="CSV to append to, default bench/results/loader-DEVICE.csv")

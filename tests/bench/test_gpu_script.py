@@ -75,6 +75,7 @@ def test_prove(copy, tmp_path):
 def test_tune(copy, tmp_path):
     out = tmp_path / "out"
     parts = ("all levers", "all levers, --search-all-convolutions", "all levers, PreActResNet-18 at 64")
+    parts += ("streamed images",)
     check(run(copy, "tune", out), out, parts)
     variants = [row["variant"] for row in rows(out / "tune.csv")]
     assert variants == ["+ bf16", "+ bf16, search-all-convolutions", "+ bf16", "+ channels_last"]

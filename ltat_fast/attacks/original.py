@@ -45,7 +45,7 @@ def original_autoattack(
 
     logging.getLogger("auto-attack").setLevel(logging.WARNING)
     attack = AutoAttack(
-        model, device=x.device, eps=eps, norm={"linf": "Linf", "l2": "L2"}[norm], seed=seed, version=version
+        model, device=x.device, eps=eps, norm="L2" if norm == "l2" else "Linf", seed=seed, version=version
     )
     with torch.no_grad():
         num_classes = model(x[:1]).shape[1]

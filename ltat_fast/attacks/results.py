@@ -89,21 +89,21 @@ class Result:
         correct: bool ``(N,)`` and labels: int64 ``(N,)``, of the attacked images. chosen: which images of the test set
         were attacked, bool; None for all of them. not_finite: number of images whose logits were not finite.
         """
-        correct, labels = correct.cpu().numpy(), labels.cpu().numpy()
+        hits, classes_of = correct.cpu().numpy(), labels.cpu().numpy()
 
         def percent(among: np.ndarray) -> float | None:
-            return float(100 * correct[among].mean()) if among.any() else None
+            return float(100 * hits[among].mean()) if among.any() else None
 
-        per_class = tuple(percent(labels == c) for c in range(num_classes))
-        by_group = {name: percent(np.isin(labels, classes)) for name, classes in groups.items()}
-        if not is_balanced(labels):
+        per_class = tuple(percent(classes_of == c) for c in range(num_classes))
+        by_group = {name: percent(np.isin(classes_of, classes)) for name, classes in groups.items()}
+        if not is_balanced(classes_of):
             by_group[BALANCED] = float(np.mean([accuracy for accuracy in per_class if accuracy is not None]))
         return cls(
-            all=percent(np.ones_like(correct)),
+            all=percent(np.ones_like(hits)),
             groups=by_group,
             per_class=per_class,
-            images=len(correct),
-            correct=pack(correct),
+            images=len(hits),
+            correct=pack(hits),
             chosen=None if chosen is None else pack(chosen),
             not_finite=not_finite or None,
         )

@@ -47,7 +47,7 @@ OBJECTIVES: dict[str, Callable[[Tensor], Objective]] = {
     "scaled-pgd": scaled_cross_entropy,
 }
 CHOICES = (
-    "clean, fgsm, pgd<k>, cw<k>, scaled-pgd<k>, pgd<k>-t (targeted) (k steps; suffix x<r>: r starts), "
+    "clean, fgsm, pgd<k>, cw<k>, scaled-pgd<k> (k steps; suffix x<r>: r starts; pgd<k>-t: targeted), "
     f"{', '.join(dict.fromkeys([*PARTS, *AUTOATTACK]))}"
 )
 _ITERATED = re.compile(rf"(?:(pgd)([1-9]\d*)-(t)|({'|'.join(OBJECTIVES)})([1-9]\d*))(?:x([1-9]\d*))?")

@@ -1,6 +1,7 @@
 """The cache of decoded images is used when nothing changed, missed when something changed, and never read damaged."""
 
 import io
+import itertools
 import json
 import os
 import resource
@@ -176,7 +177,8 @@ def test_a_killed_decoding_is_continued(root, tmp_path, monkeypatch, sync):
     monkeypatch.setattr(decode, "read_image", lambda path, *rest: opened.append(path) or read_image(path, *rest))
     continued, _, lines = load(root)
     blocks = min(sync // 3, 4) if sync < 16 else 0  # nothing is continued after the files are finished
-    assert len(opened) == 1 + [14, 10, 6, 4, 0][blocks]  # the first image is read for its size
+    # The first image is read for its size. Blocks of 4, 4, 2 and 4 images may finish in any order.
+    assert len(opened) - 1 in {14 - sum(done) for done in itertools.combinations((4, 4, 2, 4), blocks)}
     assert (f"continuing an interrupted decoding of {root}" in lines) == (blocks > 0)
     assert same(whole, continued)
     assert list(cache_folder.glob("*.part")) == []

@@ -56,6 +56,7 @@ class Arguments:
     """images per batch"""
     again: bool = False
     """run attacks even if their results are already in eval.json"""
+    trust_run: cli.TrustRun = False
 
 
 @exit_on_user_error

@@ -37,6 +37,7 @@ class Arguments:
     """folder of the images for the page, if they were moved since the runs"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """device that computes the pictures of the page; auto: cuda if a GPU is present"""
+    trust_run: cli.TrustRun = False
 
 
 @exit_on_user_error

@@ -18,6 +18,7 @@ import os
 import shlex
 import sys
 
+from ltat_fast import trust
 from ltat_fast.config import Config, differences, load
 from ltat_fast.errors import (
     EXIT_DIVERGED,
@@ -117,7 +118,9 @@ def prepare_run_dir(config: Config, method) -> None:
 
 
 def resume_command(config: Config, flags: str = "") -> str:
-    return f"python -m ltat_fast.train --out {shlex.quote(str(config.run_dir))} --resume {flags}".rstrip()
+    if any((name or "").startswith(trust.MODULE) for name in (config.arch, config.teacher)):
+        flags += " --trust-run"  # this command named the code, the next one does not
+    return f"python -m ltat_fast.train --out {shlex.quote(str(config.run_dir))} --resume {flags.strip()}".rstrip()
 
 
 def what_is_kept(config: Config, flags: str) -> str:

@@ -68,7 +68,7 @@ def fetch(archive: Archive, folder: Path, download: bool, report: Callable[[str]
                 )
             return path
         if not download:
-            raise UserError(f"{path} is missing; {archive.by_hand(path)}")
+            raise UserError(f"{path} is missing; name its folder with --data-dir, or {archive.by_hand(path)}")
         folder.mkdir(parents=True, exist_ok=True)
         with exclusive(folder / f"{archive.filename}.lock", report):
             if not path.exists():

@@ -75,6 +75,7 @@ class Request:
     data_dir: Path | None
     image_size: int | None
     download: bool
+    keep: bool
     bad_images: str
     report: Callable[[str], None]
     open_bar: OpenBar
@@ -86,6 +87,7 @@ def load_dataset(
     *,
     image_size: int | None = None,
     download: bool = True,
+    keep: bool = True,
     bad_images: str = "stop",
     report: Callable[[str], None] = print,
     open_bar: OpenBar | None = None,
@@ -99,6 +101,7 @@ def load_dataset(
             its disk is too small.
         image_size: resize the images to this many pixels per side (datasets of image files only)
         download: download missing files
+        keep: unpack archives and cache decoded images in ``data_dir``; if not, the cache is in the user's folder only
         bad_images: what to do with image files that cannot be read or decoded; "stop": raise an error that names them;
             "skip": leave them out and report which
         report: called with each line for the user
@@ -110,7 +113,9 @@ def load_dataset(
     """
     if name not in DATASETS:
         raise UserError(f"unknown dataset {name!r}; choose from {', '.join(DATASETS)}")
-    dataset = DATASETS[name](Request(name, data_dir, image_size, download, bad_images, report, open_bar or _no_bar))
+    dataset = DATASETS[name](
+        Request(name, data_dir, image_size, download, keep, bad_images, report, open_bar or _no_bar)
+    )
     _check(dataset)
     return dataset
 
@@ -149,6 +154,8 @@ def _tiny_imagenet(request: Request) -> Dataset:
         root = data_dir
     if not root.is_dir():
         archive = fetch(TINY_IMAGENET, data_dir, request.download, request.report)
+        if not request.keep:
+            raise UserError(f"{root} is missing; name the folder with --data-dir to unpack {archive} there")
         root = unpack(archive, data_dir, root.name, request.report)
     return _load_tree(request, scan_tiny_imagenet(root, request.report), n_max=500)
 
@@ -198,7 +205,7 @@ def _load_tree(request: Request, tree: Tree, n_max: int | None) -> Dataset:
         raise UserError(f"the image size must be between 1 and {isqrt(MAX_PIXELS):,} pixels, got {request.image_size}")
     cache_folders = [(request.data_dir or DEFAULT_DATA_DIR) / ".ltat_fast_cache", user_cache_folder()]
     source = Source(tree, request.image_size, request.report, request.open_bar)
-    decoded = load_or_decode(source, cache_folders, request.bad_images == "skip")
+    decoded = load_or_decode(source, cache_folders, request.bad_images == "skip", cache_folders[not request.keep :])
     left_out = [os.path.relpath(source.paths[i], tree.root) for i in sorted(decoded.bad)]
     if left_out:
         listed = some_of([path.encode(errors="backslashreplace").decode() for path in left_out])

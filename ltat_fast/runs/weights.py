@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
-from ltat_fast import __version__, files
+from ltat_fast import __version__, files, trust
 from ltat_fast.config import Config, changed_modifiers
 from ltat_fast.errors import UserError
 from ltat_fast.methods import METHODS, Method
@@ -248,6 +248,7 @@ def build_from_card(path: Path, tensors: dict[str, Tensor], card: dict) -> nn.Mo
     activation = card.get("activation", "relu")
     size = card.get("image_size", DEFAULT_SIZE)
     channels, flag = card["in_channels"], f"{path}: network"
+    trust.refuse_code(card["arch"], str(path), from_card=True)
     model = build_model(
         card["arch"], card["num_classes"], in_channels=channels, activation=activation, image_size=size, flag=flag
     )

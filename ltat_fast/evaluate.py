@@ -28,9 +28,9 @@ from ltat_fast.runs import log, tables
 from ltat_fast.runs.results import EvalFile
 from ltat_fast.runs.splits import load_splits
 from ltat_fast.runs.weights import weights_file
+from ltat_fast.signals import Interrupted, leave, stop_at_once
 from ltat_fast.training import device
 from ltat_fast.training.evaluation import evaluate_checkpoints
-from ltat_fast.training.signals import Interrupted, leave, stop_at_once
 
 
 @dataclass(frozen=True)

@@ -40,11 +40,11 @@ def main(argv: list[str] | None = None) -> int:
     from ltat_fast.files import lock_run_dir
     from ltat_fast.out_of_memory import OutOfMemory, explained
     from ltat_fast.runs import log
+    from ltat_fast.signals import Interrupted, stop_at_once
     from ltat_fast.training import device, distributed, pipeline
     from ltat_fast.training.backend import GraphNotUsable
     from ltat_fast.training.collapse import Collapsed
     from ltat_fast.training.recovery import Diverged
-    from ltat_fast.training.signals import Interrupted, stop_at_once
 
     hardware = device.choose(config.device, config.precision)
     is_main = distributed.world_from_environment().is_main
@@ -155,7 +155,7 @@ def continue_without_graph() -> None:
 
 
 if __name__ == "__main__":
-    from ltat_fast.training.signals import leave
+    from ltat_fast.signals import leave
 
     if (status := main()) == EXIT_GRAPH_FAILED:
         continue_without_graph()

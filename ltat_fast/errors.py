@@ -20,6 +20,11 @@ class Interrupted(BaseException):
     """
 
 
+def printable(text: str) -> str:
+    """Return ``text`` with escapes instead of line ends and of characters that a terminal would act on."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def exit_on_user_error(main: Callable) -> Callable:
     """Decorate an entry point: print a :class:`UserError` as one line on stderr and exit with status 2.
 
@@ -31,7 +36,7 @@ def exit_on_user_error(main: Callable) -> Callable:
         try:
             return main(*args, **kwargs)
         except UserError as error:
-            print(f"ltat_fast: error: {error}", file=sys.stderr)
+            print(f"ltat_fast: error: {printable(str(error))}", file=sys.stderr)
             raise SystemExit(EXIT_USER_ERROR) from None
         except Interrupted as error:
             print(f"ltat_fast: {error}; run the same command again to continue", file=sys.stderr)

@@ -31,6 +31,7 @@ class Arguments:
     measurement: tyro.conf.OmitArgPrefixes[runner.Options] = field(default_factory=runner.Options)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """device to measure on; auto: cuda if a GPU is present"""
+    trust_run: cli.TrustRun = False
 
 
 @exit_on_user_error

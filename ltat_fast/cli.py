@@ -2,13 +2,25 @@
 
 import dataclasses
 import functools
+import sys
 import typing
 from typing import Annotated, TypeVar
 
 import docstring_parser
 import tyro
 
+from ltat_fast import trust
+
 T = TypeVar("T")
+TrustRun = Annotated[
+    bool,
+    tyro.conf.FlagCreatePairsOff,
+    tyro.conf.arg(
+        help="run the code that the files of the run name (module: networks and teachers) and let them choose the "
+        "folder of downloads; only for a run whose author you trust (SECURITY.md)"
+    ),
+]
+"""type of the flag --trust-run of every command that reads a run"""
 
 
 def parse(arguments: type[T], prog: str, args: list[str] | None, description: str | None = None) -> T:
@@ -18,7 +30,9 @@ def parse(arguments: type[T], prog: str, args: list[str] | None, description: st
     Raises SystemExit for ``--help`` and for flags that do not exist or do not fit their types.
     """
     _join_help_lines(arguments)
-    return tyro.cli(tyro.conf.OmitArgPrefixes[arguments], prog=prog, args=args, description=description)
+    parsed = tyro.cli(tyro.conf.OmitArgPrefixes[arguments], prog=prog, args=args, description=description)
+    trust.follow(sys.argv[1:] if args is None else args, getattr(parsed, "trust_run", False))
+    return parsed
 
 
 def _join_help_lines(cls: type) -> None:

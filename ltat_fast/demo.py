@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     todo, refused = outstanding(jobs)
     if refused:
         raise UserError(f"{arguments.out} holds runs with other settings than the demo: choose another --out")
-    statuses = train_all(todo, show=lambda line: "test_clean" in line or " test set" in line)
+    statuses = train_all(todo, show=lambda line: "test_clean" in line or " test set" in line, study=jobs)
     if failed := [job.run_dir.name for job, status in statuses.items() if status]:
         raise UserError(f"{', '.join(failed)} did not finish: see the .log files beside the run folders")
     report.main([*(str(job.run_dir) for job in jobs), "--html", str(arguments.out / "report.html")])

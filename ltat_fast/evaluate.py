@@ -33,9 +33,9 @@ from ltat_fast.runs.results import EvalFile
 from ltat_fast.runs.splits import load_splits
 from ltat_fast.runs.threats import Threat, parse_threats
 from ltat_fast.runs.weights import weights_file
+from ltat_fast.signals import Interrupted, leave, stop_at_once
 from ltat_fast.training import device, targets
 from ltat_fast.training.evaluation import evaluate_checkpoints
-from ltat_fast.training.signals import Interrupted, leave, stop_at_once
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,7 @@ class Arguments:
     """images per batch"""
     again: bool = False
     """run attacks even if their results are already in the file"""
+    trust_run: cli.TrustRun = False
 
 
 @exit_on_user_error

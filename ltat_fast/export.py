@@ -28,6 +28,7 @@ class Arguments:
     """folder to write; default: RUN/export-<checkpoint>"""
     image_size: int | None = None
     """height and width of the images, if the run did not record them"""
+    trust_run: cli.TrustRun = False
 
 
 @exit_on_user_error

@@ -28,4 +28,6 @@ def _fits(value: Any, kind: Any) -> bool:
         return kind is bool
     if kind is float and isinstance(value, int):
         return abs(value) < 2**53  # integers that a float represents exactly
+    if kind is int and isinstance(value, int):
+        return abs(value) < 2**63
     return isinstance(value, kind)

@@ -21,7 +21,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[Config, Method]:
     argv = sys.argv[1:] if argv is None else argv
     config, method = _defaults(argv)
     fields = [(name, group, _group_of(config, group)) for name, group in GROUPS.items()]
-    fields.append(("method", type(method), method))
+    fields += [("method", type(method), method), ("trust_run", cli.TrustRun, False)]
     arguments = dataclasses.make_dataclass(
         "Arguments",
         [(name, kind, dataclasses.field(default_factory=lambda value=value: value)) for name, kind, value in fields],

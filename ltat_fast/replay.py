@@ -38,6 +38,7 @@ class Arguments:
     """folder of the images, if they were moved since the run"""
     device: Literal["auto", "cpu", "cuda"] | None = None
     """device to replay on; default: the device of the run"""
+    trust_run: cli.TrustRun = False
 
 
 @exit_on_user_error

@@ -16,7 +16,7 @@ from ltat_fast import cli
 from ltat_fast.errors import UserError, exit_on_user_error
 from ltat_fast.reporting import tabular
 from ltat_fast.reporting.output import write
-from ltat_fast.runs import tables
+from ltat_fast.runs import log, tables
 from ltat_fast.runs.experiments import experiments
 from ltat_fast.training import device
 
@@ -37,6 +37,7 @@ class Arguments:
     """folder of the images for the page, if they were moved since the runs"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """device that computes the pictures of the page; auto: cuda if a GPU is present"""
+    trust_run: cli.TrustRun = False
 
 
 @exit_on_user_error
@@ -44,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = cli.parse(Arguments, "python -m ltat_fast.report", argv)
     if not arguments.runs:
         raise UserError("name at least one run folder")
-    print(tables.render(arguments.runs))
+    log.say(tables.render(arguments.runs))
     found = experiments(arguments.runs)
     if arguments.csv:
         write(arguments.csv, tabular.as_csv(found))

@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     log.say(f"{option}: {len(jobs)} values, {len(every)} runs, {len(todo)} to do")
     if len(refused) == len(every):
         return 1  # keep the existing figure: its runs used other settings
-    statuses = train_all(todo, show=lambda line: "on the test set:" in line)
+    statuses = train_all(todo, show=lambda line: "on the test set:" in line, study=every)
     jobs = {value: [job for job in runs if job not in refused] for value, runs in jobs.items()}
     entries = collect(option, jobs, images)
     figure = draw(option, f"{dataset}, {images} images", entries)

@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.slurm_partition is not None:
         submit(todo, arguments.slurm_partition, arguments.slurm_minutes)
         return 1 if refused else 0
-    statuses = train_all(todo, show=lambda line: " test set" in line)
+    statuses = train_all(todo, show=lambda line: " test set" in line, study=jobs)
     text = render([row.without(refused) for row in rows], table["notes"])
     log.say(text)
     with files.atomic_write(out / "table.md") as file:

@@ -18,6 +18,7 @@ import os
 import shlex
 import sys
 
+from ltat_fast import trust
 from ltat_fast.config import Config, differences, load
 from ltat_fast.errors import (
     EXIT_DIVERGED,
@@ -39,11 +40,11 @@ def main(argv: list[str] | None = None) -> int:
     from ltat_fast.files import lock_run_dir
     from ltat_fast.out_of_memory import OutOfMemory, explained
     from ltat_fast.runs import log
+    from ltat_fast.signals import Interrupted, stop_at_once
     from ltat_fast.training import device, distributed, pipeline
     from ltat_fast.training.backend import GraphNotUsable
     from ltat_fast.training.collapse import Collapsed
     from ltat_fast.training.recovery import Diverged
-    from ltat_fast.training.signals import Interrupted, stop_at_once
 
     hardware = device.choose(config.device, config.precision)
     is_main = distributed.world_from_environment().is_main
@@ -117,7 +118,9 @@ def prepare_run_dir(config: Config, method) -> None:
 
 
 def resume_command(config: Config, flags: str = "") -> str:
-    return f"python -m ltat_fast.train --out {shlex.quote(str(config.run_dir))} --resume {flags}".rstrip()
+    if any((name or "").startswith(trust.MODULE) for name in (config.arch, config.teacher)):
+        flags += " --trust-run"  # this command named the code, the next one does not
+    return f"python -m ltat_fast.train --out {shlex.quote(str(config.run_dir))} --resume {flags.strip()}".rstrip()
 
 
 def what_is_kept(config: Config, flags: str) -> str:
@@ -152,7 +155,7 @@ def continue_without_graph() -> None:
 
 
 if __name__ == "__main__":
-    from ltat_fast.training.signals import leave
+    from ltat_fast.signals import leave
 
     if (status := main()) == EXIT_GRAPH_FAILED:
         continue_without_graph()

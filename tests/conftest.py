@@ -28,6 +28,14 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line(f"{len(skipped)} GPU tests did NOT run: there is no CUDA device here", yellow=True)
 
 
+@pytest.fixture(autouse=True)
+def _no_command():
+    """Forget the command line of the last command that ran in this process."""
+    from ltat_fast import trust
+
+    trust.reset()
+
+
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory):
     """Return ``shared(name, make)``: the first worker fills the folder with ``make(folder)``, all workers get it."""

@@ -265,7 +265,7 @@ def test_a_killed_run_continues_bit_equal(tree, tmp_path, zoo, arch):
     assert progress["finished"]
     (state / "resume.previous.safetensors").replace(state / "resume.safetensors")
     (state / "last.safetensors").unlink()
-    assert train_runs.train("--out", str(tmp_path / "part"), "--resume") == 0
+    assert train_runs.train("--out", str(tmp_path / "part"), "--resume", "--arch", arch) == 0
     whole, part = (load_file(tmp_path / run / "checkpoints" / "last.safetensors") for run in ("whole", "part"))
     assert all(torch.equal(tensor, part[name]) for name, tensor in whole.items())
 
@@ -276,7 +276,7 @@ def test_an_export_of_a_module_has_no_model_py(tree, tmp_path, zoo, capsys):
     earlier.mkdir()
     (earlier / "config.json").write_text('{"architecture": {}, "ltat_fast": "1"}')
     (earlier / "model.py").write_text("of another network")
-    assert train_runs.status_of("export", str(tmp_path / "run")) == 0
+    assert train_runs.status_of("export", str(tmp_path / "run"), "--trust-run") == 0
     assert "no model.py: module:my_networks:shared is code of yours" in capsys.readouterr().out
     files = {path.name for path in (tmp_path / "run" / "export-last").iterdir()}
     assert "model.py" not in files and {"model.safetensors", "model.pt2", "README.md"} <= files  # noqa: PT018

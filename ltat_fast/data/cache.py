@@ -118,25 +118,28 @@ class Source:
         self.report(f"decoded in {time.monotonic() - start:.1f} s")
 
 
-def load_or_decode(source: Source, folders: Sequence[Path], skip_bad: bool) -> Decoded:
+def load_or_decode(
+    source: Source, folders: Sequence[Path], skip_bad: bool, writable: Sequence[Path] | None = None
+) -> Decoded:
     """Load the images of ``source`` from the cache, or decode them and write the cache.
 
     Args:
         folders: the folders that may hold the cache, in order of preference; one that is not writable or has too
             little room is reported and skipped
         skip_bad: leave out images that cannot be read or decoded
+        writable: those of ``folders`` to which a new cache may be written; all of them if None
 
     Raises:
         UserError: images are bad and ``skip_bad`` is not set, or all of them are bad; images differ in size; neither
             disk nor memory has room for them.
     """
-    decoded = _load_or_decode(source, folders)
+    decoded = _load_or_decode(source, folders, folders if writable is None else writable)
     if decoded.bad and (not skip_bad or len(decoded.bad) == len(source.paths)):
         raise bad_images_error(decoded.bad)
     return decoded
 
 
-def _load_or_decode(source: Source, folders: Sequence[Path]) -> Decoded:
+def _load_or_decode(source: Source, folders: Sequence[Path], writable: Sequence[Path]) -> Decoded:
     key, missing = source.key_and_missing
     splits, report = tuple(source.counts), source.report
     for folder in folders:
@@ -144,7 +147,7 @@ def _load_or_decode(source: Source, folders: Sequence[Path]) -> Decoded:
             return found
     shape = image_shape(source.paths, source.image_size, missing, source.tree.open_image)
     needed = len(source.paths) * math.prod(shape)
-    for folder in folders:
+    for folder in writable:
         partial = folder / f"{key}.part"
         if not _fits(folder, partial, needed, report):
             continue

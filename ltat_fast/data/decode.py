@@ -1,7 +1,9 @@
 """Decode image files into uint8 arrays."""
 
+import contextlib
 import math
 import os
+import threading
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,10 +24,21 @@ FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
 """formats that are decoded; the content of a file decides, not its extension"""
 MAX_PIXELS = 2**26
 """limit on the pixels of an image, checked before decoding, because a file of a few kilobytes can claim gigabytes"""
+LARGE_PIXELS = 2**23
+"""images with more pixels are decoded one at a time, so that the memory does not grow with the number of threads"""
+BAND_PIXELS = 2**20
+"""pixels that are converted at a time, because a conversion needs several times the memory of its pixels"""
+MAX_TILE_BYTES = 2**28
+"""limit on a tile or strip of a TIFF file, which can be larger than its image, and is decoded as a whole"""
+MAX_SCAN_PIXELS = 2**30
+"""limit on scans times pixels of a progressive JPEG file, which is its decoding time; encoders write about ten scans"""
 NAMED_FILES = 20
 """number of bad files that a message names; the others are counted"""
 BLOCK_IMAGES, BLOCK_BYTES = 256, 2**25
 """how many images one thread decodes at a time, at most"""
+
+_one_large_image = threading.Lock()
+_BITS_PER_SAMPLE, _SAMPLES_PER_PIXEL, _TILE_WIDTH, _TILE_LENGTH = 258, 277, 322, 323  # tags of TIFF
 
 OpenImage = Callable[[str | Path], BinaryIO]
 
@@ -144,7 +157,8 @@ def read_image(path: str | Path, image_size: int | None = None, open_image: Open
         image_size: scale the shorter side to this many pixels (antialiased, bilinear) and crop the centre square
 
     Raises:
-        UserError: the file cannot be decoded, has more than :data:`MAX_PIXELS`, or holds floating-point pixels.
+        UserError: the file cannot be decoded, has more than :data:`MAX_PIXELS`, more than its pixels need of
+            :data:`MAX_TILE_BYTES` or :data:`MAX_SCAN_PIXELS`, or holds floating-point pixels.
     """
     try:
         with open_image(path) as opened, Image.open(opened, formats=FORMATS) as file:
@@ -152,8 +166,13 @@ def read_image(path: str | Path, image_size: int | None = None, open_image: Open
                 _check_png(opened)
             if file.width * file.height > MAX_PIXELS:
                 raise ValueError(f"it claims {file.width}x{file.height} pixels, more than {MAX_PIXELS:,}")
-            file.load()
-            image = _to_rgb(_apply_orientation(file))
+            if file.format == "TIFF":
+                _check_tiles(file)
+            if file.format == "JPEG" and "progressive" in file.info:
+                _check_scans(file, opened)
+            with _one_large_image if file.width * file.height > LARGE_PIXELS else contextlib.nullcontext():
+                file.load()
+                image = _to_rgb(_apply_orientation(file))
     except UnidentifiedImageError:
         raise UserError(f"cannot decode {path}: it is damaged or not an image ({', '.join(FORMATS)})") from None
     # On a damaged file Pillow raises whatever error its parser meets: OSError, SyntaxError, struct.error, KeyError, ...
@@ -183,6 +202,26 @@ def _check_png(file: BinaryIO) -> None:
     file.seek(position)
 
 
+def _check_tiles(file: Image.Image) -> None:
+    """Raise ValueError if a tile or strip of a TIFF file is too large."""
+    tags = file.tag_v2  # pyright: ignore[reportAttributeAccessIssue] - of TiffImageFile
+    width, height = tags.get(_TILE_WIDTH, file.width), tags.get(_TILE_LENGTH, file.height)
+    bits = tags.get(_BITS_PER_SAMPLE, (1,))
+    size = width * height * max(sum(bits), max(bits) * tags.get(_SAMPLES_PER_PIXEL, 1)) // 8
+    if size > MAX_TILE_BYTES:
+        raise ValueError(f"it claims a tile or strip of {size:,} bytes, more than {MAX_TILE_BYTES:,}")
+
+
+def _check_scans(file: Image.Image, opened: BinaryIO) -> None:
+    """Raise ValueError if a progressive JPEG file takes too long to decode: each scan passes over all pixels."""
+    position = opened.tell()
+    opened.seek(0)
+    scans = opened.read().count(b"\xff\xda")  # the marker of a scan; compressed data cannot contain it
+    opened.seek(position)
+    if scans * file.width * file.height > MAX_SCAN_PIXELS:
+        raise ValueError(f"it has {scans:,} scans of {file.width}x{file.height} pixels; save it again")
+
+
 def _apply_orientation(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
@@ -191,6 +230,17 @@ def _apply_orientation(image: Image.Image) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    rows = max(1, BAND_PIXELS // image.width)
+    if image.height <= rows:
+        return _band_to_rgb(image)
+    converted = Image.new("RGB", image.size)
+    for top in range(0, image.height, rows):
+        band = image.crop((0, top, image.width, min(top + rows, image.height)))
+        converted.paste(_band_to_rgb(band), (0, top))
+    return converted
+
+
+def _band_to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers of unknown range; save it with 8 or 16 bits")
     if image.mode.startswith("I"):

@@ -22,7 +22,39 @@ from ltat_fast.data.svhn import read_svhn
 from ltat_fast.errors import UserError
 
 DEFAULT_DATA_DIR = Path("data")
-TINY_IMAGENET = Archive("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de")
+# SHA-256 and size of the published files, by the MD5 that torchvision or the authors publish.
+SHA256_AND_SIZE = {
+    "c58f30108f718f92721af3b95e74349a": (
+        "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
+        170_498_071,
+    ),
+    "eb9058c3a382ffc7106e4002c42a8d85": (
+        "85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7",
+        169_001_437,
+    ),
+    "e26dedcc434d2e4c54c9b2d4a06d8373": (
+        "435e94d69a87fde4fd4d7f3dd208dfc32cb6ae8af2240d066de1df7508d083b8",
+        182_040_794,
+    ),
+    "eb5a983be6a315427106f1b164d9cef3": (
+        "cdce80dfb2a2c4c6160906d0bd7c68ec5a99d7ca4831afa54f09182025b6a75b",
+        64_275_384,
+    ),
+    "90528d7ca1a48142e341f4ef8d21d0de": (
+        "6198c8ae015e2b3e007c7841da39ec069199b9aa3bfa943a462022fe5e43c821",
+        248_100_043,
+    ),
+}
+
+
+def published_archive(url: str, md5: str) -> Archive:
+    """Return the archive with all its known checksums."""
+    return Archive(url, md5, *SHA256_AND_SIZE.get(md5, (None, None)))
+
+
+TINY_IMAGENET = published_archive(
+    "https://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de"
+)
 IMAGENET_LT = 1000, 115_846
 """classes and training images of ImageNet-LT (Liu et al. 2019)"""
 
@@ -75,6 +107,7 @@ class Request:
     data_dir: Path | None
     image_size: int | None
     download: bool
+    keep: bool
     bad_images: str
     report: Callable[[str], None]
     open_bar: OpenBar
@@ -86,6 +119,7 @@ def load_dataset(
     *,
     image_size: int | None = None,
     download: bool = True,
+    keep: bool = True,
     bad_images: str = "stop",
     report: Callable[[str], None] = print,
     open_bar: OpenBar | None = None,
@@ -99,6 +133,7 @@ def load_dataset(
             its disk is too small.
         image_size: resize the images to this many pixels per side (datasets of image files only)
         download: download missing files
+        keep: unpack archives and cache decoded images in ``data_dir``; if not, the cache is in the user's folder only
         bad_images: what to do with image files that cannot be read or decoded; "stop": raise an error that names them;
             "skip": leave them out and report which
         report: called with each line for the user
@@ -110,7 +145,9 @@ def load_dataset(
     """
     if name not in DATASETS:
         raise UserError(f"unknown dataset {name!r}; choose from {', '.join(DATASETS)}")
-    dataset = DATASETS[name](Request(name, data_dir, image_size, download, bad_images, report, open_bar or _no_bar))
+    dataset = DATASETS[name](
+        Request(name, data_dir, image_size, download, keep, bad_images, report, open_bar or _no_bar)
+    )
     _check(dataset)
     return dataset
 
@@ -149,6 +186,8 @@ def _tiny_imagenet(request: Request) -> Dataset:
         root = data_dir
     if not root.is_dir():
         archive = fetch(TINY_IMAGENET, data_dir, request.download, request.report)
+        if not request.keep:
+            raise UserError(f"{root} is missing; name the folder with --data-dir to unpack {archive} there")
         root = unpack(archive, data_dir, root.name, request.report)
     return _load_tree(request, scan_tiny_imagenet(root, request.report), n_max=500)
 
@@ -198,7 +237,7 @@ def _load_tree(request: Request, tree: Tree, n_max: int | None) -> Dataset:
         raise UserError(f"the image size must be between 1 and {isqrt(MAX_PIXELS):,} pixels, got {request.image_size}")
     cache_folders = [(request.data_dir or DEFAULT_DATA_DIR) / ".ltat_fast_cache", user_cache_folder()]
     source = Source(tree, request.image_size, request.report, request.open_bar)
-    decoded = load_or_decode(source, cache_folders, request.bad_images == "skip")
+    decoded = load_or_decode(source, cache_folders, request.bad_images == "skip", cache_folders[not request.keep :])
     left_out = [os.path.relpath(source.paths[i], tree.root) for i in sorted(decoded.bad)]
     if left_out:
         listed = some_of([path.encode(errors="backslashreplace").decode() for path in left_out])
@@ -240,7 +279,7 @@ def _cifar(request: Request, published: type, n_max: int) -> Dataset:
     """Load CIFAR-10 or CIFAR-100; ``published`` is torchvision's class, for addresses and checksums."""
     _refuse_resize(request, 32)
     root = request.data_dir or DEFAULT_DATA_DIR
-    archive = Archive(published.url, published.tgz_md5)
+    archive = published_archive(published.url, published.tgz_md5)
     train, test, names = read_cifar(published, root, lambda: fetch(archive, root, request.download, request.report))
     return Dataset(request.name, ImageSet(*train, names), ImageSet(*test, names), n_max, pad=4, flip=True)
 
@@ -255,7 +294,7 @@ def _svhn(request: Request) -> Dataset:
 
     def image_set(split: str) -> ImageSet:
         url, _, md5 = torchvision.datasets.SVHN.split_list[split]
-        return ImageSet(*read_svhn(fetch(Archive(url, md5), root, request.download, request.report)), names)
+        return ImageSet(*read_svhn(fetch(published_archive(url, md5), root, request.download, request.report)), names)
 
     return Dataset(request.name, image_set("train"), image_set("test"), n_max=None, pad=4, flip=False)
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ltat_fast import trust
 from ltat_fast.errors import UserError
 
 from .classifier import has_hooks
@@ -175,6 +176,7 @@ class Module(Network):
         module, _, self.name = rest.partition(":")
         if not module or not self.name:
             raise UserError(f"{flag} module:{rest} is incomplete: write module:PACKAGE.MODULE:NAME")
+        trust.refuse_code(self.spec, flag)
         imported = user_error_on_failure(f"{flag} {self.spec}", lambda: importlib.import_module(module))
         self.factory = getattr(imported, self.name, None)
         if not callable(self.factory):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ltat_fast import files
 from ltat_fast.errors import UserError
-from ltat_fast.runs import log
+from ltat_fast.runs import log, schema
 from ltat_fast.runs.weights import load_weights, read_weights, write_weights
 
 
@@ -82,11 +82,13 @@ def restore(
     """
     weights = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
     load_weights(model, weights, source, arch)
-    for name, tensor in state.items():
-        tensor.copy_(tensors[name])
-    for name, parameter in model.named_parameters():
-        if (buffer := tensors.get(f"momentum.{name}")) is not None:
-            optimizer.state[parameter]["momentum_buffer"].copy_(buffer)
+    momentum = {f"momentum.{name}": optimizer.state[p].get("momentum_buffer") for name, p in model.named_parameters()}
+    for name, tensor in (state | {name: buffer for name, buffer in momentum.items() if buffer is not None}).items():
+        if (saved := tensors.get(name)) is None and name in momentum:
+            continue
+        if saved is None or saved.shape != tensor.shape or saved.dtype != tensor.dtype:
+            raise UserError(f"{source} is not a saved state of this run: {name} does not fit")
+        tensor.copy_(saved)
 
 
 def save_state(
@@ -109,11 +111,11 @@ def load_state(
     if no undamaged state is left.
     """
     tensors, metadata, source = _read_newest(path)
+    if metadata.keys() != schema.PROGRESS.keys():
+        raise UserError(f"{source} is not the saved state of a run")
+    schema.check(source, metadata, schema.PROGRESS)
     restore(tensors, source, model, optimizer, arch, state)
-    try:
-        return Progress(**metadata)
-    except TypeError:
-        raise UserError(f"{source} is not the saved state of a run") from None
+    return Progress(**metadata)
 
 
 def _read_newest(path: Path) -> tuple[dict[str, Tensor], dict, Path]:

@@ -37,6 +37,7 @@ from ltat_fast.models.libraries import Shape, find, is_foreign
 from ltat_fast.runs import log
 from ltat_fast.runs.model_card import model_card
 from ltat_fast.runs.results import EvalFile
+from ltat_fast.runs.schema import check_card
 from ltat_fast.runs.weights import build_from_card, read_weights, weights_file
 
 FILES = (standalone.WEIGHTS, standalone.CONFIG, "model.py", "model.pt2", "model.onnx", "README.md")
@@ -51,6 +52,7 @@ def export(run_dir: Path, which: str, out: Path, image_size: int | None = None) 
     """
     weights = weights_file(run_dir, which)
     tensors, origin = read_weights(weights, foreign=True)
+    check_card(weights, origin)
     if "arch" not in origin:
         raise UserError(f"{weights} was not written by a run: it does not say which network it belongs to")
     size = size_of_images(weights, origin.get("image_size"), image_size)

@@ -4,13 +4,16 @@ import contextlib
 import io
 import os
 import shlex
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,11 +21,12 @@ from ltat_fast import config as configuration
 from ltat_fast import files
 from ltat_fast.attacks.by_name import parse_attacks
 from ltat_fast.config import Config
-from ltat_fast.errors import UserError
+from ltat_fast.errors import EXIT_INTERRUPTED, Interrupted, UserError
 from ltat_fast.flags import parse_args
 from ltat_fast.runs import log
 from ltat_fast.runs.finished import FinishedRun
 from ltat_fast.runs.results import CHECKPOINTS
+from ltat_fast.signals import handle_signals
 
 
 @dataclass(frozen=True)
@@ -109,37 +113,82 @@ def is_finished(job: Job) -> bool:
     return all(run.evaluation.result(which, attack) for which in CHECKPOINTS for attack in attacks)
 
 
-def train_all(jobs: Sequence[Job], show: Callable[[str], bool] = lambda line: False) -> dict[Job, int]:
+class Children:
+    """The processes of a study, which get its signals. Each is in a session of its own, so that Ctrl-C comes once."""
+
+    def __init__(self):
+        self.stopped_by: str | None = None
+        self._running: set[subprocess.Popen] = set()
+        self._lock = threading.RLock()  # reentrant, because a second signal can interrupt the first handler
+
+    def start(self, command: Sequence[str], **options: Any) -> subprocess.Popen | None:
+        """Start a process, or return None if a signal arrived."""
+        with self._lock:
+            if self.stopped_by is not None:
+                return None
+            self._running.add(process := subprocess.Popen(command, start_new_session=True, **options))
+            return process
+
+    def ended(self, process: subprocess.Popen) -> None:
+        with self._lock:
+            self._running.discard(process)
+
+    def stop(self, number: int, frame: object) -> None:
+        """Handle a signal: the first one lets every process save its state, a second Ctrl-C does not."""
+        with self._lock:
+            again = self.stopped_by is not None and number == signal.SIGINT
+            self.stopped_by = signal.Signals(number).name
+            for process in self._running:
+                process.send_signal(signal.SIGINT if again else signal.SIGTERM)
+
+
+def train_all(
+    jobs: Sequence[Job], show: Callable[[str], bool] = lambda line: False, study: Sequence[Job] = ()
+) -> dict[Job, int]:
     """Run every job, resume those that were started before, and return the exit status of each.
 
     show: whether to print a line of a run on the terminal; errors are always printed. Every line goes to the job's log.
-    Raises UserError if a log cannot be written.
+    study: all jobs of the study, finished ones too. Their number decides how many threads a run gets, so that a study
+    that is started again gives the same number. A run that was started before keeps its own.
+
+    Raises:
+        UserError: a log cannot be written.
+        Interrupted: a signal (SIGTERM, SIGINT, SIGUSR1) arrived. Every run has saved its state and ended.
     """
     if not jobs:
         return {}
-    workers = 1 if torch.cuda.is_available() else max(1, min(len(jobs), os.cpu_count() or 1))
+    cores = os.cpu_count() or 1
+    workers = 1 if torch.cuda.is_available() else min(max(len(jobs), len(study)), cores)
     # Concurrent runs share the cores: idle OpenMP threads of one run would spin on the cores of another.
-    threads = str(max(1, (os.cpu_count() or 1) // workers))
-    width = max((len(job.run_dir.name) for job in jobs), default=0)
+    environment = os.environ | {"OMP_NUM_THREADS": str(cores // workers)}
+    width = max(len(job.run_dir.name) for job in jobs)
+    children = Children()
 
     def train(job: Job) -> int:
         started = time.monotonic()
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
         with (
             files.oserror_as_user_error(job.log_file),
             open(job.log_file, "a", buffering=1) as copy,  # opened before any work, because it may fail
-            subprocess.Popen(job.command, env=os.environ | {"OMP_NUM_THREADS": threads}, **pipes) as process,
         ):
-            for line in process.stdout:
-                copy.write(line)
-                if show(line) or line.startswith("ltat_fast: "):
-                    log.say(f"{job.run_dir.name:{width}} {line.rstrip()}")
+            process = children.start(job.command, env=environment, **pipes)
+            if process is None:
+                return EXIT_INTERRUPTED
+            with process:
+                for line in process.stdout:
+                    copy.write(line)
+                    if show(line) or line.startswith("ltat_fast: "):
+                        log.say(f"{job.run_dir.name:{width}} {line.rstrip()}")
+            children.ended(process)
         how = f"ended with status {process.returncode}, see {job.log_file}" if process.returncode else "finished"
         log.say(f"{job.run_dir.name:{width}} {how} after {time.monotonic() - started:.0f} s")
         return process.returncode
 
     for folder in {job.log_file.parent for job in jobs}:
         files.make_folder(folder)
-    log.say(f"{len(jobs)} runs, {workers} at a time")
-    with ThreadPoolExecutor(workers) as pool:
-        return dict(zip(jobs, pool.map(train, jobs), strict=True))
+    log.say(f"{len(jobs)} runs, {min(workers, len(jobs))} at a time")
+    with handle_signals(children.stop), ThreadPoolExecutor(workers) as pool:
+        statuses = dict(zip(jobs, pool.map(train, jobs), strict=True))
+    if children.stopped_by is not None:
+        raise Interrupted(f"stopped by {children.stopped_by}; its runs saved their state")
+    return statuses

@@ -47,7 +47,7 @@ class JsonObject:
         if value is REQUIRED:
             raise self.damaged(f"{name} is missing")
         if name in self.content and not valid(value):
-            raise self.damaged(f"{name} is {json.dumps(value):.40}")
+            raise self.damaged(f"{name} is {_shown(value)}")
         return value
 
     def object(self, name: str) -> "JsonObject":
@@ -71,12 +71,23 @@ class JsonObject:
         return UserError(f"{self.file} is damaged: {', '.join([*self.place, what])}")
 
 
+def _shown(value: Any) -> str:
+    try:
+        return f"{json.dumps(value):.40}"
+    except ValueError:  # an integer with thousands of digits
+        return "a huge number"
+
+
 def is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
 def is_list(value: Any) -> bool:
     return isinstance(value, list)
+
+
+def is_object(value: Any) -> bool:
+    return isinstance(value, dict)
 
 
 def is_bool(value: Any) -> bool:

@@ -14,6 +14,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from ltat_fast.errors import printable
+
 console = Console(highlight=False, soft_wrap=True, emoji=False)
 clock = time.monotonic
 REDRAWS_PER_SECOND = 4
@@ -22,8 +24,8 @@ NARROWEST_BAR = 4  # a bar that would have fewer characters is left out
 
 
 def say(text: str) -> None:
-    """Print one line. Square brackets are printed as they are, not read as markup."""
-    console.print(text, markup=False)
+    """Print ``text``. Square brackets are no markup, and control characters other than line ends are escaped."""
+    console.print("\n".join(map(printable, text.split("\n"))), markup=False)
 
 
 def quiet() -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ltat_fast import trust
 from ltat_fast.config import Config
 from ltat_fast.data import Dataset, HostImages, ImageSet, load_dataset, longtail, resident
 from ltat_fast.data.digest import digest
@@ -129,13 +130,17 @@ def _digests(dataset: Dataset) -> dict[str, str]:
 
 
 def read_dataset(config: Config, download: bool = True) -> Dataset:
-    """Read the dataset of a run, with images of ``--store-size``."""
+    """Read the dataset of a run, with images of ``--store-size``.
+
+    Nothing is written to a folder of images that only the files of a run name.
+    """
     return load_dataset(
         config.dataset,
         config.data_dir,
         image_size=config.store_size or config.image_size,
         bad_images=config.bad_images,
-        download=download,
+        download=download and trust.may_write(config.data_dir),
+        keep=trust.may_write(config.data_dir),
         report=log.say,
         open_bar=log.progress,
     )

@@ -15,14 +15,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
-from ltat_fast import __version__, files
+from ltat_fast import __version__, files, trust
 from ltat_fast.config import Config, changed_modifiers
 from ltat_fast.errors import UserError
+from ltat_fast.field_types import check_types
 from ltat_fast.methods import METHODS, Method
 from ltat_fast.models import ForeignClassifier, ImageClassifier, build_model
 from ltat_fast.models.libraries import DEFAULT_SIZE, Shape, find, user_error_on_failure
 from ltat_fast.runs import log
+from ltat_fast.runs.schema import check_card
 from ltat_fast.runs.splits import Splits
+
+DTYPES = frozenset(
+    (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool)
+)
+"""types of the numbers in a weights file"""
 
 
 def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
@@ -72,13 +79,15 @@ def read_weights(path: Path, foreign: bool = False) -> tuple[dict[str, Tensor], 
             card = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         metadata = json.loads(card.get("ltat_fast", "{}"))
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged and cannot be read ({error})") from None
     written_here = "sha256" in card or "ltat_fast" in card  # a damaged file may have lost one of the two names
     if not (written_here or foreign):
         raise UserError(f"{path} is damaged, or not written by ltat_fast: it has no checksum")
     if written_here and card.get("sha256") != _digest(tensors, metadata):
         raise UserError(f"{path} is damaged: its content does not match its checksum")
+    if not isinstance(metadata, dict):
+        raise UserError(f"{path} is damaged: its card is not a JSON object")
     return tensors, metadata
 
 
@@ -101,6 +110,10 @@ def load_weights(model: nn.Module, tensors: dict[str, Tensor], source: Path, arc
         problems.append(f"{name} is {tuple(tensors[name].shape)}, not {tuple(expected[name].shape)}")
     if problems:
         raise UserError(f"{source} does not fit {arch}: " + "; ".join(problems))
+    for name, wanted in expected.items():
+        if tensors[name].is_floating_point() != wanted.is_floating_point() or tensors[name].dtype not in DTYPES:
+            kind = str(tensors[name].dtype).removeprefix("torch.")
+            raise UserError(f"{source} does not fit {arch}: {name} holds numbers of type {kind}")
     if broken := [name for name in expected if not tensors[name].isfinite().all()]:
         raise UserError(f"{source} holds numbers that are not finite, in {broken[0]} ({len(broken)} such tensors)")
     model.load_state_dict(tensors)
@@ -226,6 +239,7 @@ def load_model(
     fit.
     """
     tensors, card = read_weights(path, foreign)
+    check_card(path, card)
     if "arch" not in card:
         card = {"arch": arch, "activation": activation} | card
     of_data = {"num_classes": splits.num_classes, "in_channels": splits.in_channels}
@@ -234,7 +248,7 @@ def load_model(
         raise UserError(f"{path} has {card['num_classes']} classes, the data has {splits.num_classes}")
     if card["in_channels"] != splits.in_channels:
         raise UserError(f"{path} takes {card['in_channels']} channels, the images have {splits.in_channels}")
-    for name, expected in zip(card.get("class_names", splits.class_names), splits.class_names, strict=True):
+    for name, expected in zip(card.get("class_names") or splits.class_names, splits.class_names, strict=True):
         if name != expected:
             raise UserError(f"{path} has other classes than the data: {name!r} where the data has {expected!r}")
     return build_from_card(path, tensors, card).to(device, memory_format=torch.channels_last)
@@ -245,15 +259,19 @@ def build_from_card(path: Path, tensors: dict[str, Tensor], card: dict) -> nn.Mo
 
     A card without an activation is of an earlier version, which had only ReLU.
     """
+    check_card(path, card)
     activation = card.get("activation", "relu")
     size = card.get("image_size", DEFAULT_SIZE)
     channels, flag = card["in_channels"], f"{path}: network"
+    trust.refuse_code(card["arch"], str(path), from_card=True)
     model = build_model(
         card["arch"], card["num_classes"], in_channels=channels, activation=activation, image_size=size, flag=flag
     )
     if "method" in card:
         try:
             method = METHODS[card["method"]](**card["method_options"])
+            check_types(method)
+            method.check()
         except (KeyError, TypeError):
             unknown = f"{path} is of the method {card['method']!r}, which this version does not know"
             raise UserError(f"{unknown}, or not with the same options") from None

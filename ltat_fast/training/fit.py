@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from ltat_fast.errors import Interrupted
 from ltat_fast.models.joint_batch import allow_joint_calls
 from ltat_fast.models.sync_batch_norm import synchronise_batch_norm
 from ltat_fast.out_of_memory import explained
@@ -14,6 +15,7 @@ from ltat_fast.runs import checkpoint, log
 from ltat_fast.runs.checkpoint import Progress
 from ltat_fast.runs.records import NoLog, StageLog
 from ltat_fast.runs.weights import write_weights
+from ltat_fast.signals import StopOnSignal
 from ltat_fast.training import distributed, entries, recovery, speed
 from ltat_fast.training.backend import choose_backend
 from ltat_fast.training.collapse import Collapsed, collapse, one_step_health
@@ -21,7 +23,6 @@ from ltat_fast.training.device import Hardware
 from ltat_fast.training.micro_batches import has_batch_norm
 from ltat_fast.training.precision import gradient_health
 from ltat_fast.training.recovery import Diverged
-from ltat_fast.training.signals import Interrupted, StopOnSignal
 from ltat_fast.training.stage import Stage
 from ltat_fast.training.step import TrainStep, frozen_twin, make_optimizer
 

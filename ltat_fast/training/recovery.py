@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ltat_fast.errors import UserError
-from ltat_fast.runs import checkpoint, log
+from ltat_fast.runs import checkpoint, log, schema
 from ltat_fast.runs.checkpoint import Progress
 from ltat_fast.runs.weights import read_weights, write_weights
 from ltat_fast.training import distributed
@@ -42,7 +42,9 @@ def load_last_good_state(stage: Stage, optimizer: torch.optim.SGD) -> Progress:
 def _best_on_disk(stage: Stage) -> dict:
     """Return epoch and scores of best.safetensors. Its epoch may be after the loaded state; it is then repeated."""
     try:
-        _, card = read_weights(stage.checkpoints / "best.safetensors")
+        file = stage.checkpoints / "best.safetensors"
+        _, card = read_weights(file)
+        schema.check(file, card, schema.CARD, needed=("epoch", "scores"))
     except UserError as error:
         log.say(f"WARNING: {error}; the best epoch is selected from the remaining epochs")
         return {}

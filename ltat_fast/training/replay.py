@@ -13,7 +13,7 @@ from ltat_fast.config import Config
 from ltat_fast.errors import UserError
 from ltat_fast.methods import Method
 from ltat_fast.methods.base import Model
-from ltat_fast.runs import checkpoint, log
+from ltat_fast.runs import checkpoint, log, schema
 from ltat_fast.runs.splits import load_splits
 from ltat_fast.runs.weights import load_model, read_weights, weights_file
 from ltat_fast.training import device as devices
@@ -34,6 +34,9 @@ def replay(dump: Path, data_dir: Path | None = None, device: str | None = None) 
     tensors, card = read_weights(dump)
     if not {"found", "arguments", "stage"} <= card.keys():
         raise UserError(f"{dump} is not a dump of a training step")
+    schema.check(dump, card, schema.DUMP, needed=tuple(schema.DUMP))
+    if not {"images", "labels"} <= tensors.keys():
+        raise UserError(f"{dump} is not a dump of a training step: it has no images")
     folder = dump.resolve().parent.parent
     run_dir = folder.parent if card["stage"] == "teacher" else folder
     config, method = configuration.load(run_dir)

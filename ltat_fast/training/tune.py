@@ -9,7 +9,6 @@ import os
 import time
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -36,24 +35,24 @@ def choose_for_cpu(stage: Stage, hardware: Hardware) -> Hardware:
     """Return ``hardware`` with the fastest precision on its CPU, and set the fastest number of threads.
 
     Only what the user left open is measured: the precision if ``--precision`` is auto, the threads if OMP_NUM_THREADS
-    is not set. A resumed run keeps its choice, so that it stays bit-equal. On a GPU and with several processes
-    nothing changes. The measured attack is on the network of ``stage``, on a micro-batch of its images.
+    is not set. A resumed run keeps its choice, so that it stays bit-equal, whatever OMP_NUM_THREADS is now. On a GPU
+    nothing changes, and several processes measure nothing. The measured attack is on the network of ``stage``, on a
+    micro-batch of its images.
     """
     config = stage.config
-    if hardware.device.type != "cpu" or distributed.current().size > 1:
+    if hardware.device.type != "cpu":
         return hardware
     default = (hardware.dtype, torch.get_num_threads())
     candidates = _candidates(config, default)
     if len(candidates) == 1:
-        return hardware
-    if config.resume and (earlier := _earlier_choice(config.run_dir, candidates)):
-        dtype, threads = earlier
-        why = f"{_name(earlier)}, as before"
+        (dtype, threads), why = candidates[0], hardware.why
+        if candidates[0] != default:
+            why = f"{_name(candidates[0])}, as before"
     else:
         x, y = next(stage.loader.batches(0))
         n = len(x) // config.accumulate
         times = _measure(candidates, stage.model, x[:n], y[:n])
-        dtype, threads = fastest(times, default)
+        dtype, threads = fastest(times, default if default in candidates else candidates[0])
         told = "; ".join(f"{_name(choice)} {1e3 * seconds:.3g} ms" for choice, seconds in times.items())
         why = f"{_name((dtype, threads))}, measured per attack step: {told}"
     torch.set_num_threads(threads)
@@ -67,19 +66,19 @@ def fastest(times: dict[Choice, float], default: Choice) -> Choice:
 
 
 def _candidates(config: Config, default: Choice) -> list[Choice]:
+    """Return the choices to measure. Those that env.json of a resumed run records are the only ones, if possible."""
     dtypes, threads = [default[0]], [default[1]]
-    if config.precision == "auto" and cpu_has_bf16():
+    several = distributed.current().size > 1
+    if config.precision == "auto" and cpu_has_bf16() and not several:
         dtypes = [torch.bfloat16, torch.float32]
-    if "OMP_NUM_THREADS" not in os.environ and default[1] > 1:
+    if "OMP_NUM_THREADS" not in os.environ and default[1] > 1 and not several:
         threads.append(1)
+    if config.resume:
+        earlier = Environment.load_or_empty(config.run_dir / "env.json")
+        dtypes = [dtype for dtype in dtypes if dtype_name(dtype) == earlier.precision] or dtypes
+        if 1 <= (earlier.threads or 0) <= (os.cpu_count() or 1):
+            threads = [earlier.threads]
     return list(product(dtypes, threads))
-
-
-def _earlier_choice(run_dir: Path, candidates: list[Choice]) -> Choice | None:
-    """Return the choice that env.json of the run records, if it is one of ``candidates``."""
-    environment = Environment.load_or_empty(run_dir / "env.json")
-    earlier = (environment.precision, environment.threads)
-    return next((choice for choice in candidates if (dtype_name(choice[0]), choice[1]) == earlier), None)
 
 
 def _measure(candidates: list[Choice], model: nn.Module, x: Tensor, y: Tensor) -> dict[Choice, float]:

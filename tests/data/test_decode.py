@@ -2,12 +2,13 @@
 
 import struct
 import zlib
-from unittest.mock import Mock
+from unittest.mock import MagicMock, Mock
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from ltat_fast.data import decode as decoder
 from ltat_fast.data.decode import MAX_PIXELS, decode_into, image_shape, read_image
 from ltat_fast.data.partial import InMemory
 from ltat_fast.errors import UserError
@@ -264,3 +265,52 @@ def test_many_images_keep_their_order_and_sizes_must_agree(tmp_path):
     with pytest.raises(UserError, match=r"odd.png is 3x1, the first image 2x1; set --image-size"):
         decode([*paths, odd], None)
     assert decode([*paths, odd], 4).shape == (601, 3, 4, 4)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "L", "P", "CMYK", "I;16"])
+def test_a_conversion_in_bands_gives_the_same_pixels(tmp_path, monkeypatch, mode):
+    """A conversion of a large image at once would need gigabytes."""
+    rng = np.random.RandomState(0)
+    if mode == "I;16":
+        image = Image.fromarray(rng.randint(0, 65536, (9, 7)).astype(np.uint16))
+    else:
+        image = Image.fromarray(rng.randint(0, 256, (9, 7, 3)).astype(np.uint8)).convert(mode)
+    options = {"transparency": 3} if mode == "P" else {}
+    image.save(path := tmp_path / ("a.tif" if mode == "CMYK" else "a.png"), **options)
+    whole = read_image(path)
+    monkeypatch.setattr(decoder, "BAND_PIXELS", 14)
+    monkeypatch.setattr(decoder, "LARGE_PIXELS", 10)
+    assert np.array_equal(read_image(path), whole)
+
+
+def test_a_progressive_jpeg_of_many_scans_is_refused(tmp_path, monkeypatch):
+    """Each scan takes as long as a whole image, and needs a few bytes of the file."""
+    path = tmp_path / "a.jpg"
+    Image.new("L", (64, 64), 100).save(path, progressive=True)
+    assert read_image(path).shape == (3, 64, 64)
+    content = path.read_bytes()
+    scan = content[content.rindex(b"\xff\xda") : -2]
+    path.write_bytes(content[:-2] + 300 * scan + content[-2:])
+    monkeypatch.setattr(decoder, "MAX_SCAN_PIXELS", 300 * 64 * 64)
+    with pytest.raises(UserError, match=r"a\.jpg: it has 30\d scans of 64x64 pixels"):
+        read_image(path)
+
+
+def test_a_tiff_whose_tile_is_far_larger_than_the_image_is_refused(tmp_path):
+    tags = {256: 8, 257: 8, 258: 8, 259: 8, 262: 1, 277: 1, 322: 32768, 323: 32768, 324: 8, 325: 16}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    file = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)
+    (tmp_path / "a.tif").write_bytes(file)
+    with pytest.raises(UserError, match="it claims a tile or strip of 1,073,741,824 bytes"):
+        read_image(tmp_path / "a.tif")
+
+
+def test_large_images_are_decoded_one_at_a_time(tmp_path, monkeypatch):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    monkeypatch.setattr(decoder, "LARGE_PIXELS", 60)
+    monkeypatch.setattr(decoder, "_one_large_image", lock := MagicMock())
+    read_image(tmp_path / "a.png")
+    lock.__enter__.assert_called_once()
+    monkeypatch.setattr(decoder, "LARGE_PIXELS", 64)
+    read_image(tmp_path / "a.png")
+    lock.__enter__.assert_called_once()

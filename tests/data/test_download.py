@@ -1,8 +1,11 @@
 """The downloader with a local server that cuts connections, sends wrong bytes or refuses requests."""
 
+import dataclasses
 import hashlib
 import io
 import pickle
+import socket
+import struct
 import tarfile
 import threading
 import zipfile
@@ -20,11 +23,16 @@ from ltat_fast.errors import UserError
 
 
 class Server(ThreadingHTTPServer):
-    """A server of ``files``. ``cuts``: bytes after which it closes the first connections."""
+    """A server of ``files``. ``cuts``: bytes after which it closes the first connections.
+
+    ``raw``: answers to the first requests, byte by byte as they are sent. ``resets``: whether it resets a connection
+    instead of closing it.
+    """
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.files, self.cuts, self.ranges, self.supports_range = {}, [], [], True
+        self.raw, self.resets = [], False
 
     def archive(self, name, content):
         self.files["/" + name] = content
@@ -36,6 +44,9 @@ class Handler(BaseHTTPRequestHandler):
         content = self.server.files.get(self.path)
         asked = self.headers.get("Range")
         self.server.ranges.append(asked)
+        if self.server.raw:
+            self.wfile.write(self.server.raw.pop(0))
+            return
         if content is None:
             self.send_error(404)
             return
@@ -47,7 +58,13 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(content) - start))
         self.end_headers()
         body = content[start:]
-        self.wfile.write(body[: self.server.cuts.pop(0)] if self.server.cuts else body)
+        if self.server.cuts:
+            self.wfile.write(body[: self.server.cuts.pop(0)])
+            if self.server.resets:
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                self.connection.close()
+        else:
+            self.wfile.write(body)
 
     def log_message(self, *args):
         pass
@@ -132,7 +149,7 @@ def test_a_damaged_archive_is_reported_and_kept(server, tmp_path):
 def test_the_error_says_how_to_download_by_hand(server, tmp_path):
     archive = server.archive("a.zip", CONTENT)
     by_hand = rf"download {archive.url} to .*a.zip by hand \(md5 {archive.md5}\)"
-    with pytest.raises(UserError, match=rf"a.zip is missing; {by_hand}"):
+    with pytest.raises(UserError, match=rf"a.zip is missing; name its folder with --data-dir, or {by_hand}"):
         fetch(archive, tmp_path, False, silent)
     assert server.ranges == []
     server.files.clear()
@@ -155,6 +172,82 @@ def test_a_server_that_sends_nothing_is_given_up(server, tmp_path):
     with pytest.raises(UserError, match=r"the connection ended after 10 of 100,000 bytes"):
         fetch(archive, tmp_path, True, silent)
     assert (tmp_path / "a.zip.part").read_bytes() == CONTENT[:10]
+
+
+PAGE = b"<html>Please sign in</html>"
+HEAD = b"HTTP/1.1 200 OK\r\nConnection: close\r\n"
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (HEAD + b"Content-Type: text/html; charset=utf-8\r\n\r\n" + PAGE, "sends a web page, perhaps a login page"),
+        (HEAD + b"\r\n" + PAGE, "sends another file than before"),
+        (HEAD + b"Content-Length: 27\r\n\r\n" + PAGE, "sends 27 bytes, and the file has 100,000"),
+        (
+            HEAD.replace(b"200", b"206") + b"Content-Range: bytes 7-99/100\r\n\r\n" + PAGE,
+            "from another byte than 40,000",
+        ),
+    ],
+)
+def test_another_answer_leaves_what_was_received(server, tmp_path, answer, words):
+    archive = dataclasses.replace(server.archive("a.zip", CONTENT), size=100_000)
+    (tmp_path / "a.zip.part").write_bytes(CONTENT[:40_000])
+    server.raw = [answer]
+    with pytest.raises(UserError, match=words):
+        fetch(archive, tmp_path, True, silent)
+    assert (tmp_path / "a.zip.part").read_bytes() == CONTENT[:40_000]
+    assert fetch(archive, tmp_path, True, silent).read_bytes() == CONTENT
+
+
+def test_a_reset_loses_nothing_that_was_received(server, tmp_path):
+    archive = server.archive("a.zip", CONTENT)
+    server.cuts, server.resets = [30_000], True
+    assert fetch(archive, tmp_path, True, silent).read_bytes() == CONTENT
+    assert server.ranges == [None, "bytes=30000-"]
+
+
+def test_an_endless_file_is_given_up(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "MAX_DOWNLOAD", 50_000)
+    server.raw = [HEAD + b"\r\n" + CONTENT]
+    with pytest.raises(UserError, match="sends more than the 50,000 bytes of the file"):
+        fetch(server.archive("a.zip", CONTENT), tmp_path, True, silent)
+    assert (tmp_path / "a.zip.part").stat().st_size <= 50_000
+
+
+@pytest.mark.parametrize("length", [b"many", b"-3", b"9" * 5000, b"\xff"])
+def test_a_content_length_that_is_no_number(server, tmp_path, length):
+    server.raw = [HEAD + b"Content-Length: " + length + b"\r\n\r\n" + CONTENT]
+    try:
+        assert fetch(server.archive("a.zip", CONTENT), tmp_path, True, silent).read_bytes() == CONTENT
+    except UserError as error:
+        assert "cannot download" in str(error)  # noqa: PT017 - Python's own reader may refuse the headers
+
+
+def test_too_many_requests_are_repeated_after_the_pause_that_the_server_asks_for(server, tmp_path, monkeypatch):
+    pauses = []
+    monkeypatch.setattr("time.sleep", pauses.append)
+    server.raw = [b"HTTP/1.1 429 Slow down\r\nRetry-After: " + wait + b"\r\n\r\n" for wait in (b"7", b"99999", b"soon")]
+    assert fetch(server.archive("a.zip", CONTENT), tmp_path, True, silent).read_bytes() == CONTENT
+    assert pauses == [7, download.LONGEST_PAUSE, 0]
+
+
+def test_a_status_line_of_garbage_does_not_reach_the_terminal(server, tmp_path):
+    server.raw = [b"\x1b[2J\x07garbage" + b"x" * 5000 + b"\r\n\r\n"] * download.ATTEMPTS
+    lines = []
+    with pytest.raises(UserError) as error:
+        fetch(server.archive("a.zip", CONTENT), tmp_path, True, lines.append)
+    for text in (*lines, str(error.value)):
+        assert text.isprintable()
+        assert len(text) < 1000
+
+
+def test_both_checksums_are_checked(server, tmp_path):
+    archive = server.archive("a.zip", CONTENT)
+    right = dataclasses.replace(archive, sha256=hashlib.sha256(CONTENT).hexdigest(), size=len(CONTENT))
+    fetch(right, tmp_path / "right", True, silent)
+    with pytest.raises(UserError, match=rf"has sha256 {right.sha256}, expected {'0' * 64}, and was deleted"):
+        fetch(dataclasses.replace(archive, sha256="0" * 64), tmp_path / "wrong", True, silent)
 
 
 def zipped(path, members, mode=0o644):
@@ -231,7 +324,7 @@ def test_tiny_imagenet_from_download_to_arrays(server, tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "TINY_IMAGENET", server.archive("tiny-imagenet-200.zip", content))
     server.cuts = [len(content) // 3, len(content) // 3]
     data_dir = tmp_path / "data"
-    with pytest.raises(UserError, match=r"tiny-imagenet-200.zip is missing; download .* by hand"):
+    with pytest.raises(UserError, match=r"tiny-imagenet-200.zip is missing; .* download .* by hand"):
         load_dataset("tinyimagenet-lt", data_dir, download=False, report=silent)
     first = load_dataset("tinyimagenet-lt", data_dir, report=silent)
     assert np.array_equal(first.train.images[:, 0, 0, 0], first.train.labels)
@@ -279,7 +372,7 @@ def test_cifar10(server, tmp_path, monkeypatch):
     monkeypatch.setattr(cifar, "meta", {**cifar.meta, "md5": md5_of(meta["batches.meta"])})
     server.cuts = [1000]
 
-    with pytest.raises(UserError, match=r"cifar-10-python.tar.gz is missing; download http.*md5"):
+    with pytest.raises(UserError, match=r"cifar-10-python.tar.gz is missing; .* download http.*md5"):
         load_dataset("cifar10-lt", tmp_path, download=False, report=silent)
     for download_allowed in (True, False):
         dataset = load_dataset("cifar10-lt", tmp_path, download=download_allowed, report=silent)
@@ -352,9 +445,14 @@ def test_svhn(server, tmp_path, monkeypatch):
 
 def test_official_addresses():
     """The addresses and checksums that the authors published; the tests above replace them with a local server."""
-    assert (
-        Archive("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de")
-        == sources.TINY_IMAGENET
+    tiny = sources.TINY_IMAGENET
+    assert (tiny.url, tiny.md5) == (
+        "https://cs231n.stanford.edu/tiny-imagenet-200.zip",
+        "90528d7ca1a48142e341f4ef8d21d0de",
     )
+    published = [(torchvision.datasets.SVHN.split_list[split][2]) for split in ("train", "test")]
+    published += [torchvision.datasets.CIFAR10.tgz_md5, torchvision.datasets.CIFAR100.tgz_md5, tiny.md5]
+    assert sorted(published) == sorted(sources.SHA256_AND_SIZE)
+    assert all(len(sha256) == 64 and size > 10**7 for sha256, size in sources.SHA256_AND_SIZE.values())
     assert torchvision.datasets.CIFAR10.tgz_md5 == "c58f30108f718f92721af3b95e74349a"
     assert torchvision.datasets.CIFAR100.tgz_md5 == "eb9058c3a382ffc7106e4002c42a8d85"

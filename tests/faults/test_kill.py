@@ -13,7 +13,7 @@ import pytest
 from helpers import launching, train_runs
 from helpers.train_runs import SAFETY_NET, assert_same
 from ltat_fast.runs.records import read_metrics
-from ltat_fast.training.signals import SIGNALS
+from ltat_fast.signals import SIGNALS
 
 KILLS = int(os.environ.get("FAULT_KILLS", "25"))
 

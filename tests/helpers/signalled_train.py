@@ -16,8 +16,8 @@ import sys
 import threading
 
 from ltat_fast import train
+from ltat_fast.signals import leave
 from ltat_fast.training import speed
-from ltat_fast.training.signals import leave
 
 PATH_OF_EVENT = {"open": 0, "os.rename": 1, "os.remove": 0, "os.mkdir": 0}
 WRITING = os.O_WRONLY | os.O_RDWR

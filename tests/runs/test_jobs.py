@@ -1,11 +1,15 @@
 """Commands that start several runs: unusable folders and disks are refused in one sentence before any run starts."""
 
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from helpers import small_disks, train_runs
-from ltat_fast.errors import UserError
+from ltat_fast.errors import EXIT_INTERRUPTED, Interrupted, UserError
 from ltat_fast.runs.jobs import Job, train_all
 
 COMMANDS = {
@@ -63,6 +67,56 @@ def test_only_requested_lines_and_errors_reach_the_terminal(command, tmp_path, c
     assert "a ltat_fast: error: no images\na epoch 2\na ended with status 2, see" in said
     assert "epoch 1" not in said
     assert job.log_file.read_text() == "epoch 1\nltat_fast: error: no images\nepoch 2\n"
+
+
+def test_a_study_that_is_started_again_gives_the_same_threads(command, tmp_path, monkeypatch, capsys):
+    """The first time both runs are to do, the second time one is left."""
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    command("sh", "-c", "echo ltat_fast: $OMP_NUM_THREADS threads")
+    jobs = [Job(tmp_path / name, ()) for name in "ab"]
+    train_all(jobs, study=jobs)
+    assert capsys.readouterr().out.count("ltat_fast: 2 threads") == 2
+    train_all(jobs[1:], study=jobs)
+    assert capsys.readouterr().out.count("ltat_fast: 2 threads") == 1
+
+
+def test_a_signal_reaches_the_processes_of_a_study(command, tmp_path):
+    """A process that has not started yet does not start."""
+    command("sh", "-c", "trap 'echo saved; exit 75' TERM; echo ready; while :; do sleep 0.05; done")
+
+    def show(line: str) -> bool:
+        if line == "ready\n":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return False
+
+    jobs = [Job(tmp_path / str(number), ()) for number in range(3 * os.cpu_count())]
+    with pytest.raises(Interrupted, match="stopped by SIGTERM; its runs saved their state"):
+        train_all(jobs, show)
+    begun = [job for job in jobs if job.log_file.read_text()]
+    assert 1 <= len(begun) <= os.cpu_count()
+    assert all(job.log_file.read_text().endswith("saved\n") for job in begun)
+
+
+@pytest.mark.slow
+def test_a_signal_reaches_the_runs_of_a_study(tmp_path):
+    """They save their states, and the study ends with 75."""
+    flags = ("--option", "alpha", "--values", "3", "5", "--out", str(tmp_path / "study"), "--")
+    flags += (*train_runs.QUICK[:-2], "--epochs", "2000", "--eval-every", "1000")
+    study = subprocess.Popen(
+        [sys.executable, "-m", "ltat_fast.sensitivity", *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    runs = [tmp_path / "study" / f"alpha{value}-seed0" for value in (3, 5)]
+    with train_runs.killed_at_the_end(study):
+        train_runs.wait_until(lambda: any((run / "checkpoints/resume.safetensors").exists() for run in runs), study)
+        study.send_signal(signal.SIGTERM)
+        _, err = train_runs.finish(study, EXIT_INTERRUPTED)
+    assert "stopped by SIGTERM; its runs saved their state; run the same command again" in err
+    begun = [run for run in runs if (run / "config.json").exists()]
+    assert begun
+    assert all((run / "interrupted").exists() for run in begun)
 
 
 def test_the_demo_refuses_runs_with_other_settings(command, tmp_path, capsys):

@@ -132,7 +132,7 @@ def test_the_card_of_a_run_names_the_activation():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"num_classes": 4}, "has 4 classes, the data has 3"),
+        ({"num_classes": 4, "class_names": list("abcd"), "class_counts": [1] * 4}, "has 4 classes, the data has 3"),
         ({"in_channels": 1}, "takes 1 channels, the images have 3"),
         ({"class_names": ["class 0", "class 2", "class 1"]}, "'class 2' where the data has 'class 1'"),
         ({"arch": "resnet18"}, "does not fit resnet18"),

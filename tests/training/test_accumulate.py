@@ -22,9 +22,9 @@ from ltat_fast.methods.reat import Reat
 from ltat_fast.methods.rslad import Rslad
 from ltat_fast.methods.taet import Taet
 from ltat_fast.models.classifier import ImageClassifier
+from ltat_fast.signals import Interrupted
 from ltat_fast.training import fit, replay, speed
 from ltat_fast.training.backend import choose_backend
-from ltat_fast.training.signals import Interrupted
 from ltat_fast.training.step import TrainStep, make_optimizer
 
 ALL = {"awp": 0.01, "ema": 0.9, "eps_balance": 0.3}

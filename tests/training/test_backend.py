@@ -15,11 +15,11 @@ from ltat_fast.attacks import AttackConfig
 from ltat_fast.methods import MethodContext
 from ltat_fast.methods.pgd_at import PgdAt
 from ltat_fast.models.joint_batch import allow_joint_calls
+from ltat_fast.signals import Interrupted, stop_at_once
 from ltat_fast.training import backend as backends
 from ltat_fast.training.backend import GraphNotUsable, choose_backend
 from ltat_fast.training.cuda_graph import capture
 from ltat_fast.training.device import Hardware
-from ltat_fast.training.signals import Interrupted, stop_at_once
 from ltat_fast.training.step import TrainStep, make_optimizer
 
 HARDWARE = Hardware(torch.device("cpu"), torch.float32, "test")

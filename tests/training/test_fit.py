@@ -27,8 +27,8 @@ from ltat_fast.runs import log
 from ltat_fast.runs.records import read_metrics, read_steps
 from ltat_fast.runs.weights import read_weights
 from ltat_fast.schedule import learning_rate
+from ltat_fast.signals import SIGNALS, Interrupted
 from ltat_fast.training.fit import fit
-from ltat_fast.training.signals import SIGNALS, Interrupted
 from ltat_fast.training.stage import Selection
 from ltat_fast.training.step import TrainStep
 

@@ -19,11 +19,11 @@ from helpers.toy_stage import (
 )
 from ltat_fast.runs import checkpoint
 from ltat_fast.runs.weights import read_weights, write_weights
+from ltat_fast.signals import Interrupted
 from ltat_fast.training import replay
 from ltat_fast.training.evaluation import selection_twin
 from ltat_fast.training.fit import fit, train_step
 from ltat_fast.training.recovery import Diverged
-from ltat_fast.training.signals import Interrupted
 from ltat_fast.training.stage import Selection
 from ltat_fast.training.step import make_optimizer
 

@@ -27,9 +27,9 @@ from ltat_fast.errors import UserError
 from ltat_fast.runs import checkpoint
 from ltat_fast.runs.records import StageLog, read_metrics
 from ltat_fast.runs.weights import read_weights, write_weights
+from ltat_fast.signals import Interrupted
 from ltat_fast.training.fit import fit
 from ltat_fast.training.recovery import Diverged
-from ltat_fast.training.signals import Interrupted
 from ltat_fast.training.stage import Selection
 
 pytestmark = pytest.mark.usefixtures("unmeasured")

@@ -1,6 +1,7 @@
 """Precision and threads on a CPU: measured where the user left them open, kept on resume."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ FP32, BF16 = torch.float32, torch.bfloat16
 def machine(monkeypatch):
     """A CPU with bf16 and four threads, on which each choice takes a given time. Nothing is really measured."""
     monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
     monkeypatch.setattr(tune, "cpu_has_bf16", lambda: True)
     threads = [4]
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads[-1])
@@ -63,6 +65,17 @@ def test_a_choice_that_this_cpu_does_not_have_is_measured_again(machine, tmp_pat
     machine[FP32, 1] = 1.0
     (tmp_path / "env.json").write_text(json.dumps({"precision": "float32", "threads": 64}))
     assert choose(tmp_path, resume=True) == (FP32, 1)
+
+
+def test_a_resumed_run_keeps_its_threads_whatever_the_environment_says(machine, tmp_path, monkeypatch):
+    """A study sets OMP_NUM_THREADS, and perhaps to another number when it is started again."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    (tmp_path / "env.json").write_text(json.dumps({"precision": "bfloat16", "threads": 2}))
+    assert choose(tmp_path, resume=True) == (BF16, 2)
+    torch.set_num_threads(4)
+    assert choose(tmp_path, resume=True, precision="bf16") == (BF16, 2)
+    torch.set_num_threads(4)
+    assert choose(tmp_path) == (BF16, 4)
 
 
 def test_the_real_measurement_restores_the_threads(monkeypatch):

@@ -6,15 +6,9 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
+from ltat_fast.errors import Interrupted
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-
-
-class Interrupted(BaseException):
-    """A signal stopped the run. Its state is saved.
-
-    Derived from BaseException, like KeyboardInterrupt: ``except Exception`` around code that may fail must not
-    catch it.
-    """
 
 
 @contextlib.contextmanager

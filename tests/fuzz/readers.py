@@ -31,7 +31,7 @@ from scipy.io import savemat
 
 from ltat_fast import config
 from ltat_fast.data import load_dataset
-from ltat_fast.data.cache import CARD, NAMES, read_cache, write_cache
+from ltat_fast.data.cache import CARD, read_cache
 from ltat_fast.data.cifar import load_batch
 from ltat_fast.data.decode import MAX_PIXELS, read_image
 from ltat_fast.data.download import Archive, fetch, unpack
@@ -152,25 +152,24 @@ def annotations(folder: Path) -> tuple[list[bytes], Check]:
 
 def caches(folder: Path) -> tuple[list[bytes], Check]:
     """The cached arrays are right, or the cache is refused. Any one of its files is damaged."""
-    rng = np.random.RandomState(0)
     originals = {}
-    for number, count in enumerate((3, 40)):
-        arrays = {name: np.arange(count + i) for i, name in enumerate(NAMES) if name.endswith("labels")}
-        arrays |= {name: rng.randint(0, 256, (count, 3, 4, 4), np.uint8) for name in NAMES if name.endswith("images")}
-        cache = folder / str(number)
-        write_cache(cache, "key", arrays)
-        for path in [cache / CARD, *(cache / f"{name}.npy" for name in NAMES)]:
+    for number, size in enumerate((2, 5)):
+        root = write_folder(folder / str(number), {"a": (30, 2), "b": (9, 2)}, size=size)
+        dataset = load_dataset("imagefolder-lt", root, report=_silent)
+        arrays = {"train": dataset.train.images.copy(), "test": dataset.test.images.copy()}
+        (cache,) = (card.parent for card in root.glob(f".ltat_fast_cache/*/{CARD}"))
+        for path in sorted(cache.iterdir()):
             originals[path.read_bytes()] = path, arrays
 
     def check(content: bytes, original: bytes) -> None:
         path, arrays = originals[original]
         path.write_bytes(content)
         try:
-            read = read_cache(path.parent, "key")
+            read = read_cache(path.parent, path.parent.name, tuple(arrays))
             if read is None:
                 raise UserError("the cache is refused")
-            assert read.keys() == arrays.keys()
-            assert all(np.array_equal(read[k], arrays[k]) and read[k].dtype == arrays[k].dtype for k in arrays)
+            assert read.bad == {}
+            assert all(np.array_equal(read.images[k], arrays[k]) for k in arrays)
         finally:
             path.write_bytes(original)
 

@@ -63,7 +63,7 @@ def test_tf32_is_off_during_the_evaluation_and_restored_after_it(allowed):
     pixels, y = torch.randint(0, 256, (8, 3, 3, 3), dtype=torch.uint8), torch.arange(8) % 3
     allow_tf32(*allowed)
     evaluate(net, pixels, y, ["clean", "pgd1"], {}, 3, 0.05, batch_size=8)
-    assert len(seen) == 3  # clean, and PGD's step and its end
+    assert len(seen) == 4  # the test of the output, clean, and PGD's step and its end
     check(net, pixels, y, 0.05, lambda text: None)
     assert len(seen) > 3
     assert not any(map(any, seen))
@@ -123,11 +123,12 @@ def test_a_failed_check_is_printed_and_returned():
     y = Linear(weight)(pixels / 255).argmax(1)
     found = check(Linear(weight), pixels, y, 0.05, said.append)
     assert all(each.passed for each in found)
-    assert said == ["  checks: 7 of 7 passed"]
+    assert said == ["  checks: 8 of 8 passed"]
     said.clear()
     found = check(Linear(1e6 * weight), pixels, y, 0.05, said.append)
     assert [each.name for each in found if not each.passed] == ["gradients"]
-    assert said[0] == "  checks: 6 of 7 passed: the accuracy under attack may be too high"
+    assert said[0] == "  checks: 7 of 8 passed: the accuracy under attack may be too high"
     assert said[1].startswith("  FLAG gradients: ")
     assert len(said) == 2
-    assert said[1] == f"  FLAG gradients: {found[3].detail}"
+    (failed,) = (each for each in found if not each.passed)
+    assert said[1] == f"  FLAG gradients: {failed.detail}"

@@ -21,8 +21,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
+from rich.console import Console
+from rich.table import Table
 
 from ltat_fast.models import ARCHS
 
@@ -223,3 +226,23 @@ def append_csv(path: Path, rows: list[dict[str, object]]) -> None:
         if new:
             writer.writeheader()
         writer.writerows(rows)
+
+
+def keep_and_show(
+    rows: list[dict[str, str]],
+    columns: list[str],
+    title: str,
+    device: torch.device,
+    out: Path,
+    justify: Literal["left", "right"] = "left",
+) -> None:
+    """Append ``rows`` with their provenance to the CSV ``out``, and print ``columns`` of them as a table."""
+    source = provenance(device)
+    append_csv(out, [source | row for row in rows])
+    table = Table(title=title)
+    for column in columns:
+        table.add_column(column.replace("_", " "), justify=justify)
+    for row in rows:
+        table.add_row(*(row[column] for column in columns))
+    Console().print(table)
+    print(out)

@@ -31,8 +31,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from bench import common
@@ -157,15 +155,8 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         rows = measure(args, Path(folder))
     out = args.out or Path(__file__).parent / "results" / f"loader-{args.device}.csv"
-    source = common.provenance(torch.device(args.device))
-    common.append_csv(out, [source | row for row in rows])
-    table = Table(title=f"{args.images:,} images of {args.image_size} pixels, batches of {args.batch_size}")
-    for column in COLUMNS:
-        table.add_column(column.replace("_", " "))
-    for row in rows:
-        table.add_row(*(row[column] for column in COLUMNS))
-    Console().print(table)
-    print(out)
+    title = f"{args.images:,} images of {args.image_size} pixels, batches of {args.batch_size}"
+    common.keep_and_show(rows, COLUMNS, title, torch.device(args.device), out)
 
 
 if __name__ == "__main__":

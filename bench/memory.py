@@ -14,8 +14,6 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from bench import common
 from bench.step import LR, Problem
@@ -76,15 +74,8 @@ def main(argv: list[str] | None = None) -> None:
     problem = dataclasses.replace(problem, attack_steps=1)
     rows = measure(problem, args.accumulate)
     out = args.out or Path(__file__).parent / "results" / f"memory-{args.device}.csv"
-    common.append_csv(out, [common.provenance(device) | row for row in rows])
-    table = Table(title=f"{args.arch}, {args.image_size} pixels, batch {args.batch_size}, LTAT, float32")
-    columns = ["accumulate", "start_mib", "peak_mib", "step_mib"]
-    for column in columns:
-        table.add_column(column.replace("_", " "), justify="right")
-    for row in rows:
-        table.add_row(*(row[column] for column in columns))
-    Console().print(table)
-    print(out)
+    title = f"{args.arch}, {args.image_size} pixels, batch {args.batch_size}, LTAT, float32"
+    common.keep_and_show(rows, ["accumulate", "start_mib", "peak_mib", "step_mib"], title, device, out, "right")
 
 
 if __name__ == "__main__":

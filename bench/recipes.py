@@ -16,8 +16,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from bench import common
 from bench.step import LR, Problem
@@ -95,16 +93,8 @@ def main(argv: list[str] | None = None) -> None:
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     rows = measure(problem, Hardware(device, dtype, "benchmark"), args.rounds)
     out = args.out or Path(__file__).parent / "results" / f"recipes-{args.device}.csv"
-    source = common.provenance(device)
-    common.append_csv(out, [source | row for row in rows])
-    table = Table(title=f"{args.arch}, {args.image_size} pixels, batch {args.batch_size}, {args.precision}")
-    shown = ["recipe", "forwards", "median_ms", "relative"]
-    for column in shown:
-        table.add_column(column.replace("_", " "))
-    for row in rows:
-        table.add_row(*(row[column] for column in shown))
-    Console().print(table)
-    print(out)
+    title = f"{args.arch}, {args.image_size} pixels, batch {args.batch_size}, {args.precision}"
+    common.keep_and_show(rows, ["recipe", "forwards", "median_ms", "relative"], title, device, out)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from ltat_fast.data.decode import bad_images_error, decode_into, image_shape
 from ltat_fast.data.digest import crc32_of_chunks, digest, images_digest
 from ltat_fast.data.folder import Tree
 from ltat_fast.data.partial import HEADER, Blocks, InMemory, OnDisk, Shape
-from ltat_fast.data.space import free_disk, gib, require_memory
+from ltat_fast.data.space import disk_usage, free_disk, gib, require_memory
 from ltat_fast.files import exclusive
 
 FORMAT = 3
@@ -247,7 +247,7 @@ def _remove_old(folder: Path, key: str, root: Path, report: Report) -> None:
             if about["root"] == os.fspath(root) and time.time() - journal.stat().st_mtime > ABANDONED:
                 old.append(journal.parent)
     for path in old:
-        size = sum(file.stat().st_blocks * 512 for file in path.iterdir())
+        size = disk_usage(path)
         shutil.rmtree(path, ignore_errors=True)
         report(f"removed decoded images of {root} at another size or from earlier files: {gib(size)}")
 
@@ -260,7 +260,7 @@ def _fits(folder: Path, partial: Path, needed: int, report: Report) -> bool:
     try:
         free = free_disk(folder)
         with contextlib.suppress(FileNotFoundError):
-            free += sum(file.stat().st_blocks * 512 for file in partial.iterdir())
+            free += disk_usage(partial)
     except OSError:  # the next step reports it
         return True
     if needed > free:

@@ -3,14 +3,14 @@
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import isqrt
 from pathlib import Path
 
 import numpy as np
 
-from ltat_fast.data.cache import Bar, OpenBar, Source, load_or_decode, user_cache_folder
+from ltat_fast.data.cache import OpenBar, Source, load_or_decode, user_cache_folder
 from ltat_fast.data.cifar import read_cifar
 from ltat_fast.data.decode import MAX_PIXELS, some_of
 from ltat_fast.data.digest import crc32_of_chunks, images_digest
@@ -146,7 +146,7 @@ def load_dataset(
     if name not in DATASETS:
         raise UserError(f"unknown dataset {name!r}; choose from {', '.join(DATASETS)}")
     dataset = DATASETS[name](
-        Request(name, data_dir, image_size, download, keep, bad_images, report, open_bar or _no_bar)
+        Request(name, data_dir, image_size, download, keep, bad_images, report, open_bar or _NoBar)
     )
     _check(dataset)
     return dataset
@@ -237,7 +237,8 @@ def _load_tree(request: Request, tree: Tree, n_max: int | None) -> Dataset:
         raise UserError(f"the image size must be between 1 and {isqrt(MAX_PIXELS):,} pixels, got {request.image_size}")
     cache_folders = [(request.data_dir or DEFAULT_DATA_DIR) / ".ltat_fast_cache", user_cache_folder()]
     source = Source(tree, request.image_size, request.report, request.open_bar)
-    decoded = load_or_decode(source, cache_folders, request.bad_images == "skip", cache_folders[not request.keep :])
+    writable = cache_folders if request.keep else cache_folders[1:]
+    decoded = load_or_decode(source, cache_folders, request.bad_images == "skip", writable)
     left_out = [os.path.relpath(source.paths[i], tree.root) for i in sorted(decoded.bad)]
     if left_out:
         listed = some_of([path.encode(errors="backslashreplace").decode() for path in left_out])
@@ -254,13 +255,14 @@ def _load_tree(request: Request, tree: Tree, n_max: int | None) -> Dataset:
     return Dataset(request.name, train, test, n_max, pad=4, flip=True, val=val, left_out=tuple(left_out))
 
 
-@contextlib.contextmanager
-def _no_bar(what: str, total: int) -> Iterator[Bar]:
-    class Hidden:
-        def advance(self, images: int, /) -> None:
-            pass
+class _NoBar(contextlib.nullcontext):
+    """A progress bar that is not shown."""
 
-    yield Hidden()
+    def __init__(self, what: str, total: int) -> None:
+        super().__init__(self)
+
+    def advance(self, images: int, /) -> None:
+        pass
 
 
 def _cifar10(request: Request) -> Dataset:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.cuda_batches import assert_same_without_synchronisation
 from ltat_fast.data import DeviceLoader, HostImages, host
 from ltat_fast.data.host import centre
 
@@ -111,17 +112,7 @@ def test_a_gpu_gets_the_same_batches_without_synchronisation(array):
     options = {"batch_size": 8, "seed": 3, "pad": 2, "flip": True, "augment": "randaugment"}
     expected = list(DeviceLoader(array[1][rows], np.arange(60), device="cpu", **options).batches(1))
     on_device = DeviceLoader(HostImages(array[0], rows, device="cuda"), np.arange(60), device="cuda", **options)
-    list(on_device.batches(0))  # warm-up: loads kernels, allocates pinned memory
-    batches = on_device.batches(1)
-    first = next(batches)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        rest = list(batches)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    for (x, y), (expected_x, expected_y) in zip([first, *rest], expected, strict=True):
-        assert torch.equal(x.cpu(), expected_x)
-        assert torch.equal(y.cpu(), expected_y)
+    assert_same_without_synchronisation(on_device, expected)
     images = HostImages(array[0], rows, device="cuda")
     assert torch.equal(images.to_device().cpu(), torch.from_numpy(array[1][rows]))
     assert torch.equal(images[torch.arange(5, device="cuda")].cpu(), torch.from_numpy(array[1][rows[:5]]))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.cuda_batches import assert_same_without_synchronisation
 from ltat_fast.data import DeviceLoader, resident
 from ltat_fast.errors import UserError
 from ltat_fast.pixels import to_unit
@@ -158,14 +159,4 @@ def test_a_gpu_gives_the_same_batches_without_synchronisation(augment):
     options = {"pad": 4, "flip": True, "augment": augment, "batch_size": 16}
     expected = list(loader(images, torch.arange(64), **options).batches(1))
     on_device = loader(images, torch.arange(64), device="cuda", **options)
-    list(on_device.batches(0))  # warm-up: loads kernels, allocates pinned memory
-    batches = on_device.batches(1)
-    first = next(batches)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        rest = list(batches)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    for (x, y), (expected_x, expected_y) in zip([first, *rest], expected, strict=True):
-        assert torch.equal(x.cpu(), expected_x)
-        assert torch.equal(y.cpu(), expected_y)
+    assert_same_without_synchronisation(on_device, expected)
